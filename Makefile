@@ -1,0 +1,69 @@
+# Every target sets up all that it needs in .venv, on a fresh clone too.
+#   PYTHON  the Python, >= 3.10, that makes .venv     (python3)
+#   TORCH   what pip installs as torch                (torch==2.13.0)
+#   ARGS    passed on: make test ARGS="-k gemm -x", make demo ARGS=--quick, make bench ARGS=lstm
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+empty :=
+TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
+
+# a developer's build: both doors or an error, and the AVX-512 body compiled with AVX2 flags, which the tests run
+export FASTSEQ_BUILD ?= torch
+export FASTSEQ_BUILD_TEST_ISA ?= 1
+
+.PHONY: demo test bench check format clean
+
+demo: $(VENV)/.built
+	$(BIN)/fastseq demo $(ARGS)
+
+test: $(VENV)/.built $(VENV)/.pretrained
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.run $(or $(ARGS),lstm)
+
+check: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+clean:
+	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(VENV)/.bench
+
+$(VENV)/.built: $(TOOLS) $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --editable '.[demo,dev]'
+	$(BIN)/fastseq info
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+# real weights for a test; the package's own dependencies are not needed
+$(VENV)/.pretrained: $(TOOLS)
+	$(PIP) install --quiet --no-deps 'silero-vad>=6.2'
+	@touch $@
+
+$(TOOLS):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastseq needs Python >= 3.10, '$(PYTHON)' is not: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	  { echo "fastseq needs the C headers of '$(PYTHON)' (Debian, Ubuntu: apt install python3-dev)" >&2; exit 1; }
+	@compiler=$${CXX:-$$($(PYTHON) -c 'import sysconfig as s; print(s.get_config_var("CXX"))')}; \
+	$$compiler --version >/dev/null 2>&1 || \
+	  { echo "fastseq needs a C++20 compiler, '$$compiler' is not there (Debian, Ubuntu: apt install g++)" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { echo "'$(PYTHON) -m venv' fails (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PIP) install 'setuptools>=77' 'pybind11>=2.13' $(TORCH)
+	@rm -f $(VENV)/.tools-* && touch $@

@@ -1,0 +1,1 @@
+"""Measurements of fastseq against its rivals: ``python -m benchmarks.run lstm``."""

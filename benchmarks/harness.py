@@ -1,0 +1,374 @@
+"""How a time is taken and what is written down with it: interleaved rounds, paired ratios, the gate, provenance, rows.
+
+Providers of one case run in one process, in rounds; every round visits each provider once, in an order drawn anew. So a
+slow minute of the machine falls on all of them, and a ratio is formed inside a round before any median is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import peak
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).with_name("results")
+BLOCK_SECONDS = 0.03  # short calls repeat until they fill this; their median is the sample of the round
+SETTLE_SECONDS = 0.25  # longest wait for the worker threads of the provider before
+
+
+class Ratio(NamedTuple):
+    """Median of the per-round ratios, with the 95 % percentile bootstrap interval of that median."""
+
+    median: float
+    low: float
+    high: float
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with ``count`` torch threads, then restore what was set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _once(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _settle() -> None:
+    """Wait until no thread of this process computes.
+
+    Worker threads of a runtime spin after its last call: libgomp's for some 10 ms, ONNX Runtime's for some 50 ms (AMD
+    EPYC, 2 cores), and would take a core from whoever comes next.
+    """
+    end = time.perf_counter() + SETTLE_SECONDS
+    while time.perf_counter() < end:
+        used = time.process_time()
+        time.sleep(0.003)
+        if time.process_time() - used < 0.0003:
+            return
+
+
+def _block(call: Callable[[], object], calls: int) -> float:
+    """Seconds of one call: the median of ``calls``, after one that only wakes threads and caches."""
+    if calls > 1:
+        call()
+    return statistics.median(_once(call) for _ in range(calls))
+
+
+def interleave(
+    providers: Mapping[str, Callable[[], object]],
+    rounds: int | None = None,
+    seconds: float = 8.0,
+    every: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> dict[str, dict[int, float]]:
+    """Time every provider in shuffled rounds.
+
+    Args:
+        providers: name -> callable without arguments.
+        rounds: how many; None means as many as fit into ``seconds``, between 5 and 15.
+        every: name -> k, for providers that take part in every k-th round only.
+
+    Returns:
+        name -> {round: seconds of one call}.
+    """
+    every = every or {}
+    order = random.Random(seed)
+    samples: dict[str, dict[int, float]] = {name: {} for name in providers}
+    with _no_garbage_collection():
+        calls, cost = {}, 0.0
+        for name, call in providers.items():
+            call()  # allocates, packs, compiles
+            _settle()
+            once = min(_once(call) for _ in range(2))
+            calls[name] = 1 if once > BLOCK_SECONDS else max(3, min(1000, int(BLOCK_SECONDS / once)))
+            cost += max(once, 2 * BLOCK_SECONDS) / every.get(name, 1)
+        rounds = rounds or max(5, min(15, int(seconds / cost)))
+        for number in range(rounds):
+            names = [name for name in providers if number % every.get(name, 1) == 0]
+            order.shuffle(names)
+            for name in names:
+                _settle()
+                samples[name][number] = _block(providers[name], calls[name])
+            gc.collect()
+    return samples
+
+
+def quantile(samples: Mapping[int, float], q: float) -> float:
+    return float(np.quantile(list(samples.values()), q))
+
+
+def ratio(ours: Mapping[int, float], theirs: Mapping[int, float], seed: int = 0) -> Ratio:
+    """Our time over theirs in the rounds that both took part in."""
+    pairs = np.array([ours[n] / theirs[n] for n in sorted(ours) if n in theirs])
+    draws = np.random.default_rng(seed).choice(pairs, (2000, len(pairs)))
+    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
+    return Ratio(float(np.median(pairs)), float(low), float(high))
+
+
+class Budget(NamedTuple):
+    """What one output of a provider is held against."""
+
+    truth: Tensor  # of the definition in float64
+    naive: float  # relative error of the definition in the provider's own dtype
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    scale = truth.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((got.detach().double() - truth).abs().max() / scale)
+
+
+def gate(got: Mapping[str, Tensor], budgets: Mapping[str, Budget], gradients: frozenset[str]) -> str:
+    """ "passed", or which output is how far over the budget.
+
+    The budget is twice (gradients: three times) the error of the definition in the provider's dtype plus four
+    roundings, relative to the largest value of the output: the rule of the tests.
+    """
+    for name, budget in budgets.items():
+        value = got[name]
+        if value.shape != budget.truth.shape:
+            return f"{name}: shape {list(value.shape)}, expected {list(budget.truth.shape)}"
+        error = relative_error(value, budget.truth)
+        limit = (3 if name in gradients else 2) * budget.naive + 4 * torch.finfo(value.dtype).eps
+        if not error <= limit:
+            return f"{name}: error {error:.1e}, budget {limit:.1e}"
+    return "passed"
+
+
+def _processor() -> str:
+    """Name of the processor as the system gives it, with what tells its generation."""
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields and "model" in fields:
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device() -> str:
+    return f"{_processor()}, {_cores()} cores"
+
+
+def results_file() -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-")
+    return RESULTS / f"{slug}.jsonl"
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def provenance(thread_count: int) -> dict[str, Any]:
+    """What every row of one run shares. Results do not make the tree unclean: writing them is what a run does."""
+    status = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    versions = {}
+    for package in ("onnxruntime", "openvino"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "device": device(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "fma_peak_gflops": _fma_peak(thread_count),
+        "torch": torch.__version__,
+        **versions,
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "clean": status == "" if status is not None else None,
+        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def gated(
+    operator: Any, case: Any, providers: Sequence[Any], thread_count: int
+) -> tuple[dict[Any, Any], dict[Any, str]]:
+    """What may be timed, and why the rest may not.
+
+    Args:
+        operator: a module with ``setup(case, provider, threads)``, ``budgets(case, noise)`` and ``GRADIENTS``; for
+            ``measure`` also NAME, ``describe(provider)`` and ``every(case, provider)``.
+
+    Returns:
+        provider -> work, and provider -> reason.
+    """
+    works, reasons = {}, {}
+    without_noise: dict[str, Budget] = {}
+    for provider in providers:
+        try:
+            work = operator.setup(case, provider, thread_count)
+        except ModuleNotFoundError as error:
+            reasons[provider] = f"not installed: {error.name}"
+            continue
+        noise = work.noise()
+        if noise is None:
+            without_noise = without_noise or operator.budgets(case, None)
+        budgets = without_noise if noise is None else operator.budgets(case, noise)
+        verdict = gate(work.outputs(), budgets, operator.GRADIENTS)
+        if verdict == "passed":
+            works[provider] = work
+        else:
+            reasons[provider] = verdict
+    return works, reasons
+
+
+def limits(case: Any, seconds: float, thread_count: int) -> dict[str, float]:
+    """Operations and bytes per second of one time, and their fractions of what the machine can do."""
+    gflops, gb_s = case.flops / seconds / 1e9, case.bytes_read / seconds / 1e9
+    found = {"gflops": round(gflops, 2), "gb_s": round(gb_s, 2)}
+    with contextlib.suppress(peak.NoCompiler):
+        found["fma_of_peak"] = round(gflops / peak.fma_peak(thread_count), 4)
+        found["bandwidth_of_peak"] = round(gb_s / peak.read_bandwidth(case.weight_bytes, thread_count), 4)
+    return found
+
+
+def measure(
+    operator: Any,
+    case: Any,
+    providers: Sequence[Any],
+    thread_count: int,
+    rounds: int | None = None,
+    seconds: float = 8.0,
+    with_memory: bool = False,
+) -> list[dict[str, Any]]:
+    """One row per provider: the gate, then times, ratios to the others, and fractions of the machine's limits."""
+    with threads(thread_count):
+        works, reasons = gated(operator, case, providers, thread_count)
+        every = {provider.label: operator.every(case, provider) for provider in works}
+        used = {p.label: memory(work.run, work.leaves) if with_memory else {} for p, work in works.items()}
+        samples = interleave({provider.label: work.run for provider, work in works.items()}, rounds, seconds, every)
+    rows = []
+    for provider in providers:
+        row: dict[str, Any] = {
+            "op": operator.NAME,
+            "case": case.name,
+            "mode": case.mode,
+            **operator.describe(provider),
+            "label": provider.label,
+            "dtype": "float32",
+            "threads": thread_count,
+        }
+        if provider in reasons:
+            rows.append({**row, "gate": reasons[provider]})
+            continue
+        own = samples[provider.label]
+        ms = {f"ms{suffix}": round(quantile(own, q) * 1e3, 5) for suffix, q in (("", 0.5), ("_20", 0.2), ("_80", 0.8))}
+        others = {label: ratio(own, theirs) for label, theirs in samples.items() if label != provider.label}
+        row |= {
+            **ms,
+            "reps": len(own),
+            **limits(case, quantile(own, 0.5), thread_count),
+            **used[provider.label],
+            "gate": "passed",
+        }
+        rows.append({**row, "ratios": {label: [round(v, 4) for v in found] for label, found in others.items()}})
+    return rows
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Torch's profiler writes a line to file descriptor 2 at each start and stop, whatever its log level."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def memory(run: Callable[[], object], leaves: Sequence[Tensor]) -> dict[str, float]:
+    """Megabytes of one training step: what autograd holds between forward and backward, and the largest total.
+
+    Args:
+        run: forward and backward. leaves: input and parameters, which are there anyway and do not count.
+    """
+    given = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    held: dict[int, Tensor] = {}  # keeps the tensors, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    saved = sum(t.untyped_storage().nbytes() for address, t in held.items() if address not in given)
+    held.clear()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak_bytes = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak_bytes = max(peak_bytes, total)
+    return {"saved_mb": round(saved / 1e6, 3), "peak_mb": round(peak_bytes / 1e6, 3)}
+
+
+def _fma_peak(thread_count: int) -> float | None:
+    try:
+        return round(peak.fma_peak(thread_count), 1)
+    except peak.NoCompiler:
+        return None
+
+
+def append(rows: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]

@@ -1,0 +1,187 @@
+// The register tile and the packing of its operands. A tile is M rows by P panels of two vectors; the rows of A come
+// packed as [K][cap], so that one pointer and M immediate offsets reach them. Each accumulator is one chain over K:
+// splitting K stores and reloads it, which changes no bit.
+namespace fastseq::core::FASTSEQ_ISA {
+namespace {
+
+template <class R, int M, int P>
+void tile_body(const TileArgs<R>& t, int64_t first_panel) {
+  constexpr int L = kLanes<R>;
+  const R* a = t.a;
+  const R* b = t.b + first_panel * t.b_panel;
+  R* c = t.c + first_panel * t.c_panel;
+  const int64_t cap = t.cap, b_panel = t.b_panel, c_row = t.c_row, c_panel = t.c_panel;
+  Vec<R> acc[M][P][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        acc[i][p][v] = broadcast(R(0));
+        if (t.init == Init::result) acc[i][p][v] = load(c + i * c_row + p * c_panel + v * L);
+        if (t.init == Init::bias) acc[i][p][v] = load(t.bias + (first_panel + p) * 2 * L + v * L);
+      }
+    }
+  }
+  for (int64_t k = 0; k < t.K; ++k) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const Vec<R> b0 = load(b + p * b_panel), b1 = load(b + p * b_panel + L);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        const Vec<R> x = broadcast(a[i]);
+        acc[i][p][0] = fma(x, b0, acc[i][p][0]);
+        acc[i][p][1] = fma(x, b1, acc[i][p][1]);
+      }
+    }
+    a += cap;
+    b += 2 * L;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      store(c + i * c_row + p * c_panel, acc[i][p][0]);
+      store(c + i * c_row + p * c_panel + L, acc[i][p][1]);
+    }
+  }
+}
+
+template <class R, int M>
+void tile_rows(const TileArgs<R>& t) {
+  constexpr int P = tile_panels(M);
+  int64_t p = 0;
+  for (; p + P <= t.panels; p += P) tile_body<R, M, P>(t, p);
+  if constexpr (P == 4) {
+    for (; p + 2 <= t.panels; p += 2) tile_body<R, M, 2>(t, p);
+  }
+  if constexpr (P > 1) {
+    for (; p < t.panels; ++p) tile_body<R, M, 1>(t, p);
+  }
+}
+
+template <class R, int... M>
+struct TileTable {
+  static constexpr void (*rows[])(const TileArgs<R>&) = {nullptr, tile_rows<R, M>...};
+};
+
+template <class R>
+void tile(const TileArgs<R>& t) {
+  if constexpr (kTileRows == 3) {
+    TileTable<R, 1, 2, 3>::rows[t.rows](t);
+  } else if constexpr (kTileRows == 6) {
+    TileTable<R, 1, 2, 3, 4, 5, 6>::rows[t.rows](t);
+  } else {
+    TileTable<R, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>::rows[t.rows](t);
+  }
+}
+
+// 32-byte vectors serve the transpositions at every width: 8 x 8 floats or 4 x 4 doubles at a time.
+template <class R>
+struct Block;
+template <>
+struct Block<float> {
+  typedef float Line __attribute__((vector_size(32)));
+  static constexpr int N = 8;
+  static inline __attribute__((always_inline)) void transpose(Line* r) {
+    Line t[8], u[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      t[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+      t[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      u[4 * i] = __builtin_shufflevector(t[4 * i], t[4 * i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[4 * i + 1] = __builtin_shufflevector(t[4 * i], t[4 * i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      u[4 * i + 2] = __builtin_shufflevector(t[4 * i + 1], t[4 * i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[4 * i + 3] = __builtin_shufflevector(t[4 * i + 1], t[4 * i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+      r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+  }
+};
+template <>
+struct Block<double> {
+  typedef double Line __attribute__((vector_size(32)));
+  static constexpr int N = 4;
+  static inline __attribute__((always_inline)) void transpose(Line* r) {
+    const Line a = __builtin_shufflevector(r[0], r[1], 0, 4, 2, 6), b = __builtin_shufflevector(r[0], r[1], 1, 5, 3, 7);
+    const Line c = __builtin_shufflevector(r[2], r[3], 0, 4, 2, 6), d = __builtin_shufflevector(r[2], r[3], 1, 5, 3, 7);
+    r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+    r[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+    r[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+    r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+  }
+};
+
+// Lines i .. i+lines of the output, all lengths; a short group (lines < N) stores only its own columns.
+template <class R>
+void pack_group(const PackArgs<R>& p, int64_t i, int64_t lines) {
+  using Line = typename Block<R>::Line;
+  constexpr int N = Block<R>::N;
+  const R* in[N];
+  for (int64_t n = 0; n < N; ++n) in[n] = p.lines.row(p.first + i + (n < lines ? n : 0)) + p.offset;
+  R* out = p.out + i;
+  int64_t j = 0;
+  for (; j + N <= p.length; j += N, out += N * p.width) {
+    Line r[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) __builtin_memcpy(&r[n], in[n] + j, sizeof(Line));
+    Block<R>::transpose(r);
+    if (lines == N) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) __builtin_memcpy(out + n * p.width, &r[n], sizeof(Line));
+    } else if (lines == N / 2) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) __builtin_memcpy(out + n * p.width, &r[n], sizeof(Line) / 2);
+    } else {
+      for (int n = 0; n < N; ++n) {
+        for (int64_t m = 0; m < lines; ++m) out[n * p.width + m] = r[n][m];
+      }
+    }
+  }
+  for (; j < p.length; ++j, out += p.width) {
+    for (int64_t m = 0; m < lines; ++m) out[m] = in[m][j];
+  }
+}
+
+template <class R>
+void pack_rows(const PackArgs<R>& p) {
+  constexpr int N = Block<R>::N;
+  if (p.width == 1) {
+    if (p.count) __builtin_memcpy(p.out, p.lines.row(p.first) + p.offset, (size_t)p.length * sizeof(R));
+    return;
+  }
+  for (int64_t i = 0; i < p.count; i += N) pack_group(p, i, p.count - i < N ? p.count - i : N);
+  if (p.pad && p.count < p.width) {
+    for (int64_t j = 0; j < p.length; ++j) {
+      for (int64_t i = p.count; i < p.width; ++i) p.out[j * p.width + i] = R(0);
+    }
+  }
+}
+
+template <class R>
+void pack_columns(const PackArgs<R>& p) {
+  const bool whole = p.count == kPanel<R> && p.width == kPanel<R>;
+  for (int64_t j = 0; j < p.length; ++j) {
+    const R* in = p.lines.row(p.first + j) + p.offset;
+    R* out = p.out + j * p.width;
+    if (whole) {
+      store(out, load(in));
+      store(out + kLanes<R>, load(in + kLanes<R>));
+      continue;
+    }
+    for (int64_t i = 0; i < p.count; ++i) out[i] = in[i];
+    if (p.pad) {
+      for (int64_t i = p.count; i < p.width; ++i) out[i] = R(0);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastseq::core::FASTSEQ_ISA

@@ -1,0 +1,71 @@
+#include "core/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace fastseq::core {
+
+namespace scalar {
+extern const Kernels table;
+}
+#if defined(FASTSEQ_HAVE_AVX2)
+namespace avx2 {
+extern const Kernels table;
+}
+#endif
+#if defined(FASTSEQ_HAVE_AVX512)
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+#if defined(FASTSEQ_HAVE_AVX512_ON_AVX2)
+namespace avx512_on_avx2 {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+// __builtin_cpu_supports asks the processor and, through XGETBV, the operating system.
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+Choice choose() {
+  const Kernels* found[4];
+  const int count = supported(found);
+  const char* wanted = std::getenv("FASTSEQ_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    return {found[count - 1], nullptr};
+  }
+  for (int i = 0; i < count; ++i) {
+    if (std::strcmp(found[i]->name, wanted) == 0) return {found[i], nullptr};
+  }
+  return {found[0], "FASTSEQ_ISA names an instruction set that is unknown, not built or not supported by this machine"};
+}
+
+}  // namespace
+
+int supported(const Kernels** out) {
+  int count = 0;
+  out[count++] = &scalar::table;
+#if defined(FASTSEQ_HAVE_AVX512_ON_AVX2)
+  if (has_avx2()) out[count++] = &avx512_on_avx2::table;  // before avx2, so that it is never the best
+#endif
+#if defined(FASTSEQ_HAVE_AVX2)
+  if (has_avx2()) out[count++] = &avx2::table;
+#endif
+#if defined(FASTSEQ_HAVE_AVX512)
+  if (has_avx512()) out[count++] = &avx512::table;
+#endif
+  return count;
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();  // read once; the same in every copy of the core
+  return chosen;
+}
+
+}  // namespace fastseq::core

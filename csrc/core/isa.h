@@ -1,0 +1,51 @@
+// The table of everything that exists once per instruction set, and the choice among the sets.
+#pragma once
+
+#include <cstdint>
+
+#include "core/gemm.h"
+#include "core/lstm_step.h"
+
+namespace fastseq::core {
+
+// One row per vectorised function, for one element type R (float or double).
+template <class R>
+struct Table {
+  int tile_rows;    // most rows of a register tile
+  int panel_width;  // columns of a packed panel: two vectors
+  // c[i][p][:] for i < rows, p < panels: init + sum over k of a[k * cap + i] * b[p * b_panel + k * panel_width + :]
+  void (*tile)(const TileArgs<R>& args);
+  // out[k * cap + i] = rows' element (i, k); see PackArgs
+  void (*pack_rows)(const PackArgs<R>& args);
+  void (*pack_columns)(const PackArgs<R>& args);
+  void (*lstm_cell_forward)(const CellForward<R>& args);
+  void (*lstm_cell_backward)(const CellBackward<R>& args);
+  // noise of `count` units from `unit` on: [2][panel_width], i then f
+  void (*lstm_noise)(const LstmNoise& noise, int64_t unit, int64_t count, int64_t step, int64_t row, R* out);
+};
+
+struct Kernels {
+  const char* name;
+  Table<float> f32;
+  Table<double> f64;
+  void (*philox)(int64_t count, const uint32_t* counter, uint64_t key, uint32_t* words);
+};
+
+template <class R>
+const Table<R>& table_of(const Kernels& kernels);
+template <>
+inline const Table<float>& table_of<float>(const Kernels& kernels) { return kernels.f32; }
+template <>
+inline const Table<double>& table_of<double>(const Kernels& kernels) { return kernels.f64; }
+
+// What runs, or why nothing can: FASTSEQ_ISA names a set that is unknown, not built or not supported here.
+struct Choice {
+  const Kernels* kernels;  // never null
+  const char* error;       // null when all is well
+};
+const Choice& choice();
+inline const Kernels& kernels() { return *choice().kernels; }
+// The sets that are built and that this processor and operating system support, best last. Returns their number (<= 4).
+int supported(const Kernels** out);
+
+}  // namespace fastseq::core

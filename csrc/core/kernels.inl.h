@@ -1,0 +1,26 @@
+// Everything that is compiled once per instruction set, and the one table that leaves the file.
+// FASTSEQ_ISA is the namespace, FASTSEQ_ISA_NAME its text; simd_<set>.h came before.
+#include <math.h>
+#include <stdint.h>
+
+#include "core/isa.h"
+#include "core/simd.inl.h"
+// (order matters: each uses the ones above)
+#include "core/activation.inl.h"
+#include "core/gemm.inl.h"
+#include "core/noise.inl.h"
+#include "core/lstm.inl.h"
+
+namespace fastseq::core::FASTSEQ_ISA {
+
+extern const Kernels table;
+constinit const Kernels table = {
+    FASTSEQ_ISA_NAME,
+    {kTileRows, kPanel<float>, tile<float>, pack_rows<float>, pack_columns<float>, lstm_cell_forward<float>,
+     lstm_cell_backward<float>, lstm_noise<float>},
+    {kTileRows, kPanel<double>, tile<double>, pack_rows<double>, pack_columns<double>, lstm_cell_forward<double>,
+     lstm_cell_backward<double>, lstm_noise<double>},
+    philox,
+};
+
+}  // namespace fastseq::core::FASTSEQ_ISA

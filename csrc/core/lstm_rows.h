@@ -1,0 +1,105 @@
+// Where the rows of a step lie, what came before them, and how a step is cut into register tiles.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/flush.h"
+#include "core/isa.h"
+#include "core/lstm.h"
+
+namespace fastseq::core {
+
+// Rows are numbered by length, longest first, so that the rows of a step are 0 .. count(t) - 1 in every layout.
+class Rows {
+ public:
+  // Elements of int64_t that `memory` must hold.
+  static int64_t need(int64_t T, int64_t B) { return 2 * (T + 1) + B; }
+
+  template <class R>
+  Rows(const LstmArgs<R>& a, int64_t* memory)
+      : T(a.T), B(a.B), reset_(a.reset), reverse_(a.reverse), dense_(!a.lengths && !a.batch_sizes) {
+    if (dense_) return;
+    counts_ = memory;
+    offsets_ = memory + T + 1;
+    int64_t* order = memory + 2 * (T + 1);
+    for (int64_t t = 0; t < T; ++t) offsets_[t] = t * B;
+    if (a.lengths) {
+      for (int64_t b = 0; b < B; ++b) order[b] = b;
+      std::sort(order, order + B, [&](int64_t x, int64_t y) {
+        return a.lengths[x] != a.lengths[y] ? a.lengths[x] > a.lengths[y] : x < y;
+      });
+      order_ = order;
+      for (int64_t t = 0, n = B; t < T; ++t) {
+        while (n > 0 && a.lengths[order[n - 1]] <= t) --n;
+        counts_[t] = n;
+      }
+    } else {
+      for (int64_t t = 0, at = 0; t < T; ++t) {
+        offsets_[t] = at;
+        at += counts_[t] = a.batch_sizes[t];
+      }
+    }
+  }
+
+  const int64_t T, B;
+
+  int64_t count(int64_t t) const { return t < 0 || t >= T ? 0 : dense_ ? B : counts_[t]; }
+  int64_t batch(int64_t r) const { return order_ ? order_[r] : r; }  // its row in h0 and in dense data
+  int64_t element(int64_t t, int64_t r) const { return (dense_ ? t * B : offsets_[t]) + batch(r); }
+  int64_t step(int64_t s) const { return reverse_ ? T - 1 - s : s; }   // in order of processing
+  int64_t before(int64_t t) const { return reverse_ ? t + 1 : t - 1; }
+  int64_t after(int64_t t) const { return reverse_ ? t - 1 : t + 1; }
+  // A segment begins between the step processed before t and t: the state that enters t is the start state.
+  bool cut(int64_t t, int64_t r) const {
+    const int64_t later = reverse_ ? t + 1 : t;
+    return reset_ && r < count(later) && reset_[element(later, r)];
+  }
+
+ private:
+  const bool* reset_;
+  bool reverse_, dense_;
+  int64_t* counts_ = nullptr;
+  int64_t* offsets_ = nullptr;
+  const int64_t* order_ = nullptr;
+};
+
+// Rows in tiles of `cap`, units in panels of `width`; an item is one tile of one panel, numbered panel by panel.
+struct Tiling {
+  int64_t cap, tiles, width;
+
+  template <class R>
+  Tiling(int64_t B, const Table<R>& table) {
+    const int64_t least = std::max<int64_t>(1, (B + table.tile_rows - 1) / table.tile_rows);
+    cap = std::max<int64_t>(1, (B + least - 1) / least);
+    tiles = (B + cap - 1) / cap;
+    width = table.panel_width;
+  }
+  int64_t panels(int64_t units) const { return (units + width - 1) / width; }
+  int64_t tiles_of(int64_t rows) const { return (rows + cap - 1) / cap; }
+  int64_t packed(int64_t units) const { return round_up(tiles * cap * units); }  // a state, tile by tile, [units][cap]
+  static int64_t round_up(int64_t n) { return (n + 15) / 16 * 16; }
+};
+
+// The h that entered each step, by element; `zeros` beyond a row's end.
+template <class R>
+void entering(const Rows& rows, const LstmArgs<R>& a, const R* h, const R* zeros, const R** h_in) {
+  if (a.lengths) std::fill(h_in, h_in + a.N, zeros);
+  for (int64_t t = 0; t < a.T; ++t) {
+    const int64_t before = rows.before(t), n = rows.count(t), n_before = rows.count(before);
+    for (int64_t r = 0; r < n; ++r) {
+      const R* in = r < n_before ? h + rows.element(before, r) * a.P : a.h0 + rows.batch(r) * a.P;
+      if (rows.cut(t, r)) in = a.h_start ? a.h_start : zeros;
+      h_in[rows.element(t, r)] = in;
+    }
+  }
+}
+
+template <class T>
+T* take(T*& scratch, int64_t count) {
+  T* const out = scratch;
+  scratch += count;
+  return out;
+}
+
+}  // namespace fastseq::core

@@ -1,0 +1,66 @@
+// How a kernel asks its host for threads: a team that exists for one whole call, with a barrier of exactly its members.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace fastseq::core {
+
+// A barrier for the threads of one team. It spins, because a step of a small LSTM is shorter than a sleep, and yields
+// the processor once spinning has lasted longer than any step that was worth sharing.
+class Barrier {
+ public:
+  explicit Barrier(int size) : size_(size) {}
+
+  void wait() noexcept {
+    if (size_ == 1) return;
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins < kSpins) {
+#if defined(__SSE2__)
+        _mm_pause();
+#endif
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 4096;
+  alignas(64) std::atomic<uint32_t> phase_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  int size_;
+};
+
+// The host's answer. `run` calls body(context, rank, size, barrier) once on each of `size` threads, at most `most` and
+// perhaps fewer, and returns when all have returned. A body may call wait() any number of times, the same on each rank.
+struct Team {
+  using Body = void (*)(const void* context, int rank, int size, Barrier& barrier);
+  int most;
+  void (*run)(int size, Body body, const void* context);
+};
+
+// One thread, the caller.
+inline void run_alone(int, Team::Body body, const void* context) {
+  Barrier barrier(1);
+  body(context, 0, 1, barrier);
+}
+
+// The share of `rank` in `count` items, as even as can be.
+struct Range {
+  int64_t begin, end;
+};
+inline Range share(int64_t count, int rank, int size) { return {count * rank / size, count * (rank + 1) / size}; }
+
+}  // namespace fastseq::core

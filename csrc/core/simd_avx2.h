@@ -1,0 +1,25 @@
+// Vec for AVX2 with FMA: 16 registers of 8 floats or 4 doubles.
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace fastseq::core::FASTSEQ_ISA {
+namespace {
+
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 vectors of the panel, 1 broadcast
+constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
+
+inline VecF broadcast(float x) { return (VecF)_mm256_set1_ps(x); }
+inline VecD broadcast(double x) { return (VecD)_mm256_set1_pd(x); }
+inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+// 64-bit products of the even 32-bit lanes
+inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (VecU64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+
+}  // namespace
+}  // namespace fastseq::core::FASTSEQ_ISA

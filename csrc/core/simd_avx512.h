@@ -1,0 +1,57 @@
+// Vec for AVX-512: 32 registers of 16 floats or 8 doubles. With FASTSEQ_AVX512_ON_AVX2 the same body runs as two AVX2
+// halves per vector, for tests on machines without AVX-512.
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace fastseq::core::FASTSEQ_ISA {
+namespace {
+
+constexpr int kVectorBytes = 64;
+constexpr int kTileRows = 12;  // 12 x 2 accumulators, 2 vectors of the panel; broadcasts are memory operands
+constexpr int tile_panels(int rows) { return rows <= 3 ? 4 : rows <= 6 ? 2 : 1; }
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
+
+#if defined(FASTSEQ_AVX512_ON_AVX2)
+
+template <class To, class Half>
+inline To joined(Half low, Half high) {
+  To out;
+  __builtin_memcpy(&out, &low, sizeof low);
+  __builtin_memcpy((char*)&out + sizeof low, &high, sizeof high);
+  return out;
+}
+template <class Half, class From>
+inline Half half(const From& v, int which) {
+  Half out;
+  __builtin_memcpy(&out, (const char*)&v + which * sizeof out, sizeof out);
+  return out;
+}
+inline VecF broadcast(float x) { return joined<VecF>(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
+inline VecD broadcast(double x) { return joined<VecD>(_mm256_set1_pd(x), _mm256_set1_pd(x)); }
+inline VecF fma(VecF a, VecF b, VecF c) {
+  return joined<VecF>(_mm256_fmadd_ps(half<__m256>(a, 0), half<__m256>(b, 0), half<__m256>(c, 0)),
+                      _mm256_fmadd_ps(half<__m256>(a, 1), half<__m256>(b, 1), half<__m256>(c, 1)));
+}
+inline VecD fma(VecD a, VecD b, VecD c) {
+  return joined<VecD>(_mm256_fmadd_pd(half<__m256d>(a, 0), half<__m256d>(b, 0), half<__m256d>(c, 0)),
+                      _mm256_fmadd_pd(half<__m256d>(a, 1), half<__m256d>(b, 1), half<__m256d>(c, 1)));
+}
+inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+
+#else
+
+inline VecF broadcast(float x) { return (VecF)_mm512_set1_ps(x); }
+inline VecD broadcast(double x) { return (VecD)_mm512_set1_pd(x); }
+inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+// 64-bit products of the even 32-bit lanes
+inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (VecU64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b); }
+
+#endif
+
+}  // namespace
+}  // namespace fastseq::core::FASTSEQ_ISA

@@ -1,0 +1,25 @@
+// Vec for any processor: plain compiler vectors of eight floats, so that loops have the same shape as on wide machines.
+// fma rounds twice here: baseline processors have no fused instruction.
+#include <stdint.h>
+
+namespace fastseq::core::FASTSEQ_ISA {
+namespace {
+
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 3;  // rows of the register tile; 2 vectors wide
+constexpr int tile_panels(int rows) { return rows == 1 ? 2 : 1; }  // panels that one register tile covers
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
+
+inline VecF broadcast(float x) { return VecF{x, x, x, x, x, x, x, x}; }
+inline VecD broadcast(double x) { return VecD{x, x, x, x}; }
+inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+inline VecD fma(VecD a, VecD b, VecD c) { return a * b + c; }
+// 64-bit products of the even 32-bit lanes
+inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+
+}  // namespace
+}  // namespace fastseq::core::FASTSEQ_ISA

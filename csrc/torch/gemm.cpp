@@ -1,0 +1,33 @@
+#include "core/gemm.h"
+
+#include "door/gemm.h"
+#include "torch/view.h"
+
+namespace fastseq::torch_door {
+namespace {
+
+template <class R>
+void run(const Tensor& like, const core::GemmArgs<R>& args) {
+  const core::Team t = team();
+  const Scratch<R> scratch(like, core::gemm_scratch(args, t.most));
+  core::gemm(args, scratch.data(), t);
+}
+
+Tensor gemm(Tensor a, Tensor b, Optional bias, bool transpose_a, bool transpose_b) {
+  check_isa("gemm");
+  const door::Array va = view("gemm", "a", a), vb = view("gemm", "b", b), vbias = view("gemm", "bias", bias);
+  const door::GemmSizes s = door::check_gemm(va, vb, vbias, transpose_a, transpose_b);
+  Tensor out = empty(a, {s.M, s.N});
+  if (s.type == door::Type::f32) {
+    run(a, door::gemm_args(s, va, vb, vbias, transpose_a, transpose_b, pointer<float>(out)));
+  } else {
+    run(a, door::gemm_args(s, va, vb, vbias, transpose_a, transpose_b, pointer<double>(out)));
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("gemm", TORCH_BOX(&gemm)); }
+
+}  // namespace fastseq::torch_door

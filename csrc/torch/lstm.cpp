@@ -1,0 +1,152 @@
+#include "core/lstm.h"
+
+#include <tuple>
+
+#include "door/lstm.h"
+#include "torch/view.h"
+
+namespace fastseq::torch_door {
+namespace {
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+door::LstmState view_state(const char* op, const Tensor& weight_hh, const Tensor& h0, const Tensor& c0,
+                           const Optional& weight_hr, const Optional& lengths, const Optional& batch_sizes,
+                           const Optional& reset, const Optional& h_start, const Optional& c_start) {
+  check_isa(op);
+  return {view(op, "weight_hh", weight_hh), view(op, "h0", h0),           view(op, "c0", c0),
+          view(op, "weight_hr", weight_hr), view(op, "lengths", lengths), view(op, "batch_sizes", batch_sizes),
+          view(op, "reset", reset),         view(op, "h_start", h_start), view(op, "c_start", c_start)};
+}
+
+core::LstmNoise view_noise(const char* op, const Optional& seed, const Optional& rows, int64_t B, int64_t row_offset,
+                           int64_t stream, double probability) {
+  const door::Array s = view(op, "seed", seed), r = view(op, "rows", rows);
+  door::check_noise(op, r, B, probability);
+  if (!s.given()) return {};
+  if (s.type != door::Type::i64 || seed->numel() != 1) door::fail(op, "seed must be one int64");
+  return {true, static_cast<uint64_t>(*s.as<int64_t>()), r.as<int64_t>(), row_offset, stream, probability};
+}
+
+std::vector<int64_t> data_size(const door::LstmSizes& z, int64_t width) {
+  return z.packed ? std::vector<int64_t>{z.N, width} : std::vector<int64_t>{z.T, z.B, width};
+}
+
+template <class R>
+void run(const Tensor& like, const core::LstmForward<R>& call) {
+  const core::Team t = team();
+  const Scratch<R> scratch(like, core::lstm_forward_scratch(call.args, t.most));
+  core::lstm_forward(call, scratch.data(), t);
+}
+
+template <class R>
+void run(const Tensor& like, const core::LstmGates<R>& call) {
+  const core::Team t = team();
+  const Scratch<R> scratch(like, core::lstm_gates_scratch(call.args, t.most));
+  core::lstm_gates(call, scratch.data(), t);
+}
+
+template <class R>
+void run(const Tensor& like, const core::LstmBackward<R>& call) {
+  const core::Team t = team();
+  const Scratch<R> scratch(like, core::lstm_backward_scratch(call.args, call.dweight_hh != nullptr, t.most));
+  core::lstm_backward(call, scratch.data(), t);
+}
+
+Five lstm_forward(Tensor x_gates, Tensor weight_hh, Tensor h0, Tensor c0, Optional weight_hr, Optional lengths,
+                  Optional batch_sizes, Optional reset, Optional h_start, Optional c_start, Optional seed,
+                  Optional rows, int64_t row_offset, int64_t stream, double noise_probability, double tau, bool hard,
+                  bool reverse, int64_t save) {
+  const char* const op = "lstm_forward";
+  const door::Array x = view(op, "x_gates", x_gates);
+  const door::LstmState s =
+      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmSizes z = door::check_lstm(op, "x_gates", x, s, tau);
+  const core::LstmNoise noise = view_noise(op, seed, rows, z.B, row_offset, stream, noise_probability);
+  if (save < 0 || save > 2) door::fail(op, "save must be 0, 1 or 2, got ", save);
+  Tensor h = empty(x_gates, data_size(z, z.P));
+  Tensor c = empty(x_gates, save >= 1 ? data_size(z, z.H) : std::vector<int64_t>{0});
+  Tensor gates = empty(x_gates, save >= 2 ? data_size(z, 4 * z.H) : std::vector<int64_t>{0});
+  Tensor h_n = empty(x_gates, {z.B, z.P}), c_n = empty(x_gates, {z.B, z.H});
+  const auto go = [&]<class R>(R) {
+    run<R>(x_gates, core::LstmForward<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), pointer<R>(h),
+                                         save >= 1 ? pointer<R>(c) : nullptr, save >= 2 ? pointer<R>(gates) : nullptr,
+                                         pointer<R>(h_n), pointer<R>(c_n)});
+  };
+  z.type == door::Type::f32 ? go(float()) : go(double());
+  return {h, c, gates, h_n, c_n};
+}
+
+Tensor lstm_gates(Tensor x_gates, Tensor h, Tensor c, Tensor weight_hh, Tensor h0, Tensor c0, Optional weight_hr,
+                  Optional lengths, Optional batch_sizes, Optional reset, Optional h_start, Optional c_start,
+                  Optional seed, Optional rows, int64_t row_offset, int64_t stream, double noise_probability,
+                  double tau, bool hard, bool reverse) {
+  const char* const op = "lstm_gates";
+  const door::Array x = view(op, "x_gates", x_gates), vh = view(op, "h", h), vc = view(op, "c", c);
+  const door::LstmState s =
+      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmSizes z = door::check_lstm(op, "x_gates", x, s, tau);
+  door::check_data(op, "h", vh, z, z.P, "P");
+  door::check_data(op, "c", vc, z, z.H, "H");
+  const core::LstmNoise noise = view_noise(op, seed, rows, z.B, row_offset, stream, noise_probability);
+  Tensor gates = empty(x_gates, data_size(z, 4 * z.H));
+  const auto go = [&]<class R>(R) {
+    run<R>(x_gates, core::LstmGates<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), vh.as<R>(),
+                                       vc.as<R>(), pointer<R>(gates)});
+  };
+  z.type == door::Type::f32 ? go(float()) : go(double());
+  return gates;
+}
+
+Seven lstm_backward(Optional dh, Optional dc, Optional dgates, Optional dh_n, Optional dc_n, Tensor gates, Tensor h,
+                    Tensor c, Tensor weight_hh, Tensor h0, Tensor c0, Optional weight_hr, Optional lengths,
+                    Optional batch_sizes, Optional reset, Optional h_start, Optional c_start, double tau, bool hard,
+                    bool reverse, bool weights) {
+  const char* const op = "lstm_backward";
+  const door::LstmState s =
+      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmGrads g{view(op, "dh", dh),     view(op, "dc", dc),       view(op, "dgates", dgates),
+                          view(op, "dh_n", dh_n), view(op, "dc_n", dc_n),   view(op, "gates", gates),
+                          view(op, "h", h),       view(op, "c", c)};
+  const door::LstmSizes z = door::check_lstm_backward(g, s, tau);
+  const bool start = s.h_start.given() || s.c_start.given(), project = weights && s.weight_hr.given();
+  const auto sized = [&](bool wanted, std::vector<int64_t> size) {
+    return empty(gates, wanted ? size : std::vector<int64_t>{0});
+  };
+  Tensor dx_gates = empty(gates, data_size(z, 4 * z.H)), dh0 = empty(gates, {z.B, z.P}), dc0 = empty(gates, {z.B, z.H});
+  Tensor dweight_hh = sized(weights, {4 * z.H, z.P}), dweight_hr = sized(project, {z.P, z.H});
+  Tensor dh_start = sized(start, {z.P}), dc_start = sized(start, {z.H});
+  const auto go = [&]<class R>(R) {
+    run<R>(gates,
+           core::LstmBackward<R>{door::lstm_args<R>(z, s, tau, hard, reverse), g.dh.as<R>(), g.dc.as<R>(),
+                                 g.dgates.as<R>(), g.dh_n.as<R>(), g.dc_n.as<R>(), g.gates.as<R>(), g.h.as<R>(),
+                                 g.c.as<R>(), pointer<R>(dx_gates), weights ? pointer<R>(dweight_hh) : nullptr,
+                                 project ? pointer<R>(dweight_hr) : nullptr, pointer<R>(dh0), pointer<R>(dc0),
+                                 start ? pointer<R>(dh_start) : nullptr, start ? pointer<R>(dc_start) : nullptr});
+  };
+  z.type == door::Type::f32 ? go(float()) : go(double());
+  return {dx_gates, dweight_hh, dh0, dc0, dweight_hr, dh_start, dc_start};
+}
+
+Tensor lstm_noise(Tensor seed, int64_t T, int64_t B, int64_t H, Optional rows, int64_t row_offset, int64_t stream,
+                  double noise_probability) {
+  const char* const op = "lstm_noise";
+  check_isa(op);
+  if (T < 0 || B < 0 || H < 0) door::fail(op, "T, B and H must not be negative, got ", T, ", ", B, ", ", H);
+  const core::LstmNoise noise = view_noise(op, seed, rows, B, row_offset, stream, noise_probability);
+  Tensor out = torch::stable::new_empty(seed, std::vector<int64_t>{T, B, 2 * H}, ScalarType::Float);
+  core::lstm_noise(noise, T, B, H, pointer<float>(out), team());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+  m.impl("lstm_forward", TORCH_BOX(&lstm_forward));
+  m.impl("lstm_gates", TORCH_BOX(&lstm_gates));
+  m.impl("lstm_backward", TORCH_BOX(&lstm_backward));
+  m.impl("lstm_noise", TORCH_BOX(&lstm_noise));
+}
+
+}  // namespace fastseq::torch_door

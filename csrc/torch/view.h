@@ -1,0 +1,89 @@
+// Tensors as arrays, torch's allocator for results and scratch, and torch's threads behind the core's team.
+#pragma once
+
+#include <omp.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "door/array.h"
+
+namespace fastseq::torch_door {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+inline door::Array view(const char* op, const char* name, const Tensor& tensor) {
+  if (!tensor.is_cpu()) door::fail(op, name, " must be on cpu");
+  door::Array out;
+  out.data = tensor.const_data_ptr();
+  const ScalarType type = tensor.scalar_type();
+  out.type = type == ScalarType::Float    ? door::Type::f32
+             : type == ScalarType::Double ? door::Type::f64
+             : type == ScalarType::Long   ? door::Type::i64
+             : type == ScalarType::Bool   ? door::Type::boolean
+                                          : door::Type::other;
+  out.dims = static_cast<int>(tensor.dim());
+  if (out.dims > 4) door::fail(op, name, " has ", out.dims, " dimensions");
+  for (int i = 0; i < out.dims; ++i) out.size[i] = tensor.size(i);
+  out.contiguous = tensor.is_contiguous();
+  return out;
+}
+
+inline door::Array view(const char* op, const char* name, const Optional& tensor) {
+  return tensor ? view(op, name, *tensor) : door::Array{};
+}
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> size) { return torch::stable::new_empty(like, size); }
+
+template <class R>
+R* pointer(const Tensor& tensor) {
+  return static_cast<R*>(tensor.mutable_data_ptr());
+}
+
+// 64-byte aligned elements that live as long as this. From torch's allocator, which fills them with NaN in its
+// deterministic mode: what a kernel forgets to write shows up in tests.
+template <class R>
+class Scratch {
+ public:
+  Scratch(const Tensor& like, size_t count) : tensor_(empty(like, {static_cast<int64_t>(count + 64 / sizeof(R))})) {}
+  R* data() const { return reinterpret_cast<R*>((reinterpret_cast<uintptr_t>(pointer<R>(tensor_)) + 63) & ~uintptr_t(63)); }
+
+ private:
+  Tensor tensor_;
+};
+
+// One OpenMP region for a whole call, on the pool that torch's own operators keep warm. A pool of our own would compete
+// with their threads, which spin for a while after each operator.
+inline void run_team(int size, core::Team::Body body, const void* context) {
+  if (size == 1) return core::run_alone(1, body, context);
+  core::Barrier barrier(size);
+  std::atomic<bool> whole{true};
+#pragma omp parallel num_threads(size)
+  {
+    if (omp_get_num_threads() == size) {
+      body(context, omp_get_thread_num(), size, barrier);
+    } else if (omp_get_thread_num() == 0) {
+      whole = false;  // fewer threads than asked for: the barrier would wait for ever
+    }
+  }
+  if (!whole) core::run_alone(1, body, context);
+}
+
+inline core::Team team() {
+  const int most = omp_in_parallel() ? 1 : static_cast<int>(torch::stable::get_num_threads());
+  return {most, run_team};
+}
+
+inline void check_isa(const char* op) {
+  if (const char* const error = core::choice().error) door::fail(op, error);
+}
+
+}  // namespace fastseq::torch_door

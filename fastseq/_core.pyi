@@ -1,0 +1,110 @@
+"""The kernels on numpy arrays, without torch; shapes and meaning stand in ``fastseq.reference``.
+
+Arrays must be C-contiguous, of one type (float32 or float64); nothing is converted or copied silently.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]  # float32 or float64, the same in all of one call
+Index: TypeAlias = NDArray[np.int64]
+Mask: TypeAlias = NDArray[np.bool_]
+
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def philox(counter: NDArray[np.uint32], key: int) -> NDArray[np.uint32]: ...
+def gemm(
+    a: Array,
+    b: Array,
+    bias: Array | None = None,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    *,
+    threads: int = 1,
+) -> Array: ...
+def lstm_noise(
+    seed: int,
+    T: int,
+    B: int,
+    H: int,
+    rows: Index | None = None,
+    row_offset: int = 0,
+    stream: int = 0,
+    noise_probability: float = 1.0,
+    *,
+    threads: int = 1,
+) -> NDArray[np.float32]: ...
+def lstm_forward(
+    x_gates: Array,
+    weight_hh: Array,
+    h0: Array,
+    c0: Array,
+    weight_hr: Array | None = None,
+    lengths: Index | None = None,
+    batch_sizes: Index | None = None,
+    reset: Mask | None = None,
+    h_start: Array | None = None,
+    c_start: Array | None = None,
+    seed: int | None = None,
+    rows: Index | None = None,
+    row_offset: int = 0,
+    stream: int = 0,
+    noise_probability: float = 1.0,
+    tau: float = 1.0,
+    hard: bool = False,
+    reverse: bool = False,
+    save: int = 0,
+    *,
+    threads: int = 1,
+) -> tuple[Array, Array, Array, Array, Array]: ...
+def lstm_gates(
+    x_gates: Array,
+    h: Array,
+    c: Array,
+    weight_hh: Array,
+    h0: Array,
+    c0: Array,
+    weight_hr: Array | None = None,
+    lengths: Index | None = None,
+    batch_sizes: Index | None = None,
+    reset: Mask | None = None,
+    h_start: Array | None = None,
+    c_start: Array | None = None,
+    seed: int | None = None,
+    rows: Index | None = None,
+    row_offset: int = 0,
+    stream: int = 0,
+    noise_probability: float = 1.0,
+    tau: float = 1.0,
+    hard: bool = False,
+    reverse: bool = False,
+    *,
+    threads: int = 1,
+) -> Array: ...
+def lstm_backward(
+    dh: Array | None,
+    dc: Array | None,
+    dgates: Array | None,
+    dh_n: Array | None,
+    dc_n: Array | None,
+    gates: Array,
+    h: Array,
+    c: Array,
+    weight_hh: Array,
+    h0: Array,
+    c0: Array,
+    weight_hr: Array | None = None,
+    lengths: Index | None = None,
+    batch_sizes: Index | None = None,
+    reset: Mask | None = None,
+    h_start: Array | None = None,
+    c_start: Array | None = None,
+    tau: float = 1.0,
+    hard: bool = False,
+    reverse: bool = False,
+    weights: bool = True,
+    *,
+    threads: int = 1,
+) -> tuple[Array, Array, Array, Array, Array, Array, Array]: ...

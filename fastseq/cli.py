@@ -1,0 +1,112 @@
+"""The ``fastseq`` command. Imports torch only inside the subcommands that need it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+_DEMO_NEEDS = ("matplotlib", "rich", "torch")
+
+
+class CommandError(Exception):
+    """A failure that the user can act on: printed as one line, without a traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments after the program's name; None means those of the process.
+
+    Returns:
+        The exit status: 0, 1 after a ``CommandError``, 130 when interrupted. Wrong usage exits with 2.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except CommandError as error:
+        print(f"fastseq {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"fastseq {arguments.command}: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fastseq import __version__
+
+    parser = argparse.ArgumentParser(prog="fastseq", description="Fast LSTMs with binary gates.")
+    parser.add_argument("--version", action="version", version=f"fastseq {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    from fastseq import demo
+
+    parser = commands.add_parser("demo", help="train on real text, print what was measured and write a report")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", choices=demo.names(), help=f"one of {', '.join(demo.names())}; default: all"
+    )
+    parser.add_argument("--quick", action="store_true", help="less than a minute instead of a few")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the report, HTML (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of every random choice (default: %(default)s)")
+    parser.set_defaults(run=_demo)
+
+
+def _seed(text: str) -> int:
+    """An integer that ``torch.manual_seed`` takes and that is not negative."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be in 0..2**63-1, got {value}")
+    return value
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    missing = [name for name in _DEMO_NEEDS if find_spec(name) is None]
+    if missing:
+        extras = "demo,torch" if "torch" in missing else "demo"
+        raise CommandError(f"needs {' and '.join(missing)}: pip install fastseq-kernels[{extras}]")
+    if arguments.out.is_dir() or not arguments.out.resolve().parent.is_dir():
+        raise CommandError(f"--out must name a file in an existing folder, got {arguments.out}")
+    from rich.console import Console
+
+    from fastseq import demo
+    from fastseq.demo import facts, report, terminal
+
+    console = Console()
+    seconds = demo.QUICK_SECONDS if arguments.quick else demo.FULL_SECONDS
+    with terminal.progress(console) as progress:
+        chapters = demo.run([arguments.name] if arguments.name else demo.names(), seconds, arguments.seed, progress)
+    known = facts.collect(arguments.seed)
+    terminal.show(console, known, chapters)
+    try:
+        report.write(arguments.out, "fastseq demo", known, chapters)
+    except OSError as error:
+        raise CommandError(f"--out {arguments.out}: {error.strerror}") from None
+    console.print(f"\nreport: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="tell what was built, and which backend and instruction set run and why")
+    parser.set_defaults(run=_info)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    import fastseq
+
+    fastseq.show_config()
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_demo, _add_info)  # one function per subcommand
+
+
+if __name__ == "__main__":
+    sys.exit(main())

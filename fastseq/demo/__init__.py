@@ -1,0 +1,78 @@
+"""The demonstrations behind ``fastseq demo``: one file in ``fastseq/demo/chapters`` per chapter.
+
+A chapter is a module with ``TITLE`` (a heading) and ``run(budget) -> list[Section]``. Its file name is the NAME that
+``fastseq demo NAME`` takes; adding the file is all the registration there is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+from fastseq.demo.report import Chapter
+
+Progress = Callable[[str, float, str], None]  # stage, fraction done in [0, 1], a short remark
+
+FULL_SECONDS = 210.0  # for all chapters together: leaves `make demo` room below six minutes
+QUICK_SECONDS = 36.0  # leaves room below one minute for a slow machine
+
+
+def _silent(stage: str, fraction: float, remark: str) -> None:
+    """Progress for callers that want none."""
+
+
+@dataclass
+class Budget:
+    """What one chapter may spend, and how it says where it is.
+
+    Args:
+        seconds: wall time the chapter should aim for.
+        seed: for every random choice of the chapter.
+        progress: called with a stage, the fraction of it that is done, and a remark.
+    """
+
+    seconds: float
+    seed: int = 0
+    progress: Progress = _silent
+    begin: float = field(default_factory=time.perf_counter)
+
+    def remaining(self) -> float:
+        """Seconds left, never negative."""
+        return max(0.0, self.begin + self.seconds - time.perf_counter())
+
+
+def names() -> list[str]:
+    """The chapters that exist, in alphabetical order; imports none of them."""
+    folder = Path(__file__).with_name("chapters")
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+
+
+def load(name: str) -> ModuleType:
+    """The module of chapter ``name``.
+
+    Raises:
+        ValueError: there is no such chapter.
+    """
+    if name not in names():
+        raise ValueError(f"demo: NAME must be one of {', '.join(names())}, got {name!r}")
+    return importlib.import_module(f"{__name__}.chapters.{name}")
+
+
+def run(chosen: Iterable[str], seconds: float, seed: int = 0, progress: Progress = _silent) -> list[Chapter]:
+    """Run chapters one after the other, each with an equal part of the time that is left.
+
+    Args:
+        chosen: chapter names. seconds: for all of them together. seed, progress: as in ``Budget``.
+    """
+    modules = [load(name) for name in chosen]
+    end = time.perf_counter() + seconds
+    chapters = []
+    for k, module in enumerate(modules):
+        part = max(0.0, end - time.perf_counter()) / (len(modules) - k)
+        chapters.append(Chapter(module.TITLE, module.run(Budget(part, seed, progress))))
+    return chapters

@@ -1,0 +1,343 @@
+"""``LSTM``: the parameters and the call of ``torch.nn.LSTM``, with binary gates and more as options."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from fastseq import _check, functional
+from fastseq.functional import Gates, Weights
+from fastseq.nn import _arguments
+from fastseq.nn.gates import GATE_DEFAULTS, GateOptions
+
+State = tuple[Tensor, Tensor]
+
+_DEFAULTS: dict[str, Any] = {
+    **GATE_DEFAULTS,
+    "weight_dropout": 0.0,
+    "variational_dropout": 0.0,
+    "forget_bias": None,
+    "learnable_state": False,
+    "recompute": False,
+}
+
+
+class _Names(NamedTuple):
+    """Names of the parameters of one layer and direction, in the order of ``Weights``."""
+
+    weight_ih: str
+    weight_hh: str
+    bias_ih: str | None
+    bias_hh: str | None
+    weight_hr: str | None
+    h_start: str | None
+    c_start: str | None
+
+
+class LSTM(GateOptions, nn.RNNBase):
+    """A drop-in for ``torch.nn.LSTM``: same arguments, parameters, state_dict, initial draws and results.
+
+    Not supported, and refused with a message: ``torch.jit.script``, forward-mode differentiation (jvp) and complex
+    dtypes; ``torch.func.vmap`` works, one call per element. bfloat16 and float16 are computed in float32.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
+            as in ``torch.nn.LSTM``.
+        gates: of the input and forget gates. "sigmoid": as in ``torch.nn.LSTM``. "binary" (G2-LSTM, Li et al., ICML
+            2018, equation 8): while training ``sigmoid((a + B * (log U - log(1 - U))) / tau)`` with U uniform and B ~
+            Bernoulli(noise_probability), fresh for each step, row and unit; ``sigmoid(a)`` at evaluation. "sharpened"
+            (the paper's baseline): ``sigmoid(a / tau)`` always.
+        tau: temperature, > 0; None means 0.9 for "binary" and 0.2 for "sharpened".
+        noise_probability: in [0, 1]. 1.0 is the paper's equation, 0.2 what its authors' code used.
+        hard_eval: "binary" gates are 1 where a > 0, else 0, at evaluation.
+        weight_dropout: probability of dropping each element of weight_hh while training, one mask per forward
+            (DropConnect, Merity et al., ICLR 2018).
+        variational_dropout: probability of dropout between layers with one mask per sequence (Gal and Ghahramani,
+            NIPS 2016); not together with ``dropout``.
+        forget_bias: initial bias of the forget gates, in sum over both biases; None leaves them as drawn.
+        learnable_state: start states are parameters ``h_start_l0``, ``c_start_l0``, ..., zeros at first; used where no
+            hx is given and after each reset.
+        recompute: hold only h and c for backward and rebuild the gates there with one product.
+    """
+
+    weight_hh_l0: Tensor
+    _all_weights: list[list[str]]
+    _flat_weights_names: list[str]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gates: str = "sigmoid",
+        tau: float | None = None,
+        noise_probability: float = 0.2,
+        hard_eval: bool = False,
+        weight_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        forget_bias: float | None = None,
+        learnable_state: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        self.__dict__.update(forget_bias=None, learnable_state=False)  # until the options are checked
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        super().__init__("LSTM", *sizes, device, dtype)
+        self._set_options(
+            gates=gates,
+            tau=tau,
+            noise_probability=noise_probability,
+            hard_eval=hard_eval,
+            weight_dropout=weight_dropout,
+            variational_dropout=variational_dropout,
+            forget_bias=forget_bias,
+            learnable_state=learnable_state,
+            recompute=recompute,
+        )
+        if learnable_state:
+            self._add_start_states()
+        if forget_bias is not None:
+            self._set_forget_bias(forget_bias)
+
+    def _set_options(
+        self,
+        *,
+        gates: str,
+        tau: float | None,
+        noise_probability: float,
+        hard_eval: bool,
+        weight_dropout: float,
+        variational_dropout: float,
+        forget_bias: float | None,
+        learnable_state: bool,
+        recompute: bool,
+    ) -> None:
+        self._set_gates(gates, tau, noise_probability, hard_eval)
+        _check.probability("LSTM", "weight_dropout", weight_dropout)
+        _check.probability("LSTM", "variational_dropout", variational_dropout)
+        if self.dropout and variational_dropout:
+            _check.fail("LSTM", "variational_dropout", f"0 beside dropout={self.dropout}", variational_dropout)
+        if forget_bias is not None and not self.bias:
+            _check.fail("LSTM", "forget_bias", "None where bias=False", forget_bias)
+        for name, flag in (("learnable_state", learnable_state), ("recompute", recompute)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"LSTM: {name} should be of type bool, got: {type(flag).__name__}")
+        self.weight_dropout, self.variational_dropout = weight_dropout, variational_dropout
+        self.forget_bias, self.learnable_state, self.recompute = forget_bias, learnable_state, recompute
+        self._name_weights()
+
+    def _name_weights(self) -> None:
+        bias, proj, start = self.bias, bool(self.proj_size), self.learnable_state
+        self._weight_names = []
+        for suffix in (names[0].removeprefix("weight_ih") for names in self._all_weights):
+            kept = (True, True, bias, bias, proj, start, start)
+            names = (f"{kind}{suffix}" if keep else None for kind, keep in zip(_Names._fields, kept, strict=True))
+            self._weight_names.append(_Names(*names))  # type: ignore[arg-type]
+
+    def _start_states(self) -> list[tuple[str, int]]:
+        """Name and size of every learnable start state."""
+        sizes = {"h_start": self.proj_size or self.hidden_size, "c_start": self.hidden_size}
+        return [(getattr(names, kind), size) for names in self._weight_names for kind, size in sizes.items()]
+
+    def _add_start_states(self) -> None:
+        for name, size in self._start_states():
+            self.register_parameter(name, nn.Parameter(self.weight_hh_l0.detach().new_zeros(size)))
+
+    def _set_forget_bias(self, value: float) -> None:
+        H = self.hidden_size
+        with torch.no_grad():
+            for names in self._weight_names:
+                getattr(self, str(names.bias_ih))[H : 2 * H] = value
+                getattr(self, str(names.bias_hh))[H : 2 * H] = 0
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters as ``torch.nn.LSTM`` does, then set forget biases and start states as asked."""
+        bound = self.hidden_size**-0.5
+        for name in self._flat_weights_names:
+            nn.init.uniform_(getattr(self, name), -bound, bound)
+        if self.forget_bias is not None:
+            self._set_forget_bias(self.forget_bias)
+        if self.learnable_state:
+            for name, _ in self._start_states():
+                nn.init.zeros_(getattr(self, name))
+
+    def _weights(self) -> list[Weights]:
+        """The tensors of this forward. They are looked up by name each time, so that replaced, swapped
+        (``functional_call``) and parametrized ones are seen."""
+        parameters = self._parameters
+        found = []
+        for names in self._weight_names:
+            values: list[Any] = [
+                None if n is None else parameters[n] if n in parameters else getattr(self, n) for n in names
+            ]
+            if self.training and self.weight_dropout:
+                values[1] = F.dropout(values[1], self.weight_dropout)
+            found.append(Weights(*values))
+        return found
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        return_gates: bool = False,
+    ) -> tuple[Any, ...]:
+        """
+        Args:
+            input: [T, B, I], [B, T, I] with batch_first, unbatched [T, I], or a ``PackedSequence``.
+            hx: (h_0 [L*D, B, P], c_0 [L*D, B, H]), never batch-first; unbatched: without B; None means the start.
+            lengths: integers [B]: valid steps of each row of a padded input; results beyond them are zeros, and h_n,
+                c_n and the reverse direction take each row's own end. Not with a ``PackedSequence``.
+            reset: bool, sizes as the input without I (a packed input takes [T, B] or a ``PackedSequence``): where True
+                a new segment begins at this step, and no state enters it from outside, in either direction.
+            return_gates: also return, per layer and direction, ``fastseq.functional.Gates`` (i, f and all c_t).
+
+        Returns:
+            output, (h_n, c_n), and with ``return_gates`` a list ordered as h_n; laid out as the input.
+
+        Raises:
+            ArgumentError: (a ``ValueError`` and ``RuntimeError``) wrong sizes, dtypes or devices, before any work.
+        """
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                _check.fail("LSTM", "lengths", "None for a PackedSequence, which has its own", list(lengths.shape))
+            return self._forward_packed(input, hx, reset, return_gates)
+        if input.dim() not in (2, 3):
+            raise _check.ArgumentError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        weights = self._weights()
+        _arguments.check_input(input, self.input_size, weights[0].weight_ih, input.dim())
+        swap = self.batch_first and batched
+        x = input.transpose(0, 1) if swap else input if batched else input.unsqueeze(1)
+        if hx is not None:
+            hx = _arguments.check_state(hx)
+            _arguments.check_state_dims(hx, batched)
+            hx = hx if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+            self._check_state(hx, x, x.shape[1])
+        if reset is not None:
+            reset = _padded_reset(reset, input, swap)
+        out = self._call(x, hx, weights, return_gates=return_gates, lengths=lengths, reset=reset)
+
+        def restore(t: Tensor) -> Tensor:
+            return t.transpose(0, 1) if swap else t if batched else t.squeeze(1)
+
+        state = (out.h_n, out.c_n) if batched else (out.h_n.squeeze(1), out.c_n.squeeze(1))
+        if return_gates:
+            return restore(out.output), state, [Gates(*map(restore, g)) for g in out.gates]
+        return restore(out.output), state
+
+    def _forward_packed(
+        self, input: PackedSequence, hx: State | None, reset: Tensor | PackedSequence | None, return_gates: bool
+    ) -> tuple[Any, ...]:
+        x, batch_sizes, order, restore_order = input
+        weights = self._weights()
+        _arguments.check_input(x, self.input_size, weights[0].weight_ih, 2)
+        if hx is not None:
+            hx = _arguments.check_state(hx)
+            _arguments.check_state_dims(hx, True)
+            B = order.shape[0] if order is not None else int(batch_sizes[0]) if _eager() else hx[0].shape[1]
+            self._check_state(hx, x, B)
+            hx = self.permute_hidden(hx, order)
+        if reset is not None:
+            reset = _packed_reset(reset, batch_sizes, order, x.shape[0], hx)
+        out = self._call(x, hx, weights, return_gates=return_gates, batch_sizes=batch_sizes, reset=reset, rows=order)
+        state = self.permute_hidden((out.h_n, out.c_n), restore_order)
+        packed = [PackedSequence(out.output, batch_sizes, order, restore_order), state]
+        if return_gates:
+            kept: Any = (tuple(PackedSequence(t, batch_sizes, order, restore_order) for t in g) for g in out.gates)
+            return *packed, [Gates(*g) for g in kept]
+        return tuple(packed)
+
+    def _call(self, x: Tensor, hx: State | None, weights: list[Weights], **layout: Any) -> functional.Result:
+        seed, noise_probability, tau, hard = self._gate_call()
+        return functional.lstm(
+            x,
+            weights,
+            hx,
+            bidirectional=self.bidirectional,
+            seed=seed,
+            noise_probability=noise_probability,
+            tau=tau,
+            hard=hard,
+            dropout=self.dropout if self.training else 0.0,
+            variational_dropout=self.variational_dropout if self.training else 0.0,
+            recompute=self.recompute,
+            **layout,
+        )
+
+    def _check_state(self, hx: State, x: Tensor, rows: int) -> None:
+        lead = (self.num_layers * (2 if self.bidirectional else 1), rows)
+        sizes = (*lead, self.proj_size or self.hidden_size), (*lead, self.hidden_size)
+        _arguments.check_state_sizes(hx, x, *sizes)
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """Sizes of c_0 for this input, which is padded, or packed with ``batch_sizes``."""
+        lead = self.get_expected_hidden_size(input, batch_sizes)[:2]
+        return *lead, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: State, batch_sizes: Tensor | None) -> None:  # type: ignore[override]
+        """Raise where sizes or dtypes of a batched input and its state do not fit."""
+        weight = self._weights()[0].weight_ih
+        _arguments.check_input(input, self.input_size, weight, 3 if batch_sizes is None else 2)
+        self._check_state(hidden, input, self.get_expected_hidden_size(input, batch_sizes)[1])
+
+    def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
+        """Reorder the rows of both states."""
+        return hx if permutation is None else (hx[0].index_select(1, permutation), hx[1].index_select(1, permutation))
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr() + self._gates_repr()
+        for name in ("weight_dropout", "variational_dropout", "forget_bias", "learnable_state", "recompute"):
+            if getattr(self, name) != _DEFAULTS[name]:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name, value in _DEFAULTS.items():  # pickles from before an option existed
+            self.__dict__.setdefault(name, value)
+        self._name_weights()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError("fastseq.nn.LSTM: torch.jit.script is not supported; use compile or export")
+
+
+def _eager() -> bool:
+    """Values may be read; inside a graph they may not, and the operator finds what this misses."""
+    return not torch.compiler.is_compiling()
+
+
+def _padded_reset(reset: Any, input: Tensor, swap: bool) -> Tensor:
+    """[T, B] out of the layout of a padded input."""
+    symbols = "T" if input.dim() == 2 else "B, T" if swap else "T, B"
+    if not isinstance(reset, Tensor):
+        _check.fail("LSTM", "reset", f"a bool tensor [{symbols}]", type(reset).__name__)
+    _check.shape("LSTM", "reset", reset, symbols, *input.shape[:-1])
+    _check.dtype("LSTM", "reset", reset, torch.bool)
+    return reset.unsqueeze(1) if input.dim() == 2 else reset.transpose(0, 1) if swap else reset
+
+
+def _packed_reset(
+    reset: Tensor | PackedSequence, batch_sizes: Tensor, order: Tensor | None, total: int, hx: State | None
+) -> Tensor:
+    """[N] out of a packed mask, or out of [T, B] in the order of the rows before sorting."""
+    if isinstance(reset, PackedSequence):
+        _arguments.check_reset_pack(reset, batch_sizes, order)
+        return reset.data
+    B = order.shape[0] if order is not None else hx[0].shape[1] if hx is not None else int(batch_sizes[0])
+    _check.shape("LSTM", "reset", reset, "T, B", batch_sizes.shape[0], B)
+    step, row = functional.packed_places(batch_sizes, total)
+    return reset[step, row if order is None else order[row]]

@@ -1,0 +1,1 @@
+"""Operators as torch sees them: schema, fake, autograd and the choice of a backend."""

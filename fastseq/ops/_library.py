@@ -1,0 +1,46 @@
+"""The one torch library of fastseq, and the loading of its compiled operators."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from fastseq.ops._transforms import one_by_one
+
+library = torch.library.Library("fastseq", "FRAGMENT")
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def fake(op: str) -> Callable[[C], C]:
+    """Register the decorated function as the fake of ``op``, and the vmap rule that every operator has."""
+    torch.library.register_vmap(f"fastseq::{op}", one_by_one(getattr(torch.ops.fastseq, op)), lib=library)
+    register: Callable[[C], C] = torch.library.register_fake(f"fastseq::{op}", lib=library)
+    return register
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Keep autocast out of a backend written in torch: an operator computes in the dtype of its arguments."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def _load() -> str | None:
+    """Load the compiled operators; the reason when that is not possible, else None."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = sorted(glob.glob(os.path.join(here, "_torch*.so")) + glob.glob(os.path.join(here, "_torch*.pyd")))
+    if not found:
+        return "not built (fastseq was built without torch; rebuild with: pip install --no-build-isolation .)"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"{os.path.basename(found[0])} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+why_not_compiled = _load()

@@ -1,0 +1,1 @@
+"""Triton kernels of fastseq. Imports torch and triton, never fastseq."""

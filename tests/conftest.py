@@ -1,0 +1,45 @@
+"""What every test shares: memory that is NaN until written, seeds, thread counts, devices and hypothesis profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Every fresh allocation of torch is NaN, also those that compiled operators make: what is not written shows.
+torch.use_deterministic_algorithms(True)
+
+settings.register_profile(
+    "ci",
+    derandomize=True,  # the same draws in every run, so a red run can be repeated
+    deadline=None,
+    database=None,
+    max_examples=200,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=2000)
+settings.load_profile("ci")
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sanitizer: builds the core with sanitizers and drives it, about a minute")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device of this machine."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """The same random state and thread count at the start of every test."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,150 @@
+"""Drives the numpy door over every layout, option and odd size, without torch, and tells what came out.
+
+    python drive.py [--core PATH] [--spread full|few] [--threads N]
+
+prints one line per result: its name and a hash of its bits. Two runs with other instruction sets, threads or builds can
+be compared line by line. Every result must be finite, so memory that was never written shows where fresh memory is NaN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import itertools
+import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SIZES = [(1, 1, 1), (3, 2, 7), (2, 13, 8), (3, 5, 33), (2, 27, 17), (2, 3, 65), (0, 3, 4), (3, 0, 4)]
+LARGE = [(2, 33, 130), (2, 2, 300)]
+PRODUCTS = [(1, 1, 1), (3, 5, 7), (13, 33, 17), (12, 32, 16), (1, 67, 300), (67, 1, 9), (490, 40, 270), (0, 3, 2)]
+PRODUCTS += [(3, 0, 2), (3, 4, 0), (25, 64, 257)]
+
+
+class Call(NamedTuple):
+    """Arguments of ``lstm_forward`` up to c0, the optional ones by name, and those of them that backward takes."""
+
+    tensors: list[np.ndarray]
+    options: dict[str, Any]
+    shared: dict[str, Any]
+
+
+def load(path: str | None) -> ModuleType:
+    """``fastseq._core``, or the module in the file at ``path``."""
+    if path is None:
+        from fastseq import _core
+
+        return _core
+    spec = importlib.util.spec_from_file_location("_core", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(random: np.random.Generator, size: tuple[int, int, int], dtype: Any, options: dict[str, Any]) -> Call:
+    """Random arguments; ``options`` says layout, P, reset, start, noise, tau, hard and reverse."""
+    T, B, H = size
+    P = max(1, H // 2) if options["projection"] else H
+    lengths = random.integers(0, T + 1, B)
+    lengths[:1] = T
+    live = np.arange(T)[:, None] < -np.sort(-lengths)
+    lead: tuple[int, ...] = (int(live.sum()),) if options["layout"] == "packed" else (T, B)
+
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (random.standard_normal(shape) * scale).astype(dtype)
+
+    shared: dict[str, Any] = {
+        "weight_hr": normal(P, H, scale=1 / math.sqrt(H)) if options["projection"] else None,
+        "lengths": lengths.astype(np.int64) if options["layout"] == "lengths" else None,
+        "batch_sizes": live.sum(1).astype(np.int64) if options["layout"] == "packed" else None,
+        "reset": random.random(lead) < 0.3 if options["reset"] else None,
+        "h_start": normal(P) if options["start"] else None,
+        "c_start": normal(H) if options["start"] else None,
+        "tau": options["tau"],
+        "hard": options["hard"],
+        "reverse": options["reverse"],
+    }
+    noise: dict[str, Any] = {}
+    if options["noise"]:
+        rows = random.permutation(B).astype(np.int64)
+        noise = {"seed": 77 << 40, "rows": rows, "row_offset": 3, "stream": 5, "noise_probability": 0.5}
+    weight_hh = normal(4 * H, P, scale=1 / math.sqrt(P))
+    tensors = [normal(*lead, 4 * H), weight_hh, normal(B, P), normal(B, H)]
+    return Call(tensors, {**shared, **noise}, shared)
+
+
+def spread(few: bool) -> Iterator[tuple[tuple[int, int, int], Any, dict[str, Any]]]:
+    """Sizes, dtypes and options: each option alone in each layout, and all of them together, at every size."""
+    plain = dict(projection=False, reset=False, start=False, noise=False, tau=1.0, hard=False)
+    every = dict(projection=True, reset=True, start=True, noise=True, tau=0.9)
+    changes: list[dict[str, Any]] = [{}, every]
+    if not few:
+        changes += [{name: value} for name, value in every.items()] + [{"hard": True}, {"reset": True, "start": True}]
+    for size, dtype in itertools.product(SIZES, (np.float32, np.float64)):
+        for layout, reverse, change in itertools.product(("dense", "lengths", "packed"), (False, True), changes):
+            yield size, dtype, {**plain, **change, "layout": layout, "reverse": reverse}
+    for size, dtype, layout in itertools.product(LARGE, (np.float32, np.float64), ("dense", "packed")):
+        yield size, dtype, {**plain, **every, "layout": layout, "reverse": layout == "packed"}
+
+
+def lstm(core: ModuleType, c: Call, random: np.random.Generator, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Forward with all it can keep, rebuilt gates, backward with and without weights and some upstream gradients."""
+    out = core.lstm_forward(*c.tensors, **c.options, save=2, threads=threads)
+    yield from zip(("h", "c", "gates", "h_n", "c_n"), out, strict=True)
+    for save in (0, 1):
+        part = core.lstm_forward(*c.tensors, **c.options, save=save, threads=threads)
+        yield from zip((f"h save={save}", f"c save={save}", f"gates save={save}"), part[:3], strict=True)
+    h, c_all, gates = out[:3]
+    rebuilt = core.lstm_gates(c.tensors[0], h, c_all, *c.tensors[1:], **c.options, threads=threads)
+    assert rebuilt.tobytes() == gates.tobytes(), "rebuilt gates differ"
+    upstream = [random.standard_normal(v.shape).astype(v.dtype) for v in out]
+    some = [upstream[0], None, None, None, upstream[4]]
+    names = ("dx_gates", "dweight_hh", "dh0", "dc0", "dweight_hr", "dh_start", "dc_start")
+    for label, grads, weights in (("", upstream, True), (" some", some, False), (" none", [None] * 5, True)):
+        found = core.lstm_backward(
+            *grads, gates, h, c_all, *c.tensors[1:], **c.shared, weights=weights, threads=threads
+        )
+        yield from zip((f"{n}{label}" for n in names), found, strict=True)
+
+
+def results(core: ModuleType, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Everything, by name."""
+    for n, (size, dtype, options) in enumerate(spread(few)):
+        random = np.random.default_rng(n)
+        label = " ".join(f"{k}={v}" for k, v in options.items() if v)
+        for name, value in lstm(core, call(random, size, dtype, options), random, threads):
+            yield f"lstm {size} {np.dtype(dtype).name} {label} {name}", value
+    for n, (size, dtype, bias) in enumerate(itertools.product(PRODUCTS, (np.float32, np.float64), (False, True))):
+        random = np.random.default_rng(n)
+        M, N, K = size
+        for ta, tb in itertools.product((False, True), repeat=2):
+            a, b = random.standard_normal((K, M) if ta else (M, K)), random.standard_normal((N, K) if tb else (K, N))
+            add = random.standard_normal(N).astype(dtype) if bias else None
+            out = core.gemm(a.astype(dtype), b.astype(dtype), add, ta, tb, threads=threads)
+            yield f"gemm {size} {np.dtype(dtype).name} bias={bias} {ta} {tb}", out
+    for size, probability in itertools.product([*SIZES, *LARGE], (0.0, 0.3, 1.0)):
+        yield f"noise {size} {probability}", core.lstm_noise(-9, *size, None, 4, 1, probability, threads=threads)
+    counter = np.random.default_rng(0).integers(0, 2**32, (7, 4), dtype=np.uint32)
+    yield "philox", core.philox(counter, 2**63 + 5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--core", help="file of another build of fastseq._core")
+    parser.add_argument("--spread", choices=("full", "few"), default="full")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    core = load(arguments.core)
+    print("isa", core.isa())
+    for name, value in results(core, arguments.spread == "few", arguments.threads):
+        assert value.dtype.kind != "f" or np.isfinite(value).all(), f"{name}: not finite"
+        print(name, hashlib.sha256(value.tobytes()).hexdigest()[:16])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Instruction sets: the wide ones give the same bits, for any team; each is chosen by FASTSEQ_ISA or refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+core = pytest.importorskip("fastseq._core", reason="fastseq._core is not built")
+DRIVE = Path(__file__).with_name("drive.py")
+ROOT = DRIVE.parents[2]
+
+
+def drive(isa: str, *arguments: str) -> list[str]:
+    """The lines that ``drive.py`` prints with that instruction set."""
+    environment = {**os.environ, "FASTSEQ_ISA": isa, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(DRIVE), *arguments], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"isa {isa}"
+    assert len(lines) > 1000
+    return lines[1:]
+
+
+def assert_same_lines(got: list[str], expected: list[str]) -> None:
+    different = [g for g, e in zip(got, expected, strict=True) if g != e]
+    assert not different, f"{len(different)} of {len(got)} results differ, first: {different[:5]}"
+
+
+def test_wide_sets_give_the_same_bits() -> None:
+    """AVX2, AVX-512, and AVX-512's body built with AVX2's flags where the build holds it."""
+    wide = [isa for isa in core.isas() if isa != "scalar"]
+    if len(wide) < 2:
+        pytest.skip(f"{core.isas()}: one wide instruction set; FASTSEQ_BUILD_TEST_ISA=1 builds another")
+    expected = drive(wide[0])
+    for isa in wide[1:]:
+        assert_same_lines(drive(isa), expected)
+
+
+@pytest.mark.parametrize("isa", core.isas())
+def test_threads(isa: str) -> None:
+    assert_same_lines(drive(isa, "--spread", "few", "--threads", "3"), drive(isa, "--spread", "few"))
+
+
+def test_the_best_set_is_the_default() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "FASTSEQ_ISA"}
+    code = "from fastseq import _core; print(_core.isa(), _core.isas()[-1], _core.isas()[0])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    chosen, best, least = done.stdout.split()
+    assert chosen == best
+    assert least == "scalar"
+
+
+def test_an_unknown_set_is_an_error() -> None:
+    environment = {**os.environ, "FASTSEQ_ISA": "sse9"}
+    code = "import numpy; from fastseq import _core; _core.philox(numpy.zeros(4, numpy.uint32), 0)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "FASTSEQ_ISA" in done.stderr

@@ -1,0 +1,69 @@
+"""The LSTM operators on drawn shapes and options: definition, rebuilt gates and threads in one draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tests import tolerance
+from tests.ops import lstm_cases as cases
+from tests.ops.lstm_cases import DTYPES, Case
+from tests.tolerance import assert_same_bits, assert_within_budget
+
+LARGE_DRAWS = 48
+
+
+def shapes(T: Any, B: Any, H: Any, P: Any) -> st.SearchStrategy[Case]:
+    """Cases of drawn sizes, with every combination of layout and options."""
+    return st.builds(
+        Case,
+        T=T,
+        B=B,
+        H=H,
+        P=st.just(0) | P,
+        layout=st.sampled_from(["dense", "lengths", "packed"]),
+        reset=st.booleans(),
+        start=st.booleans(),
+        noise=st.sampled_from([None, 0.2, 1.0]),
+        rows=st.booleans(),
+        tau=st.sampled_from([1.0, 0.9, 0.2]),
+        hard=st.booleans(),
+        reverse=st.booleans(),
+    )
+
+
+small = shapes(st.integers(0, 6), st.integers(0, 14), st.integers(1, 40), st.integers(1, 40))
+# Beyond a register tile (16 rows), a panel (32 columns), a block over K (256) and the work that pays for two threads.
+large = shapes(st.integers(2, 3), st.integers(25, 50), st.integers(257, 330), st.integers(257, 300))
+
+
+def check(backend: str, case: Case, dtype: torch.dtype, threads: int, seed: int) -> None:
+    args = cases.inputs(case, dtype, seed)
+    if case.hard:
+        assume(cases.decided(args))
+    torch.set_num_threads(threads)
+    outputs = cases.run("lstm_forward", backend, *args[:4], *args.options, 2)
+    assert_within_budget(cases.OUTPUTS, outputs, cases.definition, args)
+    rebuilt = cases.run("lstm_gates", backend, args.x_gates, *outputs[:2], *args[1:4], *args.options)
+    assert_same_bits("gates", rebuilt, outputs[2])
+    grads = cases.upstream(outputs, seed)
+    got, call = cases.gradients(backend, args, grads), (*args, grads)
+    names = [f"d{name}" for name in cases.differentiable(args)]
+    assert_within_budget(names, got, cases.definition_gradients, call, tolerance.GRADIENTS)
+
+
+@pytest.mark.parametrize("backend", cases.backends())
+@given(case=small, dtype=st.sampled_from(DTYPES), threads=st.sampled_from([1, 2]), seed=st.integers(0, 2**20))
+def test_small(backend: str, case: Case, dtype: torch.dtype, threads: int, seed: int) -> None:
+    check(backend, case, dtype, threads, seed)
+
+
+@pytest.mark.parametrize("backend", cases.backends())
+@settings(max_examples=LARGE_DRAWS)
+@given(case=large, dtype=st.sampled_from(DTYPES), threads=st.sampled_from([1, 2]), seed=st.integers(0, 2**20))
+def test_large(backend: str, case: Case, dtype: torch.dtype, threads: int, seed: int) -> None:
+    check(backend, case, dtype, threads, seed)

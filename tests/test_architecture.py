@@ -1,0 +1,118 @@
+"""Imports and includes point down: the order is the one in README.md, Developing."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# layer (a module or package) -> the other layers that it may import
+LAYERS = {
+    "fastseq": {
+        "fastseq.functional",
+        "fastseq.nn",
+        "fastseq.ops",
+        "fastseq.reference",
+        "fastseq.replacement",
+        "fastseq._config",
+    },
+    "fastseq_kernels": set(),
+    "fastseq.reference": set(),
+    "fastseq.ops": {"fastseq.reference", "fastseq_kernels"},
+    "fastseq._check": set(),
+    "fastseq.functional": {"fastseq._check", "fastseq.ops", "fastseq.reference"},
+    "fastseq.nn": {"fastseq._check", "fastseq.functional"},
+    "fastseq.replacement": {"fastseq._check", "fastseq.nn"},
+    "fastseq.deploy": {"fastseq._check", "fastseq._core"},
+    "fastseq._config": {"fastseq", "fastseq._core", "fastseq.ops"},
+    "fastseq.demo": {"fastseq", "fastseq.nn", "fastseq.functional"},
+    "fastseq.cli": {"fastseq", "fastseq.demo"},
+}
+NO_TORCH = ("fastseq", "fastseq._check", "fastseq._config", "fastseq.cli", "fastseq.deploy")  # import without it
+
+INCLUDES = {  # the first pattern that fits a file decides
+    r"core/(isa_\w+\.cpp|simd_\w+\.h|\w+\.inl\.h)": r'<(math|stdint|immintrin)\.h>|"core/.*"',
+    r"core/.*": r'<\w+>|<immintrin\.h>|"core/.*"',
+    r"door/.*": r'<\w+>|"(core|door)/.*"',
+    r"torch/.*": r'<\w+(\.h)?>|<torch/(csrc/stable|headeronly)/.*>|"(core|door|torch)/.*"',
+    r"python/.*": r'<\w+(\.h)?>|<pybind11/.*>|"(core|door|python)/.*"',
+}
+
+
+def layer(module: str) -> str:
+    return max((name for name in LAYERS if f"{module}.".startswith(f"{name}.")), key=len, default="")
+
+
+def imported(tree: ast.AST, modules: set[str], now: bool = False) -> Iterator[str]:
+    """The modules that are imported anywhere in a file; with ``now`` only those that importing the file imports."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from names if names <= modules else {str(node.module)}
+        elif not (now and isinstance(node, (ast.FunctionDef, ast.If))):
+            yield from imported(node, modules, now)
+
+
+def wrong_imports(root: Path) -> Iterator[str]:
+    files = {f: f.relative_to(base) for base in (root, root / "kernels") for f in base.glob("fastseq*/**/*.py")}
+    modules = {f: ".".join(path.with_suffix("").parts).removesuffix(".__init__") for f, path in files.items()}
+    for file, module in modules.items():
+        tree, own = ast.parse(file.read_text()), layer(module)
+        if own == "fastseq" and module != "fastseq":
+            yield f"{module} belongs to no layer"
+        for name in set(imported(tree, set(modules.values()))):
+            if name.split(".")[0] in ("tests", "benchmarks") or layer(name) not in LAYERS[own] | {own, ""}:
+                yield f"{module} imports {name}"
+        if own in NO_TORCH and {"torch", "triton"} & {n.split(".")[0] for n in imported(tree, set(), now=True)}:
+            yield f"{module} imports torch"
+
+
+def wrong_includes(root: Path) -> Iterator[str]:
+    for file in root.glob("csrc/**/*.*"):
+        path = str(file.relative_to(root / "csrc"))
+        allowed = next((INCLUDES[pattern] for pattern in INCLUDES if re.fullmatch(pattern, path)), "nothing")
+        for name in re.findall(r"^\s*#\s*include\s+(\S+)", file.read_text(), re.M):
+            if not re.fullmatch(allowed, name):
+                yield f"{path} includes {name}"
+
+
+def test_imports_point_down() -> None:
+    assert not list(wrong_imports(ROOT))
+
+
+def test_includes_point_down() -> None:
+    assert not list(wrong_includes(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "complaint"),
+    [
+        ("fastseq/reference/lstm.py", "from fastseq import ops", "fastseq.reference.lstm imports fastseq.ops"),
+        ("fastseq/nn/lstm.py", "import fastseq.ops.lstm", "fastseq.nn.lstm imports fastseq.ops.lstm"),
+        ("fastseq/_check.py", "import torch", "fastseq._check imports torch"),
+        ("fastseq/extra.py", "", "fastseq.extra belongs to no layer"),
+        ("kernels/fastseq_kernels/lstm.py", "import fastseq", "fastseq_kernels.lstm imports fastseq"),
+        (
+            "csrc/core/gemm.cpp",
+            "#include <torch/csrc/stable/tensor.h>",
+            "core/gemm.cpp includes <torch/csrc/stable/tensor.h>",
+        ),
+        ("csrc/core/lstm.inl.h", "#include <vector>", "core/lstm.inl.h includes <vector>"),
+        ("csrc/core/gemm.h", "#include <omp.h>", "core/gemm.h includes <omp.h>"),
+        ("csrc/torch/lstm.cpp", "#include <ATen/ATen.h>", "torch/lstm.cpp includes <ATen/ATen.h>"),
+    ],
+)
+def test_a_wrong_direction_is_named(tmp_path: Path, path: str, line: str, complaint: str) -> None:
+    for folder in ("fastseq", "kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    file = tmp_path / path
+    file.write_text((file.read_text() if file.exists() else "") + f"\n{line}\n")
+    assert [*wrong_imports(tmp_path), *wrong_includes(tmp_path)] == [complaint]

@@ -1,0 +1,197 @@
+"""What was built, what an object file of one instruction set may hold, and what a build without torch gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastseq
+from fastseq import _core
+
+ROOT = Path(__file__).parents[1]
+BUILD = json.loads((ROOT / "fastseq" / "_build.json").read_text())
+SETS = BUILD["instruction_sets"]
+NO_TORCH = "import sys; sys.modules['torch'] = None; "
+
+
+def python(code: str, *options: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in another Python; an environment variable that is None is taken away."""
+    merged = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    kept = {name: value for name, value in merged.items() if value is not None}
+    return subprocess.run([sys.executable, *options, "-c", code], env=kept, capture_output=True, text=True, timeout=300)
+
+
+def symbols(isa: str, folder: Path) -> list[tuple[str, str]]:
+    """Kind and name of every symbol that isa_<set>.cpp leaves at -O0."""
+    source = ROOT / "csrc" / "core" / f"isa_{isa.removesuffix('_on_avx2')}.cpp"
+    command = [os.environ.get("CXX") or sysconfig.get_config_var("CXX").split()[0], *BUILD["flags"], *SETS[isa]]
+    command += ["-O0", f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(folder / "isa.o")]
+    subprocess.run(command, check=True)
+    listing = subprocess.run(["nm", folder / "isa.o"], check=True, capture_output=True, text=True).stdout
+    return [(line.split()[-2], line.split()[-1]) for line in listing.splitlines()]
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_an_instruction_set_exports_its_table_and_nothing_else(isa: str, tmp_path: Path) -> None:
+    found = symbols(isa, tmp_path)
+    # -O0, because optimisation inlines what would be a weak copy, compiled for this set, of code that others share
+    assert [name for kind, name in found if kind in "WwVvu"] == []
+    table = f"_ZN7fastseq4core{len(isa)}{isa}5tableE"
+    assert [name for kind, name in found if kind.isupper() and kind != "U"] == [table]
+    assert [name for _, name in found if "GLOBAL__sub_I" in name or "static_initialization" in name] == []
+
+
+@pytest.mark.parametrize("isa", _core.isas())
+def test_fastseq_isa_lowers_the_choice(isa: str) -> None:
+    run = python("import fastseq._core as c; print(c.isa())", FASTSEQ_ISA=isa)
+    assert (run.stdout, run.stderr) == (f"{isa}\n", "")
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2", *(set(SETS) - set(_core.isas()))])
+def test_fastseq_isa_that_cannot_run_is_an_error(isa: str) -> None:
+    code = "import numpy as np; from fastseq import _core; _core.gemm(np.ones((2, 2)), np.ones((2, 2)))"
+    run = python(code, FASTSEQ_ISA=isa)
+    assert run.returncode == 1
+    assert "FASTSEQ_ISA" in run.stderr and isa in run.stderr
+
+
+def test_the_best_set_runs_and_it_is_not_the_one_for_tests() -> None:
+    isas = [name for name in SETS if name in _core.isas()]
+    run = python("import fastseq._core as c; print(c.isa())", FASTSEQ_ISA=None)
+    assert run.stdout.strip() == [name for name in ("scalar", "avx2", "avx512") if name in isas][-1] == _core.isas()[-1]
+
+
+def test_importing_fastseq_imports_neither_torch_nor_numpy() -> None:
+    run = python("import sys, fastseq, fastseq.cli; print({'torch', 'numpy', 'triton'} & set(sys.modules))")
+    assert (run.stdout, run.stderr) == ("set()\n", "")
+
+
+@pytest.mark.parametrize("module", ["fastseq._core", "fastseq._check", "fastseq.cli", "fastseq_kernels"])
+def test_imports_without_torch(module: str) -> None:
+    run = python(f"{NO_TORCH} import {module}", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_attributes() -> None:
+    assert {"nn", "functional", "replace", "replaced", "show_config"} <= set(dir(fastseq))
+    assert fastseq.nn.LSTM.__module__.startswith("fastseq.nn")
+    assert callable(fastseq.replace) and callable(fastseq.replaced)
+    with pytest.raises(AttributeError, match="module 'fastseq' has no attribute 'absent'"):
+        _ = fastseq.absent
+
+
+def test_show_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTSEQ_BACKEND", raising=False)
+    config = fastseq.show_config()
+    printed = capsys.readouterr().out
+    assert config["build"]["doors"] == {"core": None, "torch": None, "cuda": "this version has no CUDA kernels"}
+    assert config["instruction_set"]["runs"] == _core.isa()
+    assert set(config["instruction_set"]["not"]) == set(SETS) - {_core.isa()}
+    assert (config["backend"]["runs"], config["backend"]["why"]) == ("cpu", "the first that can run here")
+    for text in (fastseq.__version__, BUILD["compiler"], "-ffp-contract=off", f" {_core.isa()}, ", " cpu, the first"):
+        assert text in printed
+
+
+def test_show_config_says_why_a_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSEQ_BACKEND", "reference")
+    why = "FASTSEQ_BACKEND=reference"
+    assert fastseq.show_config()["backend"] == {"runs": "reference", "why": why, "not": {"cpu": why}}
+    monkeypatch.setenv("FASTSEQ_BACKEND", "abacus")
+    assert fastseq.show_config()["backend"]["runs"] is None
+
+
+def test_show_config_says_why_an_instruction_set_runs() -> None:
+    code = "import fastseq; print(fastseq.show_config()['instruction_set'])"
+    assert "scalar, FASTSEQ_ISA=scalar" in python(code, FASTSEQ_ISA="scalar").stdout
+    unknown = python(code, FASTSEQ_ISA="sse9")
+    assert unknown.returncode == 0 and "'runs': None" in unknown.stdout and "sse9" in unknown.stdout
+
+
+def test_show_config_without_torch() -> None:
+    run = python(f"{NO_TORCH} import fastseq; c = fastseq.show_config(); print(c['torch'], c['backend']['why'])")
+    assert "None torch: not installed; fastseq._core works without it" in run.stdout
+
+
+@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+def test_examples_in_the_readme_run(example: str) -> None:
+    run = python(example)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def namesake(folder: Path) -> None:
+    info = folder / "fastseq-0.3.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fastseq\nVersion: 0.3.2\n")
+
+
+def test_the_other_distribution_called_fastseq_gives_a_warning(tmp_path: Path) -> None:
+    quiet = python("import fastseq")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    namesake(tmp_path)
+    run = python("import fastseq; import fastseq._check", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert run.returncode == 0
+    assert run.stderr.count("RuntimeWarning: the distribution 'fastseq' 0.3.2 is installed") == 1
+    assert "another project" in run.stderr and "pip uninstall fastseq" in run.stderr
+
+
+def setup(*arguments: str, **environment: str | None) -> str:
+    """What ``setup.py`` says on standard error."""
+    code = f"import sys; sys.argv = ['setup.py', *{arguments}]; exec(open('setup.py').read())"
+    merged = {**os.environ, "FASTSEQ_BUILD": None, "FASTSEQ_BUILD_TEST_ISA": None, **environment}
+    kept = {name: value for name, value in merged.items() if value is not None}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=300)
+    return run.stderr.strip()
+
+
+def test_a_build_that_was_asked_for_and_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    assert setup("--version", FASTSEQ_BUILD="both") == "fastseq: FASTSEQ_BUILD must be core, torch or cuda, got 'both'"
+    message = "fastseq: FASTSEQ_BUILD=cuda, but cuda cannot be built: this version has no CUDA kernels"
+    assert setup("--version", FASTSEQ_BUILD="cuda") == message
+    refused = setup("bdist_wheel", FASTSEQ_BUILD_TEST_ISA="1")
+    assert refused == "fastseq: FASTSEQ_BUILD_TEST_ISA is for tests, a wheel must not contain avx512_on_avx2"
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    old = setup("--version", FASTSEQ_BUILD="torch", PYTHONPATH=str(tmp_path))
+    assert old == "fastseq: FASTSEQ_BUILD=torch, but torch cannot be built: torch 2.9.1+cpu is older than 2.10"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the build reads, with the objects that exist already."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("csrc", "fastseq", "kernels", "build"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "lib.*"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, copy)
+    return copy
+
+
+@pytest.mark.parametrize("door", ["core", "torch"])
+def test_wheel(door: str, source: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "FASTSEQ_BUILD": door, "FASTSEQ_BUILD_TEST_ISA": "0"}
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    subprocess.run([*command, "-w", tmp_path, source], check=True, env=environment, timeout=600)
+    (wheel,) = tmp_path.glob("fastseq_kernels-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+    compiled = {path.name.split(".")[0]: path.read_bytes() for path in tmp_path.glob("fastseq/*.so")}
+    assert set(compiled) == ({"_core", "_torch"} if door == "torch" else {"_core"})
+    assert all(b"avx512_on_avx2" not in content and b"scalar" in content for content in compiled.values())
+    assert {"py.typed", "_core.pyi"} <= {path.name for path in (tmp_path / "fastseq").iterdir()}
+    code = "import fastseq, fastseq_kernels as k; c = fastseq.show_config(); print(c['build']['doors']['torch'])"
+    code = ("" if door == "torch" else NO_TORCH) + code + "; print(fastseq.__file__, k.__file__, sep='\\n')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    why, *files = run.stdout.splitlines()[-3:]
+    assert why == ("None" if door == "torch" else "FASTSEQ_BUILD=core")
+    assert files == [str(tmp_path / package / "__init__.py") for package in ("fastseq", "fastseq_kernels")]
