@@ -42,6 +42,7 @@ clean:
 	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(VENV)/.bench
 
 $(VENV)/.built: $(TOOLS) $(SOURCES)
+	@echo "compiling fastseq, a minute or two"
 	$(PIP) install --quiet --no-build-isolation --editable '.[demo,dev]'
 	$(BIN)/fastseq info
 	@touch $@

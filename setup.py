@@ -94,14 +94,18 @@ def decide() -> tuple[tuple[str, str] | None, dict[str, str]]:
 
 
 def core_libraries(sets: dict[str, tuple[str, list[str]]]) -> list[tuple[str, dict[str, Any]]]:
-    """In link order: the core before the sets that it calls."""
-    have = [(f"FASTSEQ_HAVE_{name.upper()}", None) for name in sets]
-    rest = [s for s in sources("core") if not os.path.basename(s).startswith("isa_")]
-    libraries = [("fastseq_core", {"sources": rest, "include_dirs": ["csrc"], "macros": have, "cflags": CORE_FLAGS})]
-    for name, (source, flags) in sets.items():
-        options = {"sources": [source], "include_dirs": ["csrc"], "cflags": CORE_FLAGS + flags}
-        libraries.append((f"fastseq_{name}", options))
-    return libraries
+    """In link order: what calls before what is called."""
+
+    def library(name: str, sources: list[str], *flags: str) -> tuple[str, dict[str, Any]]:
+        return name, {"sources": sources, "include_dirs": ["csrc"], "cflags": [*CORE_FLAGS, *flags]}
+
+    plain = [s for s in sources("core") if not os.path.basename(s).startswith("isa")]
+    choice = library("fastseq_isa", ["csrc/core/isa.cpp"], *(f"-DFASTSEQ_HAVE_{name.upper()}" for name in sets))
+    return [
+        library("fastseq_core", plain),
+        choice,
+        *(library(f"fastseq_{name}", [source], *flags) for name, (source, flags) in sets.items()),
+    ]
 
 
 def doors(torch: tuple[str, str] | None) -> list[Extension]:
@@ -112,12 +116,20 @@ def doors(torch: tuple[str, str] | None) -> list[Extension]:
 
     found = [door("fastseq._core", "python", pybind11.get_include(), extra_link_args=["-pthread"])]
     if torch:
-        root, target = torch[0], f"-DTORCH_TARGET_VERSION=0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
-        rest = {"library_dirs": [os.path.join(root, "lib")], "libraries": ["torch_cpu"], "py_limited_api": True}
-        # -fopenmp links libgomp.so.1 by that name: in the process it is the one that torch has already loaded
-        link, flags = ["-fopenmp", "-pthread"], ["-fopenmp", target]
-        include = os.path.join(root, "include")
-        found.append(door("fastseq._torch", "torch", include, flags=flags, extra_link_args=link, **rest))
+        root, minimum = torch[0], f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
+        torch_door = door(
+            "fastseq._torch",
+            "torch",
+            os.path.join(root, "include"),
+            # links libgomp.so.1 by that name: in the process it is the one that torch has already loaded
+            flags=["-fopenmp", f"-DTORCH_TARGET_VERSION={minimum}"],
+            extra_link_args=["-fopenmp", "-pthread"],
+            libraries=["torch_cpu"],
+            library_dirs=[os.path.join(root, "lib")],
+            depends=[*FILES, os.path.join(root, "version.py")],
+            py_limited_api=True,
+        )
+        found.append(torch_door)
     return found
 
 
@@ -142,14 +154,15 @@ jobs = ThreadPoolExecutor(int(os.environ.get("FASTSEQ_BUILD_JOBS") or os.cpu_cou
 
 
 def compile_stale(compiler: Any) -> None:
-    """Make ``compiler.compile`` leave out what is up to date and run in parallel."""
+    """Make ``compiler.compile`` keep objects from build to build, leave out what is up to date and run in parallel."""
     compile_all = compiler.compile
 
-    def compile(sources: list[str], output_dir: str, **options: Any) -> list[str]:
-        objects: list[str] = compiler.object_filenames(sources, output_dir=output_dir)
-        headers = [f for f in FILES if not f.endswith(".cpp")]
+    def compile(sources: list[str], depends: list[str] = FILES, **options: Any) -> list[str]:
+        options["output_dir"] = kept("objects", {**options, "output_dir": None})
+        objects: list[str] = compiler.object_filenames(sources, output_dir=options["output_dir"])
+        headers = [f for f in depends if not f.endswith(".cpp")]
         stale = [s for s, o in zip(sources, objects, strict=True) if newer_group([s, *headers], o)]
-        for done in [jobs.submit(compile_all, [s], output_dir=output_dir, **options) for s in stale]:
+        for done in [jobs.submit(compile_all, [s], **options) for s in stale]:
             done.result()
         return objects
 
@@ -167,23 +180,20 @@ class BuildCore(build_clib):
         print(f"fastseq: building {built}; {not_built}", flush=True)
         compile_stale(self.compiler)
 
-        def build(name: str, options: dict[str, Any]) -> None:
-            options = dict(options)
-            folder, sources, cflags = kept(name, options), options.pop("sources"), options.pop("cflags")
-            objects = self.compiler.compile(sources, output_dir=folder, extra_postargs=cflags, **options)
+        def build(name: str, sources: list[str], include_dirs: list[str], cflags: list[str]) -> None:
+            objects = self.compiler.compile(sources, include_dirs=include_dirs, extra_postargs=cflags)
             archive = self.compiler.library_filename(name, output_dir=self.build_clib)
             if os.path.exists(archive):
                 os.remove(archive)  # ar would keep the members of sources that are gone
             self.compiler.create_static_lib(objects, name, output_dir=self.build_clib)
 
         with ThreadPoolExecutor(len(libraries)) as pool:
-            list(pool.map(lambda library: build(*library), libraries))
+            list(pool.map(lambda library: build(library[0], **library[1]), libraries))
 
 
 class BuildDoors(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = kept("doors", torch, [(e.name, e.extra_compile_args) for e in self.extensions])
         self.parallel = self.parallel or len(self.extensions)  # jobs bounds the number of compilers
 
     def build_extensions(self) -> None:

@@ -116,33 +116,51 @@ def lstm(
     dtype, out_dtype = _dtypes("lstm", x, weights[0].weight_ih if weights else x, hx)
     B = _check_input(x, weights, hx, bidirectional, lengths, batch_sizes, reset, rows)
     _check_numbers(noise_probability, tau, dropout, variational_dropout)
-    x = x.to(dtype).contiguous()
+    x = (x if x.dtype is dtype else x.to(dtype)).contiguous()
     lengths = None if lengths is None else lengths.to("cpu", torch.int64).contiguous()
-    reset = None if reset is None else reset.contiguous()
-    sizes = (lengths, batch_sizes, reset)
-    noise = (seed, rows, row_offset, noise_probability, tau, hard)
-    directions = 2 if bidirectional else 1
-    h_n, c_n, gates = [], [], []
-    for first in range(0, len(weights), directions):
-        if first and dropout:
-            x = F.dropout(x, dropout)
-        if first and variational_dropout:
-            x = x * _row_mask(x, variational_dropout, B, batch_sizes)
-        out = []
-        for n in range(first, first + directions):
-            w, bias = _prepare("lstm", n, weights[n], x, dtype)
-            h0, c0 = _start("lstm", w, B) if hx is None else _state("lstm", n, w, hx[0][n], hx[1][n], B)
-            options = _options(w, sizes, noise, 2 * (first // directions), n > first)
-            save = 2 if return_gates else 0
-            h, c, g, h_last, c_last = _lstm.layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options, save, recompute)
-            out.append(h)
-            h_n.append(h_last)
-            c_n.append(c_last)
-            if return_gates:
-                i, f, _, _ = g.chunk(4, -1)
-                gates.append(Gates(i.to(out_dtype), f.to(out_dtype), c.to(out_dtype)))
-        x = torch.cat(out, -1) if bidirectional else out[0]
-    return Result(x.to(out_dtype), _stack(h_n).to(out_dtype), _stack(c_n).to(out_dtype), gates)
+    sizes = (lengths, batch_sizes, None if reset is None else reset.contiguous())
+    options = (seed, rows, row_offset, noise_probability, tau, hard)
+    memory = (2 if return_gates else 0, recompute)
+    out, h_n, c_n, gates = x, [], [], []
+    step = 2 if bidirectional else 1
+    for n in range(0, len(weights), step):
+        if n and (dropout or variational_dropout):
+            out = _between(out, dropout, variational_dropout, B, batch_sizes)
+        layer = _layer(out, n, weights[n : n + step], hx, B, sizes, options, memory)
+        out = layer[0][0] if step == 1 else torch.cat([v[0] for v in layer], -1)
+        h_n += [v[3] for v in layer]
+        c_n += [v[4] for v in layer]
+        gates += [_gates(v, out_dtype) for v in layer] if return_gates else []
+    return _result(out, h_n, c_n, gates, out_dtype)
+
+
+def _layer(
+    x: Tensor,
+    first: int,
+    weights: Sequence[Weights],
+    hx: State | None,
+    B: int,
+    sizes: tuple[Tensor | None, Tensor | None, Tensor | None],
+    options: tuple[Any, ...],
+    memory: tuple[int, bool],
+) -> list[tuple[Tensor, ...]]:
+    """h, c, gates, h_n, c_n of one layer, per direction; ``first`` is the number of its forward direction."""
+    seed, rows, row_offset, noise_probability, tau, hard = options
+    out = []
+    for direction in range(len(weights)):
+        n = first + direction
+        w, bias = _prepare("lstm", n, weights[direction], x)
+        h0, c0 = _start(w, B) if hx is None else _state("lstm", n, w, hx[0].select(0, n), hx[1].select(0, n), B)
+        stream = 2 * (first // len(weights)) + direction
+        state = (w.weight_hr, *sizes, w.h_start, w.c_start, seed, rows, row_offset, stream)
+        options = (*state, noise_probability, tau, hard, direction == 1)
+        out.append(_lstm.layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options, *memory))
+    return out
+
+
+def _gates(out: tuple[Tensor, ...], dtype: torch.dtype) -> Gates:
+    i, f, _, _ = out[2].chunk(4, -1)
+    return Gates(i.to(dtype), f.to(dtype), out[1].to(dtype))
 
 
 def lstm_cell(
@@ -161,19 +179,20 @@ def lstm_cell(
     if x.dim() != 2:
         _check.fail("lstm_cell", "x", "[B, I]", list(x.shape))
     B = x.shape[0]
-    x = x.to(dtype).contiguous().unsqueeze(0)
-    w, bias = _prepare("lstm_cell", 0, weights, x, dtype)
-    h0, c0 = _start("lstm_cell", w, B) if hx is None else _state("lstm_cell", 0, w, *hx, B)
-    options = _options(w, (None, None, None), (seed, None, 0, noise_probability, tau, hard), 0, False)
+    x = (x if x.dtype is dtype else x.to(dtype)).contiguous().unsqueeze(0)
+    w, bias = _prepare("lstm_cell", 0, weights, x)
+    h0, c0 = _start(w, B) if hx is None else _state("lstm_cell", 0, w, hx[0], hx[1], B)
+    options = (None, None, None, None, None, None, seed, None, 0, 0, noise_probability, tau, hard, False)
     _, _, _, h, c = _lstm.layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options)
-    return h.to(out_dtype), c.to(out_dtype)
+    return (h, c) if out_dtype is dtype else (h.to(out_dtype), c.to(out_dtype))
 
 
-def _options(w: Weights, sizes: tuple[Any, ...], noise: tuple[Any, ...], stream: int, reverse: bool) -> _lstm.Options:
-    lengths, batch_sizes, reset = sizes
-    seed, rows, row_offset, noise_probability, tau, hard = noise
-    state = (w.weight_hr, lengths, batch_sizes, reset, w.h_start, w.c_start, seed, rows)
-    return _lstm.Options(*state, row_offset, stream + reverse, noise_probability, tau, hard, reverse)
+def _result(x: Tensor, h_n: list[Tensor], c_n: list[Tensor], gates: list[Gates], dtype: torch.dtype) -> Result:
+    if len(h_n) == 1:
+        h, c = h_n[0].unsqueeze(0), c_n[0].unsqueeze(0)
+    else:
+        h, c = torch.stack(h_n), torch.stack(c_n)
+    return Result(x, h, c, gates) if x.dtype is dtype else Result(x.to(dtype), h.to(dtype), c.to(dtype), gates)
 
 
 def _check_input(
@@ -233,46 +252,64 @@ def _check_numbers(noise_probability: float, tau: float, dropout: float, variati
 
 def _state(function: str, n: int, w: Weights, h0: Tensor, c0: Tensor, B: int) -> State:
     """The given state of layer and direction n, checked, contiguous and of the weights' dtype."""
-    _check.shape(function, f"h_0[{n}]", h0, "B, P", B, w.weight_hh.shape[1])
-    _check.shape(function, f"c_0[{n}]", c0, "B, H", B, w.weight_hh.shape[0] // 4)
+    G, P = w.weight_hh.shape
+    _check.shape(function, f"h_0[{n}]", h0, "B, P", B, P)
+    _check.shape(function, f"c_0[{n}]", c0, "B, H", B, G // 4)
     dtype = w.weight_hh.dtype
+    if h0.dtype is not dtype or c0.dtype is not dtype:
+        h0, c0 = h0.to(dtype), c0.to(dtype)
     if h0 is c0:
         c0 = c0.clone()  # torch.compile takes no tensor twice in one autograd function
-    return h0.to(dtype).contiguous(), c0.to(dtype).contiguous()
+    return h0.contiguous(), c0.contiguous()
 
 
-def _start(function: str, w: Weights, B: int) -> State:
+def _start(w: Weights, B: int) -> State:
     """The start state of every row."""
-    H, P = w.weight_hh.shape[0] // 4, w.weight_hh.shape[1]
-    h0 = w.weight_hh.new_zeros(B, P) if w.h_start is None else w.h_start.expand(B, P).contiguous()
-    c0 = w.weight_hh.new_zeros(B, H) if w.c_start is None else w.c_start.expand(B, H).contiguous()
+    G, P = w.weight_hh.shape
+    h0 = w.weight_hh.new_zeros((B, P)) if w.h_start is None else w.h_start.expand(B, P).contiguous()
+    c0 = w.weight_hh.new_zeros((B, G // 4)) if w.c_start is None else w.c_start.expand(B, G // 4).contiguous()
     return h0, c0
 
 
-def _prepare(function: str, n: int, w: Weights, x: Tensor, dtype: torch.dtype) -> tuple[Weights, Tensor | None]:
-    """Check the weights of layer and direction n, bring them to ``dtype``, and add up the biases."""
+def _prepare(function: str, n: int, w: Weights, x: Tensor) -> tuple[Weights, Tensor | None]:
+    """Check the weights of layer and direction n, bring them to the dtype of x, and add up the biases."""
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h_start, c_start = w
-    H, P = weight_hh.shape[0] // 4, weight_hh.shape[1]
-    _check.shape(function, f"weights[{n}].weight_ih", weight_ih, "4*H, I", 4 * H, x.shape[-1])
-    _check.device(function, f"weights[{n}].weight_ih", weight_ih, x.device)
-    if weight_hr is not None:
-        _check.shape(function, f"weights[{n}].weight_hr", weight_hr, "P, H", P, H)
-    elif weight_hh.shape != (4 * P, P):
-        _check.shape(function, f"weights[{n}].weight_hh", weight_hh, "4*H, H", 4 * H, H)
-    if bias_ih is not None:
-        _check.shape(function, f"weights[{n}].bias_ih", bias_ih, "4*H", 4 * H)
-    if bias_hh is not None:
-        _check.shape(function, f"weights[{n}].bias_hh", bias_hh, "4*H", 4 * H)
-    if h_start is not None:
-        _check.shape(function, f"weights[{n}].h_start", h_start, "P", P)
-    if c_start is not None:
-        _check.shape(function, f"weights[{n}].c_start", c_start, "H", H)
+    G, P = weight_hh.shape
+    fits = (
+        weight_ih.shape == (G, x.shape[-1])
+        and (G == 4 * P if weight_hr is None else 4 * weight_hr.shape[1] == G and weight_hr.shape[0] == P)
+        and (bias_ih is None or bias_ih.shape == (G,))
+        and (bias_hh is None or bias_hh.shape == (G,))
+        and (h_start is None or h_start.shape == (P,))
+        and (c_start is None or 4 * c_start.shape[0] == G)
+        and weight_ih.device == x.device
+    )
+    if not fits:
+        _explain(function, n, w, x)
+    dtype = x.dtype
+    if weight_ih.dtype is not dtype or weight_hh.dtype is not dtype:
+        w = Weights(*(None if v is None else v.to(dtype) for v in w))  # type: ignore[arg-type]
+        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, _, _ = w
     bias = bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
-    if weight_ih.dtype != dtype or weight_hh.dtype != dtype or not weight_ih.is_contiguous():
-        w = Weights(*(None if v is None else v.to(dtype).contiguous() for v in w))  # type: ignore[arg-type]
-    elif not weight_hh.is_contiguous() or (weight_hr is not None and not weight_hr.is_contiguous()):
-        w = Weights(*(None if v is None else v.contiguous() for v in w))  # type: ignore[arg-type]
-    return w, None if bias is None else bias.to(dtype)
+    if weight_ih.is_contiguous() and weight_hh.is_contiguous() and (weight_hr is None or weight_hr.is_contiguous()):
+        return w, bias
+    return Weights(*(None if v is None else v.contiguous() for v in w)), bias  # type: ignore[arg-type]
+
+
+def _explain(function: str, n: int, w: Weights, x: Tensor) -> None:
+    """Raise for the first of the weights that does not fit the others or x."""
+    G, P = w.weight_hh.shape
+    H = G // 4
+    if G != 4 * H or (w.weight_hr is None and H != P):
+        _check.fail(function, f"weights[{n}].weight_hh", f"[4*H, H] = [{4 * P}, {P}]", [G, P])
+    _check.shape(function, f"weights[{n}].weight_ih", w.weight_ih, "4*H, I", G, x.shape[-1])
+    shapes = {"bias_ih": ("4*H", G), "bias_hh": ("4*H", G), "weight_hr": ("P, H", P, H)}
+    shapes |= {"h_start": ("P", P), "c_start": ("H", H)}
+    for name, (symbols, *sizes) in shapes.items():
+        value = getattr(w, name)
+        if value is not None:
+            _check.shape(function, f"weights[{n}].{name}", value, str(symbols), *map(int, sizes))
+    _check.device(function, f"weights[{n}].weight_ih", w.weight_ih, x.device)
 
 
 def _dtypes(function: str, x: Tensor, weight: Tensor, hx: State | None) -> tuple[torch.dtype, torch.dtype]:
@@ -295,11 +332,11 @@ def _dtypes(function: str, x: Tensor, weight: Tensor, hx: State | None) -> tuple
     return torch.float32, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
-def _row_mask(x: Tensor, p: float, B: int, batch_sizes: Tensor | None) -> Tensor:
-    """A dropout mask [B, I] for all steps of a row, laid out to multiply x."""
-    mask = F.dropout(x.new_ones(B, x.shape[-1]), p)
-    return mask if batch_sizes is None else mask[packed_places(batch_sizes, x.shape[0])[1]]
-
-
-def _stack(states: list[Tensor]) -> Tensor:
-    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+def _between(x: Tensor, dropout: float, variational: float, B: int, batch_sizes: Tensor | None) -> Tensor:
+    """Dropout between two layers; variational: a mask [B, I] for all steps of a row."""
+    if dropout:
+        x = F.dropout(x, dropout)
+    if variational:
+        mask = F.dropout(x.new_ones(B, x.shape[-1]), variational)
+        x = x * (mask if batch_sizes is None else mask[packed_places(batch_sizes, x.shape[0])[1]])
+    return x

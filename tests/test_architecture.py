@@ -36,12 +36,13 @@ LAYERS = {
 }
 NO_TORCH = ("fastseq", "fastseq._check", "fastseq._config", "fastseq.cli", "fastseq.deploy")  # import without it
 
+SYSTEM = r"<(sys/)?\w+(\.h)?>"
 INCLUDES = {  # the first pattern that fits a file decides
     r"core/(isa_\w+\.cpp|simd_\w+\.h|\w+\.inl\.h)": r'<(math|stdint|immintrin)\.h>|"core/.*"',
     r"core/.*": r'<\w+>|<immintrin\.h>|"core/.*"',
-    r"door/.*": r'<\w+>|"(core|door)/.*"',
-    r"torch/.*": r'<\w+(\.h)?>|<torch/(csrc/stable|headeronly)/.*>|"(core|door|torch)/.*"',
-    r"python/.*": r'<\w+(\.h)?>|<pybind11/.*>|"(core|door|python)/.*"',
+    r"door/.*": rf'{SYSTEM}|"(core|door)/.*"',
+    r"torch/.*": rf'{SYSTEM}|<torch/(csrc/stable|headeronly)/.*>|"(core|door|torch)/.*"',
+    r"python/.*": rf'{SYSTEM}|<pybind11/.*>|"(core|door|python)/.*"',
 }
 
 

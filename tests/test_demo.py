@@ -242,7 +242,7 @@ def test_race_learns_and_keeps_the_clocks(text):
         runners.append(Runner(name, "#000000", model, Batches(text.training, 20, 8, 0), masked=name == "ours"))
     assert torch.equal(runners[0].model.lstm.weight_hh_l0, runners[1].model.lstm.weight_hh_l0)
     told = []
-    race(runners, held_out, 0.4, 2, lambda done, note: told.append((done, note)))
+    race(runners, held_out, 0.4, 60.0, lambda done, note: told.append((done, note)), most=2)
     for runner in runners:
         assert len(runner.curve) == 3
         assert runner.curve[-1][2] < runner.curve[0][2]
@@ -251,12 +251,21 @@ def test_race_learns_and_keeps_the_clocks(text):
     assert [done for done, _ in told] == [0.5, 1.0]
 
 
+def test_race_stops_all_after_the_same_round(text):
+    held_out = chunks(text.held_out, 20, 8)[:2]
+    model = CharacterModel(nn.LSTM(8, 16), len(text.alphabet))
+    runner = Runner("slow", "#000000", model, Batches(text.training, 20, 8, 0), masked=False)
+    race([runner], held_out, 0.4, 0.0, lambda done, note: None)
+    assert len(runner.curve) == 2
+    assert 0.2 <= runner.seconds < 0.4
+
+
 def test_time_in_turns_calls_all_equally():
     calls: list[str] = []
     functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     times = time_in_turns(functions, 0.0, lambda done, note: None)
-    assert calls == ["a", "b"] * 4  # once uncounted, three times counted
-    assert [len(v) for v in times.values()] == [3, 3]
+    assert calls == ["a", "b"] * 2  # once uncounted, once counted
+    assert [len(v) for v in times.values()] == [1, 1]
 
 
 def test_lstm_chapter(tmp_path):

@@ -1,4 +1,4 @@
-// exp, sigmoid, tanh and log on Vec. Only +, *, /, fma and integer operations, each rounded the same way at every width,
+// exp, sigmoid and tanh on Vec. Only +, *, /, fma and integer operations, each rounded the same way at every width,
 // so results do not depend on the instruction set. NaN stays NaN: every clamp keeps its argument when the comparison is
 // false. Series, not minimax: after range reduction a few more Taylor terms reach the last place and need no table.
 namespace fastseq::core::FASTSEQ_ISA {
@@ -12,7 +12,7 @@ struct Real<float> {
   static constexpr float kLog2e = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high part: few bits, n * high is exact
   static constexpr float kLeast = -87.0f, kMost = 88.0f;                       // exp stays normal and finite
-  static constexpr int kMantissa = 23, kExpTerms = 7, kLogTerms = 5;
+  static constexpr int kMantissa = 23, kExpTerms = 7, kLogTerms = 6;
   static constexpr int32_t kOne = 0x3f800000, kSqrtHalf = 0x3f3504f3;
   static constexpr float kLn2 = 0.693147180559945309f;
 };
@@ -22,7 +22,7 @@ struct Real<double> {
   static constexpr double kLog2e = 1.44269504088896340736;
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kLeast = -708.0, kMost = 709.0;
-  static constexpr int kMantissa = 52, kExpTerms = 13, kLogTerms = 10;
+  static constexpr int kMantissa = 52, kExpTerms = 13, kLogTerms = 12;
   static constexpr int64_t kOne = 0x3ff0000000000000, kSqrtHalf = 0x3fe6a09e667f3bcd;
   static constexpr double kLn2 = 0.693147180559945309417;
 };
@@ -36,9 +36,7 @@ constexpr R inverse_factorial(int n) {
 
 template <class R>
 inline Vec<R> clamp(Vec<R> x, R least, R most) {
-  const Vec<R> a = broadcast(least), b = broadcast(most);
-  x = x < a ? a : x;
-  return x > b ? b : x;
+  return smallest(broadcast(most), largest(broadcast(least), x));
 }
 
 // x = n ln 2 + r with |r| <= ln(2)/2. Returns exp(r) - 1; `power` is 2^n.
@@ -70,30 +68,9 @@ inline Vec<R> tanh(Vec<R> x) {
   const Int<R> sign = (Int<R>)x & (Int<R>)broadcast(R(-0.0));
   const Vec<R> size = (Vec<R>)((Int<R>)x ^ sign);
   Vec<R> power;
-  const Vec<R> least = broadcast(Real<R>::kLeast);
-  Vec<R> argument = broadcast(R(-2)) * size;
-  argument = argument < least ? least : argument;
-  const Vec<R> e = exp_minus_one<R>(argument, &power);
+  const Vec<R> e = exp_minus_one<R>(largest(broadcast(Real<R>::kLeast), broadcast(R(-2)) * size), &power);
   const Vec<R> less_one = fma(power, e, power - broadcast(R(1)));  // exp(-2|x|) - 1
   return (Vec<R>)((Int<R>)(-less_one / (broadcast(R(2)) + less_one)) ^ sign);
-}
-
-// log of positive normal numbers
-template <class R>
-inline Vec<R> log(Vec<R> x) {
-  using K = Real<R>;
-  const Int<R> bits = (Int<R>)x;
-  const Int<R> exponent = (bits - K::kSqrtHalf) >> K::kMantissa;
-  const Vec<R> m = (Vec<R>)(bits - (exponent << K::kMantissa));  // in [sqrt(1/2), sqrt(2))
-  const Vec<R> n = (Vec<R>)((Int<R>)broadcast(K::kMagic) + exponent) - broadcast(K::kMagic);
-  const Vec<R> f = m - broadcast(R(1));
-  const Vec<R> s = f / (broadcast(R(2)) + f);
-  const Vec<R> z = s * s;
-  Vec<R> p = broadcast(R(2.0 / (2 * K::kLogTerms + 1)));
-#pragma GCC unroll 16
-  for (int i = K::kLogTerms - 1; i >= 1; --i) p = fma(p, z, broadcast(R(2.0 / (2 * i + 1))));
-  const Vec<R> tail = fma(p * z, s, s + s);  // log(m) = 2s + 2s^3/3 + ...
-  return fma(n, broadcast(K::kLn2), tail);
 }
 
 }  // namespace

@@ -15,7 +15,6 @@ struct Matrix {
   const R* data;
   int64_t stride;
   const R* const* rows;
-  const R* row(int64_t i) const { return rows ? rows[i] : data + i * stride; }
 };
 
 // c [M, N] = op(a) @ op(b) + bias

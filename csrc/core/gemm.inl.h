@@ -119,13 +119,20 @@ struct Block<double> {
   }
 };
 
-// Lines i .. i+lines of the output, all lengths; a short group (lines < N) stores only its own columns.
+// Row i. Not a member of Matrix, whose weak copy, compiled for this set, could come to serve the other sets.
 template <class R>
-void pack_group(const PackArgs<R>& p, int64_t i, int64_t lines) {
+const R* line(const Matrix<R>& matrix, int64_t i) {
+  return matrix.rows ? matrix.rows[i] : matrix.data + i * matrix.stride;
+}
+
+// Lines i .. i + lines of the output, all lengths. `spill`: a row of the output may be written past its end, because
+// what it runs into is written later; only the last block of rows then keeps to its own.
+template <class R>
+void pack_group(const PackArgs<R>& p, int64_t i, int64_t lines, bool spill) {
   using Line = typename Block<R>::Line;
   constexpr int N = Block<R>::N;
   const R* in[N];
-  for (int64_t n = 0; n < N; ++n) in[n] = p.lines.row(p.first + i + (n < lines ? n : 0)) + p.offset;
+  for (int64_t n = 0; n < N; ++n) in[n] = line(p.lines, p.first + i + (n < lines ? n : 0)) + p.offset;
   R* out = p.out + i;
   int64_t j = 0;
   for (; j + N <= p.length; j += N, out += N * p.width) {
@@ -133,12 +140,9 @@ void pack_group(const PackArgs<R>& p, int64_t i, int64_t lines) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) __builtin_memcpy(&r[n], in[n] + j, sizeof(Line));
     Block<R>::transpose(r);
-    if (lines == N) {
+    if (lines == N || (spill && j + 2 * N <= p.length)) {
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) __builtin_memcpy(out + n * p.width, &r[n], sizeof(Line));
-    } else if (lines == N / 2) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) __builtin_memcpy(out + n * p.width, &r[n], sizeof(Line) / 2);
     } else {
       for (int n = 0; n < N; ++n) {
         for (int64_t m = 0; m < lines; ++m) out[n * p.width + m] = r[n][m];
@@ -154,31 +158,57 @@ template <class R>
 void pack_rows(const PackArgs<R>& p) {
   constexpr int N = Block<R>::N;
   if (p.width == 1) {
-    if (p.count) __builtin_memcpy(p.out, p.lines.row(p.first) + p.offset, (size_t)p.length * sizeof(R));
+    if (p.count) __builtin_memcpy(p.out, line(p.lines, p.first) + p.offset, (size_t)p.length * sizeof(R));
     return;
   }
-  for (int64_t i = 0; i < p.count; i += N) pack_group(p, i, p.count - i < N ? p.count - i : N);
+  int64_t i = 0;
+  for (; i + N <= p.count; i += N) pack_group(p, i, N, false);
+  if (i < p.count && i > 0) {
+    pack_group(p, p.count - N, N, false);  // again a few lines of the group before, rather than a short group
+  } else if (i < p.count) {
+    pack_group(p, 0, p.count, p.count == p.width);
+  }
   if (p.pad && p.count < p.width) {
     for (int64_t j = 0; j < p.length; ++j) {
-      for (int64_t i = p.count; i < p.width; ++i) p.out[j * p.width + i] = R(0);
+      for (int64_t m = p.count; m < p.width; ++m) p.out[j * p.width + m] = R(0);
     }
+  }
+}
+
+// Bytes count times sizeof(R), between one and two of the given chunk.
+template <class R, int Bytes>
+void copy_lines(const PackArgs<R>& p) {
+  typedef char Chunk __attribute__((vector_size(Bytes)));
+  const int64_t second = p.count - Bytes / (int64_t)sizeof(R);
+  for (int64_t j = 0; j < p.length; ++j) {
+    const R* const in = line(p.lines, p.first + j) + p.offset;
+    R* const out = p.out + j * p.width;
+    Chunk a, b;
+    __builtin_memcpy(&a, in, Bytes);
+    __builtin_memcpy(&b, in + second, Bytes);
+    __builtin_memcpy(out, &a, Bytes);
+    __builtin_memcpy(out + second, &b, Bytes);
   }
 }
 
 template <class R>
 void pack_columns(const PackArgs<R>& p) {
-  const bool whole = p.count == kPanel<R> && p.width == kPanel<R>;
-  for (int64_t j = 0; j < p.length; ++j) {
-    const R* in = p.lines.row(p.first + j) + p.offset;
-    R* out = p.out + j * p.width;
-    if (whole) {
-      store(out, load(in));
-      store(out + kLanes<R>, load(in + kLanes<R>));
-      continue;
+  const int64_t bytes = p.count * (int64_t)sizeof(R);
+  if (bytes >= 64 && bytes <= 128) {
+    copy_lines<R, 64>(p);
+  } else if (bytes >= 32 && bytes < 64) {
+    copy_lines<R, 32>(p);
+  } else if (bytes >= 16 && bytes < 32) {
+    copy_lines<R, 16>(p);
+  } else {
+    for (int64_t j = 0; j < p.length; ++j) {
+      const R* const in = line(p.lines, p.first + j) + p.offset;
+      for (int64_t i = 0; i < p.count; ++i) p.out[j * p.width + i] = in[i];
     }
-    for (int64_t i = 0; i < p.count; ++i) out[i] = in[i];
-    if (p.pad) {
-      for (int64_t i = p.count; i < p.width; ++i) out[i] = R(0);
+  }
+  if (p.pad && p.count < p.width) {
+    for (int64_t j = 0; j < p.length; ++j) {
+      for (int64_t i = p.count; i < p.width; ++i) p.out[j * p.width + i] = R(0);
     }
   }
 }

@@ -1,5 +1,6 @@
 #include "core/isa.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -43,7 +44,12 @@ Choice choose() {
   for (int i = 0; i < count; ++i) {
     if (std::strcmp(found[i]->name, wanted) == 0) return {found[i], nullptr};
   }
-  return {found[0], "FASTSEQ_ISA names an instruction set that is unknown, not built or not supported by this machine"};
+  static char error[160];  // written once, under the lock of choice()
+  int end = std::snprintf(error, sizeof error, "FASTSEQ_ISA=%.32s cannot run here; these can:", wanted);
+  for (int i = 0; i < count; ++i) {
+    end += std::snprintf(error + end, sizeof error - end, "%s %s", i ? "," : "", found[i]->name);
+  }
+  return {found[0], error};
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ struct LstmForward {
   const R* x_gates;  // [N, 4H]  input part of the pre-activations, biases added
   R* h;              // [N, P]   out; steps beyond a row's length become zero, as in c and gates
   R* c;              // [N, H]   out, or null
-  R* gates;          // [N, 4H]  out, activated, or null
+  R* gates;          // [N, 4H]  out, activated, or null; may be x_gates
   R* h_n;            // [B, P]   out
   R* c_n;            // [B, H]   out
 };

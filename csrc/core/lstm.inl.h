@@ -47,7 +47,15 @@ inline void cell_forward(const CellForward<R>& s, int64_t row, Units<R, Whole> u
     u.put(gates + 2 * s.H, g);
     u.put(gates + 3 * s.H, o);
   }
-  store(s.out + row * kPanel<R> + u.at, o * tanh<R>(c));
+  store(s.out + row * kPanel<R> + u.at, o);
+}
+
+// Apart from the gates, and over all rows at once: tanh waits for c, and a processor looks ahead some 300 instructions,
+// little more than the gates of one vector.
+template <class R, bool Whole>
+inline void cell_output(const CellForward<R>& s, int64_t row, Units<R, Whole> u) {
+  R* const out = s.out + row * kPanel<R> + u.at;
+  store(out, load(out) * tanh<R>(u.get(s.c_state[row])));
 }
 
 template <class R, bool Whole>
@@ -78,30 +86,24 @@ inline void cell_backward(const CellBackward<R>& s, int64_t row, Units<R, Whole>
   if (s.out) store(s.out + row * kPanel<R> + u.at, o * tanh_c);
 }
 
-template <class R>
-void lstm_cell_forward(const CellForward<R>& s) {
-  for (int64_t row = 0; row < s.rows; ++row) {
-    for (int64_t at = 0; at < s.units; at += kLanes<R>) {
-      if (s.units - at >= kLanes<R>) {
-        cell_forward<R, true>(s, row, {at, kLanes<R>});
-      } else {
-        cell_forward<R, false>(s, row, {at, s.units - at});
-      }
-    }
+template <class R, class Visit>
+inline void each_vector(int64_t rows, int64_t units, Visit visit) {
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t at = 0;
+    for (; at + kLanes<R> <= units; at += kLanes<R>) visit(row, Units<R, true>{at, kLanes<R>});
+    if (at < units) visit(row, Units<R, false>{at, units - at});
   }
 }
 
 template <class R>
+void lstm_cell_forward(const CellForward<R>& s) {
+  each_vector<R>(s.rows, s.units, [&](int64_t row, auto u) { cell_forward(s, row, u); });
+  each_vector<R>(s.rows, s.units, [&](int64_t row, auto u) { cell_output(s, row, u); });
+}
+
+template <class R>
 void lstm_cell_backward(const CellBackward<R>& s) {
-  for (int64_t row = 0; row < s.rows; ++row) {
-    for (int64_t at = 0; at < s.units; at += kLanes<R>) {
-      if (s.units - at >= kLanes<R>) {
-        cell_backward<R, true>(s, row, {at, kLanes<R>});
-      } else {
-        cell_backward<R, false>(s, row, {at, s.units - at});
-      }
-    }
-  }
+  each_vector<R>(s.rows, s.units, [&](int64_t row, auto u) { cell_backward(s, row, u); });
 }
 
 }  // namespace

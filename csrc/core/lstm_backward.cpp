@@ -78,6 +78,12 @@ void Backward<R>::state_tile(int64_t t, int64_t last, int64_t panel, int64_t til
   const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.P - unit);
   const int64_t row = tile * tiling.cap, n = rows.count(t), n_last = rows.count(last);
   const int64_t going_on = std::clamp<int64_t>(n_last - row, 0, tiling.cap);
+  for (int64_t i = 0; !a.weight_hr && i < tiling.cap && row + i < n; ++i) {
+    const int64_t e = rows.element(t, row + i);
+    prefetch<4>(call.gates + e * 4 * a.H + unit, a.H, units);
+    prefetch<1>(call.c + e * a.H + unit, 0, units);
+    if (call.dh) prefetch<1>(call.dh + e * a.P + unit, 0, units);
+  }
   if (going_on > 0) {
     TileArgs<R> product{going_on, 1,     4 * a.H, d_last + row * 4 * a.H, tiling.cap, weight_hh + unit * 4 * a.H, 0,
                         mine,     width, width,   Init::zero,             nullptr};

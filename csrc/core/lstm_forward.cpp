@@ -98,6 +98,7 @@ void Forward<R>::cell_item(int64_t t, int64_t item, int64_t n, const R* in, R* o
   R* const pre = mine;
   R* const noise = pre + tiling.cap * 4 * width;
   R* const result = noise + tiling.cap * 2 * width;
+  for (int64_t i = 0; i < count; ++i) prefetch<4>(call.x_gates + rows.element(t, row + i) * 4 * a.H + unit, a.H, units);
   TileArgs<R> product{count, 4,     a.P,       in + row * a.P, tiling.cap, weight_hh + panel * 4 * a.P * width, a.P * width,
                       pre,   4 * width, width, Init::zero,     nullptr};
   table.tile(product);

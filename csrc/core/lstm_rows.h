@@ -95,6 +95,14 @@ void entering(const Rows& rows, const LstmArgs<R>& a, const R* h, const R* zeros
   }
 }
 
+// Asks for what a tile's cell will read, before the product that it waits for: `Parts` runs of `units`, `stride` apart.
+template <int Parts, class R>
+inline void prefetch(const R* p, int64_t stride, int64_t units) {
+  for (int part = 0; part < Parts; ++part, p += stride) {
+    for (int64_t u = 0; u < units; u += 64 / static_cast<int64_t>(sizeof(R))) __builtin_prefetch(p + u);
+  }
+}
+
 template <class T>
 T* take(T*& scratch, int64_t count) {
   T* const out = scratch;

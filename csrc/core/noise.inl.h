@@ -2,75 +2,99 @@
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
+// One counter per 64-bit lane. Only the low halves count: the multiplication reads nothing else, and xor keeps them apart.
 struct Words {
-  VecU32 w[4];
+  VecU64 w[4];
 };
 
-inline void multiply(VecU32 a, uint32_t m, VecU32* high, VecU32* low) {
-  const VecU64 factor = (VecU64)(VecU32{} + m), pairs = (VecU64)a;
-  const VecU64 even = multiply_even(pairs, factor), odd = multiply_even(pairs >> 32, factor);
-  *low = (VecU32)((even & 0xffffffffu) | (odd << 32));
-  *high = (VecU32)((even >> 32) | (odd & 0xffffffff00000000u));
-}
+// The key of each round, in each lane.
+struct Keys {
+  VecU64 k[10][2];
+  explicit Keys(uint64_t key) {
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      k[round][0] = VecU64{} + k0;
+      k[round][1] = VecU64{} + k1;
+    }
+  }
+};
 
-inline Words philox_rounds(Words c, uint32_t k0, uint32_t k1) {
+inline Words philox_rounds(Words c, const Keys& keys) {
+  const VecU64 m0 = VecU64{} + 0xD2511F53u, m1 = VecU64{} + 0xCD9E8D57u;
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    VecU32 high0, low0, high1, low1;
-    multiply(c.w[0], 0xD2511F53u, &high0, &low0);
-    multiply(c.w[2], 0xCD9E8D57u, &high1, &low1);
-    c = {{high1 ^ c.w[1] ^ k0, low1, high0 ^ c.w[3] ^ k1, low0}};
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    const VecU64 p0 = multiply_even(c.w[0], m0), p1 = multiply_even(c.w[2], m1);
+    c = {{(p1 >> 32) ^ c.w[1] ^ keys.k[round][0], p1, (p0 >> 32) ^ c.w[3] ^ keys.k[round][1], p0}};
   }
   return c;
 }
 
-constexpr int kWordLanes = kVectorBytes / 4;
+constexpr int kCounters = kVectorBytes / 8;
 
 void philox(int64_t count, const uint32_t* counter, uint64_t key, uint32_t* words) {
+  const Keys keys(key);
   for (int64_t i = 0; i < count; ++i) {
     Words c;
-    for (int n = 0; n < 4; ++n) c.w[n] = VecU32{} + counter[4 * i + n];
-    c = philox_rounds(c, (uint32_t)key, (uint32_t)(key >> 32));
-    for (int n = 0; n < 4; ++n) words[4 * i + n] = c.w[n][0];
+    for (int n = 0; n < 4; ++n) c.w[n] = VecU64{} + counter[4 * i + n];
+    c = philox_rounds(c, keys);
+    for (int n = 0; n < 4; ++n) words[4 * i + n] = (uint32_t)c.w[n][0];
   }
 }
 
-// log U - log(1 - U) with U = (k + 1/2) 2^-24, k = word >> 8, as the log of one quotient of odd 25-bit integers, where
+// log(n / d) of positive numbers: with n scaled by a power of two until it is near d, 2 atanh((n - d) / (n + d)).
+template <class R>
+inline Vec<R> log_quotient(Vec<R> n, Vec<R> d) {
+  using K = Real<R>;
+  const Int<R> exponent = ((Int<R>)n - (Int<R>)d + (K::kOne - K::kSqrtHalf)) >> K::kMantissa;
+  const Vec<R> scaled = (Vec<R>)((Int<R>)n - (exponent << K::kMantissa));
+  const Vec<R> s = (scaled - d) / (scaled + d), z = s * s;
+  Vec<R> p = broadcast(R(2.0 / (2 * K::kLogTerms + 1)));
+#pragma GCC unroll 16
+  for (int i = K::kLogTerms - 1; i >= 1; --i) p = fma(p, z, broadcast(R(2.0 / (2 * i + 1))));
+  const Vec<R> twos = (Vec<R>)((Int<R>)broadcast(K::kMagic) + exponent) - broadcast(K::kMagic);
+  return fma(twos, broadcast(K::kLn2), fma(p * z, s, s + s));
+}
+
+// log U - log(1 - U) with U = (k + 1/2) 2^-24, k = word >> 8, as the log of a quotient of odd 25-bit integers, where
 // the mask's own U is below p, else 0. `threshold` is the least k with (k + 1/2) 2^-24 >= p.
 template <class R>
-inline void logit(const uint32_t* words, const uint32_t* mask, uint32_t threshold, R* out) {
-  constexpr int L = kLanes<R>;
-  typedef int32_t Half __attribute__((vector_size(L * 4)));
-  Half k, m;
+inline Vec<R> logit(const uint32_t* words, const uint32_t* mask, int32_t threshold) {
+  typedef int32_t Lanes __attribute__((vector_size(kLanes<R> * 4)));
+  Lanes k, m;
   __builtin_memcpy(&k, words, sizeof k);
   __builtin_memcpy(&m, mask, sizeof m);
   k = (k >> 8) & 0xffffff;
   m = (m >> 8) & 0xffffff;
-  const Half odd = 2 * k + 1;
+  const Lanes odd = 2 * k + 1, kept = (m - threshold) >> 31;  // all ones where m < threshold
   const Vec<R> over = __builtin_convertvector(odd, Vec<R>), under = __builtin_convertvector((1 << 25) - odd, Vec<R>);
-  const Half kept = m < (int32_t)threshold ? Half{} + 1 : Half{};
-  store(out, log<R>(over / under) * __builtin_convertvector(kept, Vec<R>));
+  return log_quotient<R>(over, under) * __builtin_convertvector(-kept, Vec<R>);
 }
 
 template <class R>
 void lstm_noise(const LstmNoise& noise, int64_t unit, int64_t count, int64_t step, int64_t row, R* out) {
   const double level = noise.probability * 16777216.0 - 0.5;
-  const uint32_t threshold =
-      level <= 0 ? 0 : (uint32_t)level + ((double)(uint32_t)level < level ? 1 : 0);  // ceil(level)
-  uint32_t words[4][kMostPanelWidth];
-  VecU32 lane;
-  for (int i = 0; i < kWordLanes; ++i) lane[i] = (uint32_t)i;
-  const int64_t number = (noise.rows ? noise.rows[row] : row) + noise.row_offset;
-  for (int64_t u = 0; u < count; u += kWordLanes) {
-    Words c = {{lane + (uint32_t)(unit + u), VecU32{} + (uint32_t)step, VecU32{} + (uint32_t)number,
-                VecU32{} + (uint32_t)noise.stream}};
-    c = philox_rounds(c, (uint32_t)noise.seed, (uint32_t)(noise.seed >> 32));
-    for (int n = 0; n < 4; ++n) __builtin_memcpy(words[n] + u, &c.w[n], sizeof(VecU32));
-  }
-  for (int64_t u = 0; u < count; u += kLanes<R>) {
-    logit<R>(words[0] + u, words[1] + u, threshold, out + u);
-    logit<R>(words[2] + u, words[3] + u, threshold, out + kPanel<R> + u);
+  const int32_t floor = level <= 0 ? 0 : (int32_t)level, threshold = floor + (floor < level ? 1 : 0);
+  const Keys keys(noise.seed);
+  const uint64_t number = (uint64_t)((noise.rows ? noise.rows[row] : row) + noise.row_offset);
+  VecU64 lane;
+  for (int i = 0; i < kCounters; ++i) lane[i] = (uint64_t)(unit + i);
+  for (int64_t u = 0; u < count; u += 2 * kCounters) {
+    Words c[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      c[i] = {{lane + (uint64_t)(u + i * kCounters), VecU64{} + (uint64_t)step, VecU64{} + number,
+               VecU64{} + (uint64_t)noise.stream}};
+      c[i] = philox_rounds(c[i], keys);
+    }
+    VecU32 words[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) words[n] = low_words(c[0].w[n], c[1].w[n]);
+#pragma GCC unroll 2
+    for (int at = 0; at < 2 * kCounters; at += kLanes<R>) {
+      const auto word = [&](int n) { return (const uint32_t*)&words[n] + at; };
+      store(out + u + at, logit<R>(word(0), word(1), threshold));
+      store(out + kPanel<R> + u + at, logit<R>(word(2), word(3), threshold));
+    }
   }
 }
 

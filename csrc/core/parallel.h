@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <thread>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -11,8 +10,8 @@
 
 namespace fastseq::core {
 
-// A barrier for the threads of one team. It spins, because a step of a small LSTM is shorter than a sleep, and yields
-// the processor once spinning has lasted longer than any step that was worth sharing.
+// A barrier for the threads of one team. It spins, because a step of a small LSTM is shorter than a sleep, and sleeps
+// once spinning has lasted so long that another thread of the team must have lost its processor.
 class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
@@ -23,21 +22,20 @@ class Barrier {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
+      phase_.notify_all();
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < kSpins) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
 #if defined(__SSE2__)
-        _mm_pause();
+      _mm_pause();
 #endif
-      } else {
-        std::this_thread::yield();
-      }
     }
+    while (phase_.load(std::memory_order_acquire) == phase) phase_.wait(phase, std::memory_order_acquire);
   }
 
  private:
-  static constexpr int kSpins = 4096;
+  static constexpr int kSpins = 2000;  // some tens of microseconds
   alignas(64) std::atomic<uint32_t> phase_{0};
   alignas(64) std::atomic<int> arrived_{0};
   int size_;

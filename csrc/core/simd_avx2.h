@@ -18,6 +18,15 @@ inline VecF broadcast(float x) { return (VecF)_mm256_set1_ps(x); }
 inline VecD broadcast(double x) { return (VecD)_mm256_set1_pd(x); }
 inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+// The second operand where either is NaN.
+inline VecF largest(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
+inline VecD largest(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+inline VecF smallest(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
+inline VecD smallest(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
+// The low halves of the 64-bit lanes of a, then of b.
+inline VecU32 low_words(VecU64 a, VecU64 b) {
+  return __builtin_shufflevector((VecU32)a, (VecU32)b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
 // 64-bit products of the even 32-bit lanes
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (VecU64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 

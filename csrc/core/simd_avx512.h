@@ -15,6 +15,11 @@ typedef double VecD __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
 
+// The low halves of the 64-bit lanes of a, then of b.
+inline VecU32 low_words(VecU64 a, VecU64 b) {
+  return __builtin_shufflevector((VecU32)a, (VecU32)b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+
 #if defined(FASTSEQ_AVX512_ON_AVX2)
 
 template <class To, class Half>
@@ -40,6 +45,10 @@ inline VecD fma(VecD a, VecD b, VecD c) {
   return joined<VecD>(_mm256_fmadd_pd(half<__m256d>(a, 0), half<__m256d>(b, 0), half<__m256d>(c, 0)),
                       _mm256_fmadd_pd(half<__m256d>(a, 1), half<__m256d>(b, 1), half<__m256d>(c, 1)));
 }
+inline VecF largest(VecF a, VecF b) { return a > b ? a : b; }
+inline VecD largest(VecD a, VecD b) { return a > b ? a : b; }
+inline VecF smallest(VecF a, VecF b) { return a < b ? a : b; }
+inline VecD smallest(VecD a, VecD b) { return a < b ? a : b; }
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
 
 #else
@@ -48,6 +57,11 @@ inline VecF broadcast(float x) { return (VecF)_mm512_set1_ps(x); }
 inline VecD broadcast(double x) { return (VecD)_mm512_set1_pd(x); }
 inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+// The second operand where either is NaN.
+inline VecF largest(VecF a, VecF b) { return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+inline VecD largest(VecD a, VecD b) { return (VecD)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b); }
+inline VecF smallest(VecF a, VecF b) { return (VecF)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+inline VecD smallest(VecD a, VecD b) { return (VecD)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b); }
 // 64-bit products of the even 32-bit lanes
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (VecU64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b); }
 

@@ -18,6 +18,15 @@ inline VecF broadcast(float x) { return VecF{x, x, x, x, x, x, x, x}; }
 inline VecD broadcast(double x) { return VecD{x, x, x, x}; }
 inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
 inline VecD fma(VecD a, VecD b, VecD c) { return a * b + c; }
+// The second operand where either is NaN.
+inline VecF largest(VecF a, VecF b) { return a > b ? a : b; }
+inline VecD largest(VecD a, VecD b) { return a > b ? a : b; }
+inline VecF smallest(VecF a, VecF b) { return a < b ? a : b; }
+inline VecD smallest(VecD a, VecD b) { return a < b ? a : b; }
+// The low halves of the 64-bit lanes of a, then of b.
+inline VecU32 low_words(VecU64 a, VecU64 b) {
+  return __builtin_shufflevector((VecU32)a, (VecU32)b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
 // 64-bit products of the even 32-bit lanes
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
 

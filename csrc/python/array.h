@@ -12,6 +12,7 @@
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "door/array.h"
+#include "door/scratch.h"
 #include "python/pool.h"
 
 namespace fastseq::python_door {
@@ -46,20 +47,6 @@ template <class R>
 R* pointer(py::array& array) {
   return static_cast<R*>(array.mutable_data());
 }
-
-// 64-byte aligned elements that live as long as this.
-template <class R>
-class Scratch {
- public:
-  explicit Scratch(size_t count) : data_(static_cast<R*>(::operator new(count * sizeof(R), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  R* data() const { return data_; }
-
- private:
-  R* data_;
-};
 
 inline void check_call(const char* op, int threads) {
   if (const char* const error = core::choice().error) door::fail(op, error);

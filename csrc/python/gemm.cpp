@@ -9,7 +9,7 @@ namespace {
 template <class R>
 void run(const core::GemmArgs<R>& args, int threads) {
   const py::gil_scoped_release release;
-  const Scratch<R> scratch(core::gemm_scratch(args, threads));
+  const door::Scratch<R> scratch(core::gemm_scratch(args, threads));
   core::gemm(args, scratch.data(), team(threads));
 }
 

@@ -29,21 +29,21 @@ std::vector<int64_t> data_size(const door::LstmSizes& z, int64_t width) {
 template <class R>
 void run(const core::LstmForward<R>& call, int threads) {
   const py::gil_scoped_release release;
-  const Scratch<R> scratch(core::lstm_forward_scratch(call.args, threads));
+  const door::Scratch<R> scratch(core::lstm_forward_scratch(call.args, threads));
   core::lstm_forward(call, scratch.data(), team(threads));
 }
 
 template <class R>
 void run(const core::LstmGates<R>& call, int threads) {
   const py::gil_scoped_release release;
-  const Scratch<R> scratch(core::lstm_gates_scratch(call.args, threads));
+  const door::Scratch<R> scratch(core::lstm_gates_scratch(call.args, threads));
   core::lstm_gates(call, scratch.data(), team(threads));
 }
 
 template <class R>
 void run(const core::LstmBackward<R>& call, int threads) {
   const py::gil_scoped_release release;
-  const Scratch<R> scratch(core::lstm_backward_scratch(call.args, call.dweight_hh != nullptr, threads));
+  const door::Scratch<R> scratch(core::lstm_backward_scratch(call.args, call.dweight_hh != nullptr, threads));
   core::lstm_backward(call, scratch.data(), team(threads));
 }
 
@@ -143,6 +143,7 @@ py::array lstm_noise(int64_t seed, int64_t T, int64_t B, int64_t H, const Option
 }
 
 py::array philox(const py::array& counter, uint64_t key) {
+  check_call("philox", 1);
   if (!py::isinstance<py::array_t<uint32_t>>(counter) || counter.ndim() < 1 ||
       counter.shape(counter.ndim() - 1) != 4 || !(counter.flags() & py::array::c_style)) {
     door::fail("philox", "counter must be a contiguous uint32 array [..., 4]");

@@ -7,9 +7,9 @@ namespace fastseq::torch_door {
 namespace {
 
 template <class R>
-void run(const Tensor& like, const core::GemmArgs<R>& args) {
+void run(const core::GemmArgs<R>& args) {
   const core::Team t = team();
-  const Scratch<R> scratch(like, core::gemm_scratch(args, t.most));
+  const door::Scratch<R> scratch(core::gemm_scratch(args, t.most));
   core::gemm(args, scratch.data(), t);
 }
 
@@ -19,9 +19,9 @@ Tensor gemm(Tensor a, Tensor b, Optional bias, bool transpose_a, bool transpose_
   const door::GemmSizes s = door::check_gemm(va, vb, vbias, transpose_a, transpose_b);
   Tensor out = empty(a, {s.M, s.N});
   if (s.type == door::Type::f32) {
-    run(a, door::gemm_args(s, va, vb, vbias, transpose_a, transpose_b, pointer<float>(out)));
+    run(door::gemm_args(s, va, vb, vbias, transpose_a, transpose_b, pointer<float>(out)));
   } else {
-    run(a, door::gemm_args(s, va, vb, vbias, transpose_a, transpose_b, pointer<double>(out)));
+    run(door::gemm_args(s, va, vb, vbias, transpose_a, transpose_b, pointer<double>(out)));
   }
   return out;
 }

@@ -1,56 +1,30 @@
 #include "core/lstm.h"
 
-#include <tuple>
-
-#include "door/lstm.h"
-#include "torch/view.h"
+#include "torch/lstm.h"
 
 namespace fastseq::torch_door {
 namespace {
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-door::LstmState view_state(const char* op, const Tensor& weight_hh, const Tensor& h0, const Tensor& c0,
-                           const Optional& weight_hr, const Optional& lengths, const Optional& batch_sizes,
-                           const Optional& reset, const Optional& h_start, const Optional& c_start) {
-  check_isa(op);
-  return {view(op, "weight_hh", weight_hh), view(op, "h0", h0),           view(op, "c0", c0),
-          view(op, "weight_hr", weight_hr), view(op, "lengths", lengths), view(op, "batch_sizes", batch_sizes),
-          view(op, "reset", reset),         view(op, "h_start", h_start), view(op, "c_start", c_start)};
-}
-
-core::LstmNoise view_noise(const char* op, const Optional& seed, const Optional& rows, int64_t B, int64_t row_offset,
-                           int64_t stream, double probability) {
-  const door::Array s = view(op, "seed", seed), r = view(op, "rows", rows);
-  door::check_noise(op, r, B, probability);
-  if (!s.given()) return {};
-  if (s.type != door::Type::i64 || seed->numel() != 1) door::fail(op, "seed must be one int64");
-  return {true, static_cast<uint64_t>(*s.as<int64_t>()), r.as<int64_t>(), row_offset, stream, probability};
-}
-
-std::vector<int64_t> data_size(const door::LstmSizes& z, int64_t width) {
-  return z.packed ? std::vector<int64_t>{z.N, width} : std::vector<int64_t>{z.T, z.B, width};
-}
-
 template <class R>
-void run(const Tensor& like, const core::LstmForward<R>& call) {
+void run(const core::LstmForward<R>& call) {
   const core::Team t = team();
-  const Scratch<R> scratch(like, core::lstm_forward_scratch(call.args, t.most));
+  const door::Scratch<R> scratch(core::lstm_forward_scratch(call.args, t.most));
   core::lstm_forward(call, scratch.data(), t);
 }
 
 template <class R>
-void run(const Tensor& like, const core::LstmGates<R>& call) {
+void run(const core::LstmGates<R>& call) {
   const core::Team t = team();
-  const Scratch<R> scratch(like, core::lstm_gates_scratch(call.args, t.most));
+  const door::Scratch<R> scratch(core::lstm_gates_scratch(call.args, t.most));
   core::lstm_gates(call, scratch.data(), t);
 }
 
 template <class R>
-void run(const Tensor& like, const core::LstmBackward<R>& call) {
+void run(const core::LstmBackward<R>& call) {
   const core::Team t = team();
-  const Scratch<R> scratch(like, core::lstm_backward_scratch(call.args, call.dweight_hh != nullptr, t.most));
+  const door::Scratch<R> scratch(core::lstm_backward_scratch(call.args, call.dweight_hh != nullptr, t.most));
   core::lstm_backward(call, scratch.data(), t);
 }
 
@@ -70,7 +44,7 @@ Five lstm_forward(Tensor x_gates, Tensor weight_hh, Tensor h0, Tensor c0, Option
   Tensor gates = empty(x_gates, save >= 2 ? data_size(z, 4 * z.H) : std::vector<int64_t>{0});
   Tensor h_n = empty(x_gates, {z.B, z.P}), c_n = empty(x_gates, {z.B, z.H});
   const auto go = [&]<class R>(R) {
-    run<R>(x_gates, core::LstmForward<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), pointer<R>(h),
+    run<R>(core::LstmForward<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), pointer<R>(h),
                                          save >= 1 ? pointer<R>(c) : nullptr, save >= 2 ? pointer<R>(gates) : nullptr,
                                          pointer<R>(h_n), pointer<R>(c_n)});
   };
@@ -92,7 +66,7 @@ Tensor lstm_gates(Tensor x_gates, Tensor h, Tensor c, Tensor weight_hh, Tensor h
   const core::LstmNoise noise = view_noise(op, seed, rows, z.B, row_offset, stream, noise_probability);
   Tensor gates = empty(x_gates, data_size(z, 4 * z.H));
   const auto go = [&]<class R>(R) {
-    run<R>(x_gates, core::LstmGates<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), vh.as<R>(),
+    run<R>(core::LstmGates<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), vh.as<R>(),
                                        vc.as<R>(), pointer<R>(gates)});
   };
   z.type == door::Type::f32 ? go(float()) : go(double());
@@ -118,8 +92,7 @@ Seven lstm_backward(Optional dh, Optional dc, Optional dgates, Optional dh_n, Op
   Tensor dweight_hh = sized(weights, {4 * z.H, z.P}), dweight_hr = sized(project, {z.P, z.H});
   Tensor dh_start = sized(start, {z.P}), dc_start = sized(start, {z.H});
   const auto go = [&]<class R>(R) {
-    run<R>(gates,
-           core::LstmBackward<R>{door::lstm_args<R>(z, s, tau, hard, reverse), g.dh.as<R>(), g.dc.as<R>(),
+    run<R>(core::LstmBackward<R>{door::lstm_args<R>(z, s, tau, hard, reverse), g.dh.as<R>(), g.dc.as<R>(),
                                  g.dgates.as<R>(), g.dh_n.as<R>(), g.dc_n.as<R>(), g.gates.as<R>(), g.h.as<R>(),
                                  g.c.as<R>(), pointer<R>(dx_gates), weights ? pointer<R>(dweight_hh) : nullptr,
                                  project ? pointer<R>(dweight_hr) : nullptr, pointer<R>(dh0), pointer<R>(dc0),

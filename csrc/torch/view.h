@@ -13,6 +13,7 @@
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "door/array.h"
+#include "door/scratch.h"
 
 namespace fastseq::torch_door {
 
@@ -41,24 +42,16 @@ inline door::Array view(const char* op, const char* name, const Optional& tensor
   return tensor ? view(op, name, *tensor) : door::Array{};
 }
 
-inline Tensor empty(const Tensor& like, std::vector<int64_t> size) { return torch::stable::new_empty(like, size); }
+inline Tensor empty(const Tensor& like, std::vector<int64_t> size) {
+  Tensor out = torch::stable::new_empty(like, size);
+  door::advise_huge(out.mutable_data_ptr(), out.numel() * out.element_size());
+  return out;
+}
 
 template <class R>
 R* pointer(const Tensor& tensor) {
   return static_cast<R*>(tensor.mutable_data_ptr());
 }
-
-// 64-byte aligned elements that live as long as this. From torch's allocator, which fills them with NaN in its
-// deterministic mode: what a kernel forgets to write shows up in tests.
-template <class R>
-class Scratch {
- public:
-  Scratch(const Tensor& like, size_t count) : tensor_(empty(like, {static_cast<int64_t>(count + 64 / sizeof(R))})) {}
-  R* data() const { return reinterpret_cast<R*>((reinterpret_cast<uintptr_t>(pointer<R>(tensor_)) + 63) & ~uintptr_t(63)); }
-
- private:
-  Tensor tensor_;
-};
 
 // One OpenMP region for a whole call, on the pool that torch's own operators keep warm. A pool of our own would compete
 // with their threads, which spin for a while after each operator.

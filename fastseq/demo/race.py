@@ -34,7 +34,7 @@ class Runner:
     model: CharacterModel
     batches: Batches
     masked: bool
-    peak: float = 4e-3
+    peak: float = 8e-3
     state: State | None = None
     steps: list[float] = field(default_factory=list)  # seconds of each training step
     curve: list[tuple[float, int, float]] = field(default_factory=list)  # seconds trained, steps, held-out bits
@@ -107,18 +107,28 @@ def bits_per_character(model: CharacterModel, held_out: Sequence[Chunk], masked:
     return total / count / math.log(2)
 
 
-def race(runners: Sequence[Runner], held_out: Sequence[Chunk], seconds: float, rounds: int, report: Report) -> None:
+def race(
+    runners: Sequence[Runner], held_out: Sequence[Chunk], seconds: float, wall: float, report: Report, most: int = 20
+) -> None:
     """Train every runner until its own clock has reached ``seconds``; evaluation is on no clock.
 
     They take turns, and the first of a round is another one each time, so that whatever else the machine does falls
     on all of them.
 
     Args:
-        held_out: chunks for the curve. rounds: turns per runner, each followed by an evaluation.
+        held_out: chunks for the curve. wall: seconds for training and evaluation of all together: the slower an
+            evaluation is, the fewer there are, and where even that does not suffice all stop after the same round.
+        most: rounds, each one turn and one evaluation per runner.
     """
+    begin = time.perf_counter()
     for runner in runners:
         runner.curve.append((0.0, 0, bits_per_character(runner.model, held_out, runner.masked)))
+    spent = time.perf_counter() - begin
+    rounds = max(2, min(most, int((wall - len(runners) * seconds) / spent)))
     for turn in range(rounds):
+        if turn and time.perf_counter() - begin > wall:
+            report(1.0, "out of time")
+            break
         shift = turn % len(runners)
         for runner in (*runners[shift:], *runners[:shift]):
             clock = runner.seconds
@@ -133,15 +143,15 @@ def race(runners: Sequence[Runner], held_out: Sequence[Chunk], seconds: float, r
 def time_in_turns(
     functions: Mapping[str, Callable[[], object]], seconds: float, report: Report
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call, the functions called in turns until the time is spent; at least three times each.
+    """Milliseconds of every call, the functions called in turns until the time is spent, at least once each.
 
     The first call of each is not counted.
     """
+    begin = time.perf_counter()
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
-    begin = time.perf_counter()
-    while (spent := time.perf_counter() - begin) < seconds or len(next(iter(times.values()))) < 3:
+    while (spent := time.perf_counter() - begin) < seconds or not all(times.values()):
         for name, function in functions.items():
             start = time.perf_counter()
             function()

@@ -337,7 +337,8 @@ def _packed_reset(
     if isinstance(reset, PackedSequence):
         _arguments.check_reset_pack(reset, batch_sizes, order)
         return reset.data
-    B = order.shape[0] if order is not None else hx[0].shape[1] if hx is not None else int(batch_sizes[0])
-    _check.shape("LSTM", "reset", reset, "T, B", batch_sizes.shape[0], B)
+    if order is not None or hx is not None or _eager():
+        B = order.shape[0] if order is not None else hx[0].shape[1] if hx is not None else int(batch_sizes[0])
+        _check.shape("LSTM", "reset", reset, "T, B", batch_sizes.shape[0], B)
     step, row = functional.packed_places(batch_sizes, total)
     return reset[step, row if order is None else order[row]]

@@ -1,4 +1,4 @@
-"""What ``torch.func`` may do with our operators: vmap runs them one by one, forward mode is refused."""
+"""Our operators under autograd and ``torch.func``: vmap runs them one by one, forward mode is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """``function.apply(*args)``, in eager mode without the search for default arguments.
+
+    torch repeats ``inspect.signature(forward)`` on every call of a Function with setup_context, which takes longer than
+    the operator itself on a short sequence.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from torch.autograd import Function, forward_ad
 from fastseq import reference
 from fastseq.ops._library import fake, library, no_autocast, why_not_compiled
 from fastseq.ops._select import Backend, choose
-from fastseq.ops._transforms import one_by_one, refuse_forward_mode
+from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
 
 library.define("gemm(Tensor a, Tensor b, Tensor? bias=None, bool transpose_a=False, bool transpose_b=False) -> Tensor")
 
@@ -91,7 +91,7 @@ def gemm(
     if forward_ad._current_level >= 0:
         refuse_forward_mode("gemm", a, b, bias)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
-        out: Tensor = Gemm.apply(a, b, bias, transpose_a, transpose_b)  # type: ignore[no-untyped-call]
+        out: Tensor = apply(Gemm, a, b, bias, transpose_a, transpose_b)
         return out
     out = torch.ops.fastseq.gemm.default(a, b, bias, transpose_a, transpose_b)
     return out

@@ -15,26 +15,26 @@ from torch.autograd import Function, forward_ad
 from fastseq import reference
 from fastseq.ops._library import fake, library, no_autocast, why_not_compiled
 from fastseq.ops._select import Backend, allowed, choose, once
-from fastseq.ops._transforms import one_by_one, refuse_forward_mode
+from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
 from fastseq.ops.gemm import gemm
 
-_STATE = (
+STATE = (
     "Tensor weight_hh, Tensor h0, Tensor c0, Tensor? weight_hr, "
     "Tensor? lengths, Tensor? batch_sizes, Tensor? reset, Tensor? h_start, Tensor? c_start"
 )
-_NOISE = "Tensor? seed, Tensor? rows, int row_offset, int stream, float noise_probability"
-_GATES = "float tau, bool hard, bool reverse"
-_GRADS = "Tensor? dh, Tensor? dc, Tensor? dgates, Tensor? dh_n, Tensor? dc_n"
+NOISE = "Tensor? seed, Tensor? rows, int row_offset, int stream, float noise_probability"
+GATES = "float tau, bool hard, bool reverse"
+GRADS = "Tensor? dh, Tensor? dc, Tensor? dgates, Tensor? dh_n, Tensor? dc_n"
 
 library.define(
-    f"lstm_forward(Tensor x_gates, {_STATE}, {_NOISE}, {_GATES}, int save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"lstm_forward(Tensor x_gates, {STATE}, {NOISE}, {GATES}, int save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-library.define(f"lstm_gates(Tensor x_gates, Tensor h, Tensor c, {_STATE}, {_NOISE}, {_GATES}) -> Tensor")
+library.define(f"lstm_gates(Tensor x_gates, Tensor h, Tensor c, {STATE}, {NOISE}, {GATES}) -> Tensor")
 library.define(
-    f"lstm_backward({_GRADS}, Tensor gates, Tensor h, Tensor c, {_STATE}, {_GATES}, bool weights)"
+    f"lstm_backward({GRADS}, Tensor gates, Tensor h, Tensor c, {STATE}, {GATES}, bool weights)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-library.define(f"lstm_noise({_NOISE.replace('Tensor? seed', 'Tensor seed, int T, int B, int H')}) -> Tensor")
+library.define(f"lstm_noise({NOISE.replace('Tensor? seed', 'Tensor seed, int T, int B, int H')}) -> Tensor")
 
 
 class Options(NamedTuple):
@@ -68,7 +68,7 @@ _PLAIN = Options()
 
 
 @fake("lstm_forward")
-def _(x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def fake_forward(x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *args: Any) -> tuple[Tensor, ...]:
     save, lead, (H, P) = args[-1], x_gates.shape[:-1], (c0.shape[1], h0.shape[1])
     return (
         x_gates.new_empty(*lead, P),
@@ -90,7 +90,7 @@ def _(seed: Tensor, T: int, B: int, H: int, *args: Any) -> Tensor:
 
 
 @fake("lstm_backward")
-def _(*args: Any) -> tuple[Tensor, ...]:
+def fake_backward(*args: Any) -> tuple[Tensor, ...]:
     gates, _h, _c, weight_hh, h0, c0, weight_hr = args[5:12]
     weights, start = args[-1], args[15] is not None or args[16] is not None
     none = gates.new_empty(0)
@@ -117,8 +117,21 @@ def _reference_noise(x_gates: Tensor, options: Options, rows: int) -> Tensor | N
     return noise
 
 
-def _forward_reference(x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _check_values(options: Options, steps: int, rows: int) -> None:
+    """What the doors find in lengths and batch_sizes; ``steps`` is T, or N of packed data."""
+    if options.lengths is not None and ((options.lengths < 0) | (options.lengths > steps)).any():
+        raise ValueError(f"lstm_forward: lengths must lie in 0 .. T = {steps}, got {options.lengths.tolist()}")
+    if options.batch_sizes is not None:
+        sizes = options.batch_sizes.tolist()
+        if any(a < b for a, b in zip([rows, *sizes], [*sizes, 0], strict=True)):
+            raise ValueError(f"lstm_forward: batch_sizes must not increase and lie in 0 .. B = {rows}, got {sizes}")
+        if sum(sizes) != steps:
+            raise ValueError(f"lstm_forward: batch_sizes must sum to the rows of data = {steps}, got {sum(sizes)}")
+
+
+def forward_reference(x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *args: Any) -> tuple[Tensor, ...]:
     options, save = Options(*args[:-1]), args[-1]
+    _check_values(options, x_gates.shape[0], len(h0))
     noise = _reference_noise(x_gates, options, len(h0))
     arguments: Any = (*options.state, noise, *options.gate)
     out = reference.lstm(x_gates, weight_hh, h0, c0, *arguments)
@@ -129,11 +142,11 @@ def _forward_reference(x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tenso
 def _gates_reference(
     x_gates: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *args: Any
 ) -> Tensor:
-    return _forward_reference(x_gates, weight_hh, h0, c0, *args, 2)[2]
+    return forward_reference(x_gates, weight_hh, h0, c0, *args, 2)[2]
 
 
-def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
-    out = list(reference.lstm_backward(args[:5], *args[5:-1]))
+def backward_reference(*args: Any) -> tuple[Tensor, ...]:
+    out: list[Any] = list(reference.lstm_backward(args[:5], *args[5:-1]))
     none = out[0].new_empty(0)
     if not args[-1]:
         out[1], out[4] = none, none.clone()
@@ -155,7 +168,7 @@ def _cpu_why_not(*args: Any) -> str | None:
     return None if tensor.device.type == "cpu" else f"input is on {tensor.device.type}"
 
 
-def _backends(op: str, definition: Any) -> tuple[Backend, ...]:
+def backends(op: str, definition: Any) -> tuple[Backend, ...]:
     return (
         Backend("cpu", getattr(torch.ops.fastseq, op), _cpu_why_not),
         Backend("reference", definition, lambda *args: None),
@@ -163,17 +176,19 @@ def _backends(op: str, definition: Any) -> tuple[Backend, ...]:
 
 
 BACKENDS = {
-    "lstm_forward": _backends("lstm_forward", _forward_reference),
-    "lstm_gates": _backends("lstm_gates", _gates_reference),
-    "lstm_backward": _backends("lstm_backward", _backward_reference),
-    "lstm_noise": _backends("lstm_noise", _noise_reference),
+    "lstm_forward": backends("lstm_forward", forward_reference),
+    "lstm_gates": backends("lstm_gates", _gates_reference),
+    "lstm_backward": backends("lstm_backward", backward_reference),
+    "lstm_noise": backends("lstm_noise", _noise_reference),
 }
 
 
-def _register(op: str) -> None:
+def register(op: str, backends: tuple[Backend, ...]) -> None:
+    """Give torch the implementations that are not compiled ones."""
+
     def run(*args: Any) -> Any:
         with no_autocast():
-            return choose(op, BACKENDS[op], *args).run(*args)
+            return choose(op, backends, *args).run(*args)
 
     library.impl(op, run, "CUDA")
     if why_not_compiled or allowed() == "reference":
@@ -181,7 +196,7 @@ def _register(op: str) -> None:
 
 
 for _op in BACKENDS:
-    _register(_op)
+    register(_op, BACKENDS[_op])
 
 
 class LSTM(Function):
@@ -215,8 +230,10 @@ class LSTM(Function):
         reverse: bool,
         save: int,
     ) -> tuple[Tensor, ...]:
-        out: tuple[Tensor, ...] = torch.ops.fastseq.lstm_forward.default(
-            x if weight_ih is None else _input_product(x, weight_ih, bias),
+        product = () if weight_ih is None else (weight_ih, bias)
+        run = torch.ops.fastseq.lstm_layer_forward if product else torch.ops.fastseq.lstm_forward
+        out: tuple[Tensor, ...] = run.default(
+            *(x, *product),
             *(weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start),
             *(seed, rows, row_offset, stream, noise_probability, tau, hard, reverse, save),
         )
@@ -231,7 +248,7 @@ class LSTM(Function):
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
             x if rebuild or (weight_ih is not None and needs[1]) else None,
-            weight_ih if rebuild or needs[0] else None,
+            weight_ih,
             bias if rebuild else None,
             None if rebuild else gates,
             *(h, c, weight_hh, h0, c0, weight_hr, *sizes, h_start, c_start),
@@ -252,35 +269,35 @@ class LSTM(Function):
             return (None,) * 21
         needs = ctx.needs_input_grad
         x, weight_ih, bias, gates, h, c, weight_hh, h0, c0, *state, seed, rows = ctx.saved_tensors
-        noise, gate = (seed, rows, *ctx.rest[:3]), ctx.rest[3:]
+        row_offset, stream, noise_probability, *gate = ctx.rest
+        noise = (seed, rows, row_offset, stream, noise_probability)
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         dgates = None if gates is None else dgates  # the forward returned none
-        if gates is None and differentiable:
-            gates = LSTM.apply(x, weight_ih, bias, weight_hh, h0, c0, *state, *noise, *gate, 2)[2]  # type: ignore[no-untyped-call]
-        elif gates is None:
-            x_gates = x if weight_ih is None else _input_product(x, weight_ih, bias)
-            gates = torch.ops.fastseq.lstm_gates.default(x_gates, h, c, weight_hh, h0, c0, *state, *noise, *gate)
-        dh, dc, dgates, dh_n, dc_n = (None if d is None else d.contiguous() for d in (dh, dc, dgates, dh_n, dc_n))
-        run: Any = LSTMBackward.apply if differentiable else torch.ops.fastseq.lstm_backward.default
+        grads = [d if d is None else d.contiguous() for d in (dh, dc, dgates, dh_n, dc_n)]
         weights = needs[3] or needs[6]
-        out = run(dh, dc, dgates, dh_n, dc_n, gates, h, c, weight_hh, h0, c0, *state, *gate, weights)
-        dx, dweight_hh, dh0, dc0, dweight_hr, dh_start, dc_start = out
-        dweight_ih = dbias = None
-        if needs[1] or needs[2] or (needs[0] and weight_ih is not None):
-            dx, dweight_ih, dbias = _input_product_backward(dx, x, weight_ih, needs, differentiable)
-        kept = (dx, dweight_ih, dbias, dweight_hh, dh0, dc0, dweight_hr, None, None, None, dh_start, dc_start)
-        return (*(d if n else None for d, n in zip(kept, needs, strict=False)), *(None,) * 9)
+        if x is not None and weight_ih is not None and not differentiable:
+            given = (*grads, x, weight_ih, bias, gates, h, c, weight_hh, h0, c0, *state, *noise, *gate)
+            return _kept(needs, *torch.ops.fastseq.lstm_layer_backward.default(*given, *needs[:3], weights))
+        if gates is None and differentiable:
+            gates = apply(LSTM, x, weight_ih, bias, weight_hh, h0, c0, *state, *noise, *gate, 2)[2]
+        elif gates is None:
+            gates = torch.ops.fastseq.lstm_gates.default(x, h, c, weight_hh, h0, c0, *state, *noise, *gate)
+        args = (*grads, gates, h, c, weight_hh, h0, c0, *state, *gate, weights)
+        d, *rest = apply(LSTMBackward, *args) if differentiable else torch.ops.fastseq.lstm_backward.default(*args)
+        dx, dweight_ih, dbias = d, None, None
+        if weight_ih is not None or needs[1] or needs[2]:
+            dx, dweight_ih, dbias = _input_product_backward(d, x, weight_ih, needs, differentiable)
+        return _kept(needs, dx, dweight_ih, dbias, *rest)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return one_by_one(LSTM.apply)(info, in_dims, *args)
 
 
-def _input_product(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
-    """[..., I] to the pre-activations [..., 4*H]."""
-    flat = torch.ops.fastseq.gemm.default(x.reshape(-1, x.shape[-1]), weight_ih, bias, False, True)
-    out: Tensor = flat.view(*x.shape[:-1], weight_ih.shape[0])
-    return out
+def _kept(needs: tuple[bool, ...], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight_ih, bias, weight_hh, h0, c0, weight_hr, h_start and c_start as backward returns them."""
+    in_order = (*grads[:7], None, None, None, *grads[7:])
+    return (*(d if n else None for d, n in zip(in_order, needs, strict=False)), *(None,) * 9)
 
 
 def _input_product_backward(
@@ -288,12 +305,13 @@ def _input_product_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight_ih and bias from that of the pre-activations; each one only where it is needed."""
     product = gemm if differentiable else torch.ops.fastseq.gemm.default
-    flat = d.view(-1, d.shape[-1])
+    flat = d if d.dim() == 2 else d.view(d.shape[0] * d.shape[1], d.shape[2])
     dx = dweight_ih = dbias = None
     if needs[0] and weight_ih is not None:
-        dx = product(flat, weight_ih, None, False, False).view(*d.shape[:-1], weight_ih.shape[1])
+        dx = product(flat, weight_ih, None, False, False)
+        dx = dx if d.dim() == 2 else dx.view(d.shape[0], d.shape[1], weight_ih.shape[1])
     if needs[1] and x is not None:
-        dweight_ih = product(flat, x.reshape(-1, x.shape[-1]), None, True, False)
+        dweight_ih = product(flat, x if x.dim() == 2 else x.view(flat.shape[0], x.shape[2]), None, True, False)
     if needs[2]:
         dbias = flat.sum(0)
     return dx, dweight_ih, dbias
@@ -330,7 +348,7 @@ class LSTMBackward(Function):
             filled = list(args)
             for n, value in zip(wanted, values, strict=True):
                 filled[n] = value
-            return _backward_reference(*filled, *ctx.rest)
+            return backward_reference(*filled, *ctx.rest)
 
         pulled: Any = torch.func.vjp(definition, *(args[n] for n in wanted))
         found = dict(zip(wanted, pulled[1](tuple(grads)), strict=True))
@@ -358,7 +376,7 @@ def layer(
     weight_hh: Tensor,
     h0: Tensor,
     c0: Tensor,
-    options: Options = _PLAIN,
+    options: tuple[Any, ...] = _PLAIN,
     save: int = 0,
     recompute: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -372,10 +390,14 @@ def layer(
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
-                out: tuple[Tensor, ...] = LSTM.apply(  # type: ignore[no-untyped-call]
-                    x, weight_ih, bias, weight_hh, h0, c0, *options, 1 if recompute and save < 2 else 2
-                )
+                saved = 1 if recompute and save < 2 else 2
+                out: tuple[Tensor, ...] = apply(LSTM, x, weight_ih, bias, weight_hh, h0, c0, *options, saved)
                 return out
-    x_gates = x if weight_ih is None else _input_product(x, weight_ih, bias)
-    out = torch.ops.fastseq.lstm_forward.default(x_gates, weight_hh, h0, c0, *options, save)
+    if weight_ih is None:
+        out = torch.ops.fastseq.lstm_forward.default(x, weight_hh, h0, c0, *options, save)
+    else:
+        out = torch.ops.fastseq.lstm_layer_forward.default(x, weight_ih, bias, weight_hh, h0, c0, *options, save)
     return out
+
+
+from fastseq.ops import lstm_layer as _layer  # noqa: E402, F401  (gives torch the operators that LSTM calls)

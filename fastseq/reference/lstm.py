@@ -7,6 +7,8 @@ per-step tensor (h, c, gates, reset, noise) has the same leading dimensions. Ste
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,14 +52,16 @@ def lstm(
     """
     if batch_sizes is not None:
         index, mask, lengths = packed_index(batch_sizes, h0.shape[0])
-        dense = (None if v is None else unpack(v, index, mask) for v in (x_gates, reset, noise))
+        dense: Any = (None if v is None else unpack(v, index, mask) for v in (x_gates, reset, noise))
         x_gates, reset, noise = dense
-        out = lstm(x_gates, weight_hh, h0, c0, weight_hr, lengths, None, reset, h_start, c_start, noise, tau, hard, reverse)
-        return (*(v[mask] for v in out[:3]), *out[3:])
+        state = (weight_hh, h0, c0, weight_hr, lengths, None, reset, h_start, c_start)
+        out = lstm(x_gates, *state, noise, tau, hard, reverse)
+        return out[0][mask], out[1][mask], out[2][mask], *out[3:]
     T, (H, P) = x_gates.shape[0], (weight_hh.shape[0] // 4, weight_hh.shape[1])
     h_start = h0.new_zeros(P) if h_start is None else h_start
     c_start = c0.new_zeros(H) if c_start is None else c_start
-    h, c, outs = h0, c0, [None] * T
+    h, c = h0, c0
+    outs: list[Any] = [None] * T
     for t in reversed(range(T)) if reverse else range(T):
         later = t + 1 if reverse else t  # the step whose reset flag cuts the state that enters step t
         if reset is not None and later < T:
@@ -80,11 +84,14 @@ def lstm(
             live = (t < lengths)[:, None]
             h, c = torch.where(live, h_new, h), torch.where(live, c_new, c)
             outs[t] = tuple(torch.where(live, v, v.new_zeros(())) for v in outs[t])
-    stacked = [torch.stack(v) for v in zip(*outs)] if T else [x_gates.new_zeros(0, len(h0), n) for n in (P, H, 4 * H)]
-    return (*stacked, h.clone(), c.clone())
+    empty = (x_gates.new_zeros(0, len(h0), n) for n in (P, H, 4 * H))
+    h_all, c_all, gates = (torch.stack(v) for v in zip(*outs, strict=True)) if T else empty
+    return h_all, c_all, gates, h.clone(), c.clone()
 
 
-def lstm_gates(x_gates: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, **options) -> Tensor:
+def lstm_gates(
+    x_gates: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, **options: Any
+) -> Tensor:
     """The activated gates of ``lstm``, rebuilt from its inputs and its outputs h and c. Shapes as in ``lstm``."""
     return lstm(x_gates, weight_hh, h0, c0, **options)[2]
 
@@ -106,7 +113,7 @@ def lstm_backward(
     tau: float = 1.0,
     hard: bool = False,
     reverse: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of ``lstm`` from its outputs, itself differentiable in every floating-point argument.
 
     Args:
@@ -120,13 +127,15 @@ def lstm_backward(
     dh_all, dc_all, dgates_all, dh, dc = grads
     if batch_sizes is not None:
         index, mask, lengths = packed_index(batch_sizes, B)
-        dense = (None if v is None else unpack(v, index, mask) for v in (dh_all, dc_all, dgates_all, gates, h, c, reset))
+        packed = (dh_all, dc_all, dgates_all, gates, h, c, reset)
+        dense: Any = (None if v is None else unpack(v, index, mask) for v in packed)
         dh_all, dc_all, dgates_all, gates, h, c, reset = dense
     T = gates.shape[0]
     h_first = h0.new_zeros(P) if h_start is None else h_start
     c_first = c0.new_zeros(H) if c_start is None else c_start
     dh, dc = torch.zeros_like(h0) if dh is None else dh, torch.zeros_like(c0) if dc is None else dc
-    dx, dweight_hh = [None] * T, torch.zeros_like(weight_hh)
+    dx: list[Any] = [None] * T
+    dweight_hh = torch.zeros_like(weight_hh)
     dweight_hr = None if weight_hr is None else torch.zeros_like(weight_hr)
     dh_first, dc_first = torch.zeros_like(h_first), torch.zeros_like(c_first)
     for t in range(T) if reverse else reversed(range(T)):
@@ -154,7 +163,7 @@ def lstm_backward(
         d, dx_h = torch.where(live, d, zero), torch.where(live, dh_t, zero)
         dx[t] = d
         dweight_hh = dweight_hh + d.mT @ h_in
-        if weight_hr is not None:
+        if dweight_hr is not None:
             dweight_hr = dweight_hr + dx_h.mT @ (o * tanh_c)
         dh_in, dc_in = torch.where(live, d @ weight_hh, dh), torch.where(live, dc_t * f, dc)
         crossing = (cut[:, None]) & live

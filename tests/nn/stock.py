@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from tests.tolerance import GRADIENTS, OUTPUTS, assert_within_budget
+from fastseq.ops._select import allowed
+from tests.tolerance import GRADIENTS, OUTPUTS, assert_same_bits, assert_within_budget
 
 LENGTHS = (2, 5, 3)  # of the packed rows; not sorted
 
@@ -70,3 +71,17 @@ def assert_like(
 
     assert_within_budget([f"output {n}" for n in range(count)], got[:count], outputs, given, OUTPUTS)
     assert_within_budget([f"gradient {n}" for n in range(len(got) - count)], got[count:], gradients, given, GRADIENTS)
+
+
+def assert_same_rows(names: str, got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    """The same rows in other company: the same bits from our products, whose order of summation is fixed."""
+    if allowed() == "reference":
+        assert_same_sums(names.split(), got, want)
+    else:
+        assert_same_bits(names, list(got), list(want))
+
+
+def assert_same_sums(names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    """The same products added up in another order: equal within 64 roundings of the largest value."""
+    for name, g, w in zip(names, got, want, strict=True):
+        assert (g - w).abs().max() <= 64 * torch.finfo(w.dtype).eps * w.abs().max(), name

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastseq.nn import LSTM
+from fastseq.ops._select import allowed
 from tests.nn.stock import LENGTHS, assert_like, inputs
 from tests.tolerance import assert_same_bits
 
-T, B, I, H = 5, 3, 3, 6
+T, B, I, H = 5, 3, 3, 6  # noqa: E741
 SHAPES = [
     {"num_layers": L, "bias": bias, "batch_first": first, "bidirectional": both, "proj_size": proj}
     for L, bias, first, both, proj in itertools.product((1, 2), (True, False), (False, True), (False, True), (0, 2))
@@ -73,8 +74,7 @@ def test_dropout_draws_as_stock_does(kind: str, training: bool) -> None:
     assert_like(functools.partial(LSTM, I, H, **config), stock, given, 3, kind=kind, training=training)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_layout_is_that_of_stock(reverse: bool) -> None:
+def test_layout_is_that_of_stock() -> None:
     x = torch.randn(B, T, I)
     ours, stock = LSTM(I, H, batch_first=True), nn.LSTM(I, H, batch_first=True)
     assert ours(x)[0].stride() == stock(x)[0].stride()
@@ -94,6 +94,7 @@ def test_empty_batch_and_long_strides(rows: int) -> None:
     assert_same_bits("out", module(wide)[0], module(wide.contiguous())[0])
 
 
+@pytest.mark.skipif(allowed() == "reference", reason="torch's own product gives a row other bits alone")
 def test_a_row_alone_has_the_bits_of_a_row_in_a_batch() -> None:
     module = LSTM(33, 17, 2)
     x = torch.randn(9, 7, 33)
@@ -114,12 +115,13 @@ def test_low_precision_has_float32_arithmetic(dtype: torch.dtype) -> None:
     x = torch.randn(T, B, I, dtype=dtype)
     got, (h_n, c_n) = low(x)
     want, (h_want, c_want) = full(x.float())
-    assert_same_bits("out h_n c_n", [got, h_n, c_n], [v.to(dtype) for v in (want, h_want, c_want)])
-    got.sum().backward()
-    want.sum().backward()
-    pairs = list(zip(low.parameters(), full.parameters(), strict=True))
-    assert all(p.grad.dtype == dtype for p, _ in pairs)
-    assert_same_bits(["grad"] * len(pairs), [p.grad for p, _ in pairs[:2]] + [], [q.grad.to(dtype) for _, q in pairs[:2]]) if 0 else None
+    for v, w in ((got, want), (h_n, h_want), (c_n, c_want)):
+        assert v.dtype == dtype and torch.equal(v, w.to(dtype))
+    upstream = torch.randn(got.shape).to(dtype)
+    got.backward(upstream)
+    want.backward(upstream.float())
+    for p, q in zip(low.parameters(), full.parameters(), strict=True):
+        assert p.grad.dtype == dtype and torch.equal(p.grad, q.grad.to(dtype))
 
 
 def test_autocast() -> None:
@@ -130,7 +132,7 @@ def test_autocast() -> None:
         out, (h_n, c_n) = module(x)
         mixed = module(x.bfloat16(), (torch.zeros(2, B, H), torch.zeros(2, B, H)))[0]
     assert out.dtype == h_n.dtype == c_n.dtype == mixed.dtype == torch.bfloat16
-    assert_same_bits("out", out, plain.bfloat16())  # only the results are rounded
+    assert torch.equal(out, plain.bfloat16())  # only the results are rounded
     out.sum().backward()
     assert module.weight_hh_l0.grad.dtype == torch.float32
 

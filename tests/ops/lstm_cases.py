@@ -129,14 +129,23 @@ def upstream(outputs: tuple[Tensor, ...], seed: int = 0) -> tuple[Tensor, ...]:
     return tuple(torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for v in outputs)
 
 
-def definition(x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, options: Options) -> tuple[Tensor, ...]:
-    """What ``lstm_forward`` means: the reference, with its noise drawn in the dtype of the inputs."""
-    noise = None
-    if options.seed is not None:
-        T = x_gates.shape[0] if options.batch_sizes is None else len(options.batch_sizes)
-        noise = reference.gate_noise(options.seed, T, len(h0), c0.shape[1], *options[7:11], dtype=x_gates.dtype)
-        if options.batch_sizes is not None:
-            noise = noise[reference.packed_index(options.batch_sizes, len(h0))[1]]
+def exact(args: Inputs) -> tuple[Any, ...]:
+    """Arguments of ``definition``: those of the call and its noise in float64, an input like any other."""
+    options = args.options
+    if options.seed is None:
+        return *args, None
+    T = args.x_gates.shape[0] if options.batch_sizes is None else len(options.batch_sizes)
+    B, H = args.c0.shape
+    noise = reference.gate_noise(options.seed, T, B, H, *options[7:11], dtype=torch.float64)
+    if options.batch_sizes is not None:
+        noise = noise[reference.packed_index(options.batch_sizes, B)[1]]
+    return *args, noise
+
+
+def definition(
+    x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, options: Options, noise: Tensor | None
+) -> tuple[Tensor, ...]:
+    """What ``lstm_forward`` means."""
     return reference.lstm(x_gates, weight_hh, h0, c0, *options.state, noise, *options.gate)
 
 
@@ -145,9 +154,9 @@ def decided(args: Inputs) -> bool:
     x_gates, *rest = (t.double() for t in args[:4])
     options = args.options._replace(**{n: None if v is None else v.double() for n, v in start_and_projection(args)})
     shift = torch.zeros(x_gates.shape[-1], dtype=torch.float64)
-    shift[: x_gates.shape[-1] // 2] = 4 * math.sqrt(args.weight_hh.shape[1]) * torch.finfo(torch.float32).eps
+    shift[: x_gates.shape[-1] // 2] = 16 * math.sqrt(args.weight_hh.shape[1]) * torch.finfo(torch.float32).eps
     with one_thread():
-        low, high = (definition(x_gates + d, *rest, options)[2] for d in (-shift, shift))
+        low, high = (definition(x_gates + d, *rest, options, exact(args)[5])[2] for d in (-shift, shift))
     H2 = x_gates.shape[-1] // 2
     return torch.equal(low[..., :H2], high[..., :H2])
 
@@ -164,15 +173,14 @@ def differentiable(args: Inputs) -> dict[str, Tensor]:
 
 
 def definition_gradients(*args: Any) -> tuple[Tensor, ...]:
-    """Gradients of ``definition`` by autograd. Arguments: those of ``definition``, then the upstream gradients (None
-    allowed). Returns one gradient per tensor of ``differentiable``."""
+    """Gradients of ``definition`` by autograd: its arguments, then the upstream gradients (None allowed). Returns one
+    gradient per tensor of ``differentiable``."""
     call = Inputs(*args[:5])
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in differentiable(call).items()}
     options = call.options._replace(**{n: leaves.get(n) for n in ("weight_hr", "h_start", "c_start")})
-    outputs = definition(*(leaves[n] for n in ("x_gates", "weight_hh", "h0", "c0")), options)
-    pairs = [
-        (v, d) for v, d in zip(outputs, args[5], strict=True) if d is not None and v.requires_grad
-    ]  # h of no steps does not
+    outputs = definition(*(leaves[n] for n in ("x_gates", "weight_hh", "h0", "c0")), options, args[5])
+    # requires_grad: h of no steps does not
+    pairs = [(v, d) for v, d in zip(outputs, args[6], strict=True) if d is not None and v.requires_grad]
     present, grads = zip(*pairs, strict=True)
     found = torch.autograd.grad(present, tuple(leaves.values()), grads, allow_unused=True)
     return tuple(torch.zeros_like(leaf) if d is None else d for d, leaf in zip(found, leaves.values(), strict=True))

@@ -112,7 +112,7 @@ def test_forked_child(prepare: str, threads: tuple[int, ...]) -> None:
 
 def torch_calls() -> Callable[[], Any]:
     args = cases.inputs(Case(3, 2, 5, P=3, layout="lengths", **cases.ALL), requires_grad=True)
-    grads = cases.upstream(cases.definition(*args))
+    grads = cases.upstream(cases.definition(*args, None))
 
     def call() -> None:
         torch.autograd.grad(lstm(*args), args[:4], grads)

@@ -44,9 +44,9 @@ def run(budget: Budget, sizes: Sizes = Sizes()) -> list[Section]:
     data = corpus()
     held_out = chunks(data.held_out, sizes.T, sizes.B)[: sizes.held_out]
     runners = {name: _runner(name, data, sizes, budget.seed) for name in (STOCK, BINARY, PLAIN)}
-    seconds = 0.72 * budget.seconds / len(runners)
-    rounds = max(2, min(20, int(seconds / 1.4)))
-    race(list(runners.values()), held_out, seconds, rounds, lambda done, note: budget.progress("training", done, note))
+    seconds, wall = 0.7 * budget.seconds / len(runners), 0.82 * budget.seconds
+    race(list(runners.values()), held_out, seconds, wall, lambda done, note: budget.progress("training", done, note))
+    seconds = min(seconds, max(runner.seconds for runner in runners.values()))
     times = _timing(data, sizes, budget)
     budget.progress("looking at gates", 0.0, "")
     torch.manual_seed(budget.seed)
@@ -137,8 +137,10 @@ def _result(runners: dict[str, Runner], seconds: float) -> Section:
         rows.append((name, *counts, f"{bits[-1]:.3f}", f"{min(bits):.3f}"))
     head = ("model", f"steps in {seconds:.0f} s", "ms per step (median)", "bits per character", "best on the way")
     steps = min(len(runner.steps) for runner in runners.values())
-    by_time = {n: (r.colour, [p[0] for p in r.curve], [p[2] for p in r.curve]) for n, r in runners.items()}
-    by_step = {n: (r.colour, [float(p[1]) for p in r.curve], [p[2] for p in r.curve]) for n, r in runners.items()}
+    by_time = {n: (r.colour, [p[0] for p in r.curve[1:]], [p[2] for p in r.curve[1:]]) for n, r in runners.items()}
+    by_step = {
+        n: (r.colour, [float(p[1]) for p in r.curve[1:]], [p[2] for p in r.curve[1:]]) for n, r in runners.items()
+    }
     picture = Picture(
         pictures.curves(
             [("seconds of training", "held-out bits per character", by_time), ("training steps", "", by_step)]
