@@ -5,6 +5,7 @@ Works on anything with ``shape``, ``dtype`` and ``device`` (torch and numpy), an
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NoReturn
 
 
@@ -37,13 +38,13 @@ def device(function: str, name: str, value: Any, expected: object) -> None:
 
 def probability(function: str, name: str, value: Any) -> None:
     """``value`` is a number in [0, 1]; NaN and bool are not."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         fail(function, name, "a number in [0, 1]", repr(value))
 
 
 def positive(function: str, name: str, value: Any) -> None:
     """``value`` is a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
         fail(function, name, "a finite number > 0", repr(value))
 
 

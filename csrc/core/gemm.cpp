@@ -1,7 +1,6 @@
 // Blocking: K in blocks of kBlockK. For each, the threads pack A together; then, for as many rows of A as the second
 // cache holds, each thread takes its share of the panels of B and runs one after the other against those rows. Where all
 // of A fits, a panel is packed just before it is used, into the nearest cache; else B is packed with A, once.
-// Splitting K stores and reloads the accumulators, which keeps the one chain over K.
 #include "core/gemm.h"
 
 #include <algorithm>
@@ -13,8 +12,7 @@
 namespace fastseq::core {
 namespace {
 
-constexpr int64_t kBlockK = 384;  // of 256 to 512 and 240 to 480, the pair that reached most of the peak on Zen 4
-constexpr int64_t kBlockM = 360;
+constexpr int64_t kBlockM = 360;  // with kBlockK the pair, of 240 to 480 and 256 to 512, that came nearest to Zen 4's peak
 constexpr int64_t kGroup = 4;  // panels packed together where there is one tile of few rows, to fill the pipeline
 
 template <class R>

@@ -1,5 +1,6 @@
-// Matrix product with one order of summation: every element of the result is a chain of fused multiply-adds over K in
-// ascending order, whatever the other sizes, the number of threads or the instruction set (scalar rounds twice).
+// Matrix product with one order of summation: every element of the result is the sum, in ascending order, over blocks of
+// kBlockK of K; each block is a chain of fused multiply-adds from zero. That holds whatever the other sizes, the number
+// of threads or the instruction set (scalar rounds twice). The blocks keep the error of long sums small.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +9,8 @@
 #include "core/parallel.h"
 
 namespace fastseq::core {
+
+constexpr int64_t kBlockK = 384;
 
 // A matrix in memory. Row i begins at rows[i], or at data + i * stride where rows is null; its elements are contiguous.
 template <class R>
@@ -47,7 +50,7 @@ void gemm_in_team(const GemmArgs<R>& args, R* scratch, int rank, int size, Barri
 
 // ---- what an instruction set provides; see isa.h ----
 
-enum class Init { zero, result, bias };  // what a register tile starts from: 0, what c holds, or bias[column]
+enum class Init { zero, result, bias };  // what the product is added to: 0, what c holds, or bias[column]
 
 template <class R>
 struct TileArgs {

@@ -1,6 +1,5 @@
 // The register tile and the packing of its operands. A tile is M rows by P panels of two vectors; the rows of A come
-// packed as [K][cap], so that one pointer and M immediate offsets reach them. Each accumulator is one chain over K:
-// splitting K stores and reloads it, which changes no bit.
+// packed as [K][cap], so that one pointer and M immediate offsets reach them.
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
@@ -15,14 +14,7 @@ void tile_body(const TileArgs<R>& t, int64_t first_panel) {
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        acc[i][p][v] = broadcast(R(0));
-        if (t.init == Init::result) acc[i][p][v] = load(c + i * c_row + p * c_panel + v * L);
-        if (t.init == Init::bias) acc[i][p][v] = load(t.bias + (first_panel + p) * 2 * L + v * L);
-      }
-    }
+    for (int p = 0; p < P; ++p) acc[i][p][0] = acc[i][p][1] = broadcast(R(0));
   }
   for (int64_t k = 0; k < t.K; ++k) {
 #pragma GCC unroll 4
@@ -42,8 +34,14 @@ void tile_body(const TileArgs<R>& t, int64_t first_panel) {
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      store(c + i * c_row + p * c_panel, acc[i][p][0]);
-      store(c + i * c_row + p * c_panel + L, acc[i][p][1]);
+      R* const out = c + i * c_row + p * c_panel;
+      const R* const start = t.init == Init::bias ? t.bias + (first_panel + p) * 2 * L : out;
+      if (t.init != Init::zero) {
+        acc[i][p][0] += load(start);
+        acc[i][p][1] += load(start + L);
+      }
+      store(out, acc[i][p][0]);
+      store(out + L, acc[i][p][1]);
     }
   }
 }

@@ -78,16 +78,17 @@ void Backward<R>::state_tile(int64_t t, int64_t last, int64_t panel, int64_t til
   const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.P - unit);
   const int64_t row = tile * tiling.cap, n = rows.count(t), n_last = rows.count(last);
   const int64_t going_on = std::clamp<int64_t>(n_last - row, 0, tiling.cap);
-  for (int64_t i = 0; !a.weight_hr && i < tiling.cap && row + i < n; ++i) {
-    const int64_t e = rows.element(t, row + i);
-    prefetch<4>(call.gates + e * 4 * a.H + unit, a.H, units);
-    prefetch<1>(call.c + e * a.H + unit, 0, units);
+  const int64_t next = rows.before(t), n_next = rows.count(next);
+  for (int64_t i = 0; i < tiling.cap && row + i < n_next; ++i) {
+    const int64_t e = rows.element(next, row + i);
+    if (!a.weight_hr) prefetch<4>(call.gates + e * 4 * a.H + unit, a.H, units);
+    if (!a.weight_hr) prefetch<1>(call.c + e * a.H + unit, 0, units);
     if (call.dh) prefetch<1>(call.dh + e * a.P + unit, 0, units);
   }
   if (going_on > 0) {
-    TileArgs<R> product{going_on, 1,     4 * a.H, d_last + row * 4 * a.H, tiling.cap, weight_hh + unit * 4 * a.H, 0,
+    const TileArgs<R> rest{going_on, 1,     4 * a.H, d_last + row * 4 * a.H, tiling.cap, weight_hh + unit * 4 * a.H, 0,
                         mine,     width, width,   Init::zero,             nullptr};
-    table.tile(product);
+    product(table, rest);
   }
   for (int64_t i = 0; i < tiling.cap && row + i < std::max(n, n_last); ++i) {
     const int64_t r = row + i;
@@ -154,9 +155,9 @@ void Backward<R>::cell_tile(int64_t t, int64_t panel, int64_t tile, const R* dh,
 template <class R>
 void Backward<R>::inner_tile(int64_t t, int64_t panel, int64_t tile, R* d_out, R* mine) const {
   const int64_t width = tiling.width, row = tile * tiling.cap, count = std::min(tiling.cap, rows.count(t) - row);
-  TileArgs<R> product{count, 1,     a.P,   dh_packed + row * a.P, tiling.cap, weight_hr + panel * width * a.P, 0,
+  const TileArgs<R> inside{count, 1,     a.P,   dh_packed + row * a.P, tiling.cap, weight_hr + panel * width * a.P, 0,
                       mine,  width, width, Init::zero,            nullptr};
-  table.tile(product);
+  product(table, inside);
   cell_tile(t, panel, tile, mine, d_out);
 }
 

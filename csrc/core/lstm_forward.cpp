@@ -98,10 +98,13 @@ void Forward<R>::cell_item(int64_t t, int64_t item, int64_t n, const R* in, R* o
   R* const pre = mine;
   R* const noise = pre + tiling.cap * 4 * width;
   R* const result = noise + tiling.cap * 2 * width;
-  for (int64_t i = 0; i < count; ++i) prefetch<4>(call.x_gates + rows.element(t, row + i) * 4 * a.H + unit, a.H, units);
-  TileArgs<R> product{count, 4,     a.P,       in + row * a.P, tiling.cap, weight_hh + panel * 4 * a.P * width, a.P * width,
+  const int64_t following = rows.after(t), going_on = std::min(count, rows.count(following) - row);
+  for (int64_t i = 0; i < going_on; ++i) {
+    prefetch<4>(call.x_gates + rows.element(following, row + i) * 4 * a.H + unit, a.H, units);
+  }
+  const TileArgs<R> gates{count, 4,     a.P,       in + row * a.P, tiling.cap, weight_hh + panel * 4 * a.P * width, a.P * width,
                       pre,   4 * width, width, Init::zero,     nullptr};
-  table.tile(product);
+  product(table, gates);
   CellForward<R> cell{count, units, a.H, R(1.0 / a.tau), a.hard, pre, {}, call.noise.on ? noise : nullptr, {}, {}, {}, {}, result};
   for (int64_t i = 0; i < count; ++i) {
     const int64_t r = row + i, b = rows.batch(r), e = rows.element(t, r);
@@ -122,9 +125,9 @@ template <class R>
 void Forward<R>::projection_item(int64_t t, int64_t item, int64_t n, R* next, R* mine) const {
   const int64_t width = tiling.width, tiles = tiling.tiles_of(n), tile = item % tiles, panel = item / tiles;
   const int64_t row = tile * tiling.cap, count = std::min(tiling.cap, n - row), unit = panel * width;
-  TileArgs<R> product{count, 1,     a.H,   inner + row * a.H, tiling.cap, weight_hr + panel * a.H * width, a.H * width,
+  const TileArgs<R> state{count, 1,     a.H,   inner + row * a.H, tiling.cap, weight_hr + panel * a.H * width, a.H * width,
                       mine,  width, width, Init::zero,        nullptr};
-  table.tile(product);
+  product(table, state);
   emit(t, tile, unit, std::min(width, a.P - unit), n, mine, next);
 }
 

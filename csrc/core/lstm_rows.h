@@ -95,11 +95,25 @@ void entering(const Rows& rows, const LstmArgs<R>& a, const R* h, const R* zeros
   }
 }
 
-// Asks for what a tile's cell will read, before the product that it waits for: `Parts` runs of `units`, `stride` apart.
+// A tile's product with weights packed for all of K, summed as gemm sums.
+template <class R>
+inline void product(const Table<R>& table, TileArgs<R> t) {
+  const int64_t K = t.K;
+  for (int64_t k = 0; k < K || k == 0; k += kBlockK) {
+    t.K = std::min(kBlockK, K - k);
+    table.tile(t);
+    t.a += kBlockK * t.cap;
+    t.b += kBlockK * table.panel_width;
+    t.init = Init::result;
+  }
+}
+
+// Asks for what the cell of the next step will read: `Parts` runs of `units`, `stride` apart. Into the second cache: the
+// first is full of weights, and rows a power of two apart would push each other out of it.
 template <int Parts, class R>
 inline void prefetch(const R* p, int64_t stride, int64_t units) {
   for (int part = 0; part < Parts; ++part, p += stride) {
-    for (int64_t u = 0; u < units; u += 64 / static_cast<int64_t>(sizeof(R))) __builtin_prefetch(p + u);
+    for (int64_t u = 0; u < units; u += 64 / static_cast<int64_t>(sizeof(R))) __builtin_prefetch(p + u, 0, 2);
   }
 }
 

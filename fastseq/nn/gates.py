@@ -42,8 +42,8 @@ class GateOptions:
             _check.fail(name, "tau", "1 for gates='sigmoid' (gates='sharpened' has a temperature)", tau)
         if gates != "binary" and hard_eval:
             _check.fail(name, "hard_eval", f"False for gates={gates!r}", hard_eval)
-        self.gates, self.tau = gates, tau
-        self.noise_probability, self.hard_eval = noise_probability, hard_eval
+        self.gates, self.tau = gates, float(tau)
+        self.noise_probability, self.hard_eval = float(noise_probability), hard_eval
 
     def _gate_call(self) -> GateCall:
         """The noise is drawn here: once per forward, while training, and never otherwise."""

@@ -85,8 +85,8 @@ def gemm(
 ) -> Tensor:
     """``op(a) @ op(b) + bias``; definition and shapes: ``fastseq.reference.linear``. Differentiable.
 
-    Every element of the result is one chain of fused multiply-adds over K in ascending order, whatever the number of
-    rows, threads or the instruction set.
+    Every element of the result is summed over K in one order (csrc/core/gemm.h), whatever the number of rows or threads
+    or the instruction set.
     """
     if forward_ad._current_level >= 0:
         refuse_forward_mode("gemm", a, b, bias)

@@ -48,7 +48,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _x_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
-    return reference.linear(x.reshape(-1, x.shape[-1]), weight_ih, bias, False, True).view(*x.shape[:-1], -1)
+    return reference.linear(x.reshape(-1, x.shape[-1]), weight_ih, bias, False, True).view(
+        *x.shape[:-1], len(weight_ih)
+    )
 
 
 def _forward_reference(x: Tensor, weight_ih: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,8 @@ from fastseq import functional
 from fastseq._check import ArgumentError
 from fastseq.functional import Weights
 from fastseq.nn import LSTM, LSTMCell
+from fastseq.ops._select import choose
+from fastseq.ops.lstm import BACKENDS
 
 T, B, I, H = 5, 3, 4, 6  # noqa: E741
 X = torch.zeros(T, B, I)
@@ -337,6 +342,28 @@ def test_functional(case: str) -> None:
     call, words = FUNCTIONAL[case]
     with pytest.raises(ArgumentError, match=f"^{re.escape(words)}"):
         call()
+
+
+def test_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import fastseq._check; import fastseq.nn"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("ImportError: fastseq.nn needs torch: install it, then fastseq with")
+
+
+def test_without_the_compiled_operators(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The definition runs in their place and says so once; a backend that was asked for by name is not replaced."""
+    monkeypatch.setattr("fastseq.ops.lstm.why_not_compiled", "not built (here comes how to)")
+    monkeypatch.setattr("fastseq.ops._select._told", set())
+    monkeypatch.delenv("FASTSEQ_BACKEND", raising=False)
+    backends = BACKENDS["lstm_forward"]
+    with caplog.at_level(logging.WARNING, "fastseq"):
+        assert [choose("lstm_forward", backends, X).name for _ in range(2)] == ["reference", "reference"]
+    told = ["lstm_forward: using reference, because cpu: not built (here comes how to)"]
+    assert [r.getMessage() for r in caplog.records] == told
+    monkeypatch.setenv("FASTSEQ_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="no backend can run this call \\(cpu: not built"):
+        choose("lstm_forward", backends, X)
 
 
 def test_only_good_weights_pass() -> None:

@@ -222,6 +222,11 @@ def backends(op: str = "lstm_forward", table: Any = BACKENDS) -> list[Any]:
     return found
 
 
+def compiled(op: str = "lstm_forward", table: Any = BACKENDS) -> list[Any]:
+    """The backends that have blocks and threads, whose edges large shapes are for: all but the reference."""
+    return [p for p in backends(op, table) if p.values[0] != "reference"]
+
+
 def arrays(values: Any) -> list[Any]:
     """Arguments of a torch operator as arguments of the numpy door: the seed tensor becomes an int."""
 

@@ -19,7 +19,7 @@ from tests.ops import lstm_cases as cases
 from tests.tolerance import assert_same_bits, assert_within_budget
 
 DTYPES = [torch.float32, torch.float64]
-LARGE_DRAWS = 48
+LARGE_DRAWS = 40
 each_backend = pytest.mark.parametrize("backend", cases.backends(table=BACKENDS))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -96,7 +96,7 @@ def test_small(backend: str, case: Case, dtype: torch.dtype, threads: int, seed:
     assert_within_budget("out", run(backend, *args), reference.linear, args)
 
 
-@each_backend
+@pytest.mark.parametrize("backend", cases.compiled(table=BACKENDS))
 @settings(max_examples=LARGE_DRAWS)
 @given(case=large, dtype=st.sampled_from(DTYPES), threads=st.sampled_from([1, 2]), seed=st.integers(0, 2**20))
 def test_large(backend: str, case: Case, dtype: torch.dtype, threads: int, seed: int) -> None:

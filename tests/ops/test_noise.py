@@ -52,14 +52,16 @@ class Draw(NamedTuple):
     T: int
     B: int
     H: int
-    rows: list[int] | None
+    rows: int | None  # seed of the numbers of rows; None for 0..B-1
     row_offset: int
     stream: int
     probability: float
 
 
 def arguments(draw: Draw) -> tuple[Any, ...]:
-    rows = None if draw.rows is None else torch.tensor(draw.rows[: draw.B], dtype=torch.int64)
+    rows = None
+    if draw.rows is not None:
+        rows = torch.randint(2**31, (draw.B,), generator=torch.Generator().manual_seed(draw.rows))
     return (torch.tensor([draw.seed]), draw.T, draw.B, draw.H, rows, draw.row_offset, draw.stream, draw.probability)
 
 
@@ -71,7 +73,7 @@ def draws(T: Any, B: Any, H: Any) -> st.SearchStrategy[Draw]:
         T=T,
         B=B,
         H=H,
-        rows=st.none() | st.lists(numbers, min_size=60, max_size=60),
+        rows=st.none() | numbers,
         row_offset=numbers,
         stream=st.integers(0, 2**16),
         probability=st.sampled_from([0.0, 0.2, 0.5, 1.0]) | st.floats(0, 1),
@@ -93,9 +95,9 @@ def test_small(backend: str, draw: Draw, threads: int) -> None:
     check(backend, draw, threads)
 
 
-@each_backend
-@settings(max_examples=48)
-@given(draw=draws(st.integers(10, 20), st.integers(30, 60), st.integers(100, 300)), threads=st.sampled_from([1, 2]))
+@pytest.mark.parametrize("backend", cases.compiled("lstm_noise"))
+@settings(max_examples=40)
+@given(draw=draws(st.integers(4, 6), st.integers(30, 40), st.integers(110, 150)), threads=st.sampled_from([1, 2]))
 def test_large(backend: str, draw: Draw, threads: int) -> None:
     check(backend, draw, threads)
 
