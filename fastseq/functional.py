@@ -119,10 +119,8 @@ def lstm(
     x = (x if x.dtype is dtype else x.to(dtype)).contiguous()
     lengths = None if lengths is None else lengths.to("cpu", torch.int64).contiguous()
     sizes = (lengths, batch_sizes, None if reset is None else reset.contiguous())
-    options = (seed, rows, row_offset, noise_probability, tau, hard)
-    memory = (2 if return_gates else 0, recompute)
-    out, h_n, c_n, gates = x, [], [], []
-    step = 2 if bidirectional else 1
+    options, memory = (seed, rows, row_offset, noise_probability, tau, hard), (2 if return_gates else 0, recompute)
+    out, h_n, c_n, gates, step = x, [], [], [], 2 if bidirectional else 1
     for n in range(0, len(weights), step):
         if n and (dropout or variational_dropout):
             out = _between(out, dropout, variational_dropout, B, batch_sizes)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tests.core.constants import BLOCK_K
+
 OUTPUTS, GRADIENTS = 2, 3  # factors over the error of the plain computation
 
 
@@ -27,8 +29,8 @@ def assert_within_budget(
     Truth is ``reference(*inputs)`` in float64, naive the same in the dtype of ``got``. The error, relative to the
     largest true value of each output, may be ``factor`` times that of naive, plus four roundings.
 
-    Naive sums products in ascending order, as ``fastseq.ops.gemm`` promises to: torch's own order depends on the
-    sizes. And a naive result of a few numbers can be right by luck, so few numbers are computed several times, all but
+    Naive sums products in the order that ``csrc/core/gemm.h`` promises: torch's own order depends on the sizes. And a
+    naive result of a few numbers can be right by luck, so few numbers are computed several times, all but
     once from inputs that are moved by one rounding at most, and the worst run counts.
 
     A float64 result has no wider type to be judged by. There naive is the error that the reference makes in float32
@@ -104,7 +106,7 @@ def _naive(reference: Callable[..., Any], inputs: Sequence[Any], truth: tuple[Te
 
 
 class InOrder(TorchFunctionMode):
-    """Inside this, ``a @ b`` of matrices is a sum in ascending order, in its gradients too."""
+    """Inside this, ``a @ b`` of matrices is summed block by block in ascending order, in its gradients too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.matmul, torch.matmul) and args[0].dim() == args[1].dim() == 2:
@@ -115,16 +117,10 @@ class InOrder(TorchFunctionMode):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        numpy_has_it = a.dtype in (torch.float32, torch.float64)
-        if len(a) * b.shape[1] > 4096 or not numpy_has_it:  # few large steps, else one small cumulative sum
-            out = a.new_zeros(len(a), b.shape[1])
-            for k in range(len(b)):
-                out.addr_(a[:, k], b[k])
-            return out
-        if not len(b):
-            return a.new_zeros(len(a), b.shape[1])
-        products = (a[:, :, None] * b).detach().numpy()
-        return torch.from_numpy(np.add.accumulate(products, axis=1)[:, -1])
+        out = a.new_zeros(len(a), b.shape[1])
+        for k in range(0, len(b), BLOCK_K):
+            out += _chain(a[:, k : k + BLOCK_K], b[k : k + BLOCK_K])
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -134,6 +130,17 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         a, b = ctx.saved_tensors
         return _Product.apply(d, b.mT), _Product.apply(a.mT, d)
+
+
+def _chain(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with every element added up from zero, one product after the other."""
+    if len(a) * b.shape[1] > 4096 or a.dtype not in (torch.float32, torch.float64):
+        out = a.new_zeros(len(a), b.shape[1])
+        for k in range(len(b)):
+            out.addr_(a[:, k], b[k])
+        return out
+    products = (a[:, :, None] * b).detach().numpy()  # one call for few numbers, where the loop is slow
+    return torch.from_numpy(np.add.accumulate(products, axis=1)[:, -1])
 
 
 def _evaluate(reference: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:

@@ -28,7 +28,11 @@ inline VecU32 low_words(VecU64 a, VecU64 b) {
   return __builtin_shufflevector((VecU32)a, (VecU32)b, 0, 2, 4, 6, 8, 10, 12, 14);
 }
 // 64-bit products of the even 32-bit lanes
-inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+inline VecU64 multiply_even(VecU64 a, VecU64 b) {
+  VecU64 out;
+  for (int i = 0; i < kVectorBytes / 8; ++i) out[i] = (uint64_t)(uint32_t)a[i] * (uint32_t)b[i];
+  return out;
+}
 
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -28,7 +28,8 @@ def check_input(x: Tensor, input_size: int, weight: Tensor, dims: int) -> None:
 
 def check_state(hx: Any, name: str = "LSTM") -> tuple[Tensor, Tensor]:
     """``hx`` is a pair of tensors."""
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(t, Tensor) for t in hx):
+    pair = isinstance(hx, (tuple, list)) and len(hx) == 2
+    if not pair or not isinstance(hx[0], Tensor) or not isinstance(hx[1], Tensor):
         got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
         raise TypeError(f"{name}: hx must be a tuple of two tensors (h_0, c_0), got {got}")
     return hx[0], hx[1]

@@ -58,7 +58,8 @@ def test_the_best_set_is_the_default() -> None:
 
 def test_an_unknown_set_is_an_error() -> None:
     environment = {**os.environ, "FASTSEQ_ISA": "sse9"}
-    code = "import numpy; from fastseq import _core; _core.philox(numpy.zeros(4, numpy.uint32), 0)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode != 0
-    assert "FASTSEQ_ISA" in done.stderr
+    for call in ("isa()", "gemm(one, one)", "lstm_noise(1, 2, 3, 4)"):
+        code = f"import numpy; from fastseq import _core; one = numpy.ones((1, 1)); _core.{call}"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode != 0, call
+        assert "FASTSEQ_ISA names an instruction set that is unknown" in done.stderr

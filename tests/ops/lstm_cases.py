@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastseq import reference
@@ -77,6 +78,25 @@ OPTIONS = {
     "lengths_no_rows": Case(3, 0, 5, layout="lengths", reset=True),
 }
 CASES = {**SIZES, **OPTIONS}
+
+
+def shapes(T: Any, B: Any, H: Any, P: Any) -> st.SearchStrategy[Case]:
+    """Cases of drawn sizes, with every combination of layout and options."""
+    return st.builds(
+        Case,
+        T=T,
+        B=B,
+        H=H,
+        P=st.just(0) | P,
+        layout=st.sampled_from(["dense", "lengths", "packed"]),
+        reset=st.booleans(),
+        start=st.booleans(),
+        noise=st.sampled_from([None, 0.2, 1.0]),
+        rows=st.booleans(),
+        tau=st.sampled_from([1.0, 0.9, 0.2]),
+        hard=st.booleans(),
+        reverse=st.booleans(),
+    )
 
 
 class Inputs(NamedTuple):
@@ -202,9 +222,9 @@ def gradients(backend: Any, args: Inputs, grads: tuple[Any, ...]) -> tuple[Tenso
     return tuple(d for name, d in zip(GRADIENTS.split(), found, strict=True) if name in present)
 
 
-def run(op: str, name: str, *args: Any) -> Any:
+def run(op: str, name: str, *args: Any, table: Any = BACKENDS) -> Any:
     """One operator by the backend of that name."""
-    backend = next(b for b in BACKENDS[op] if b.name == name)
+    backend = next(b for b in table[op] if b.name == name)
     if name == "reference":
         with one_thread():
             return backend.run(*args)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastseq import reference
 from fastseq.ops.gemm import BACKENDS, gemm
 from tests import tolerance
+from tests.core.constants import BLOCK_K, BLOCK_M, PANEL_WIDTH
 from tests.ops import lstm_cases as cases
 from tests.tolerance import assert_same_bits, assert_within_budget
 
@@ -43,7 +44,7 @@ CASES = {
     "tile": Case(12, 32, 16),
     "row": Case(1, 67, 300, True),
     "column": Case(67, 1, 300),
-    "block": Case(481, 33, 257, True),
+    "block": Case(BLOCK_M + 1, 33, BLOCK_K + 1, True),
     "long": Case(2, 3, 2000),
     "no_rows": Case(0, 3, 4, True),
     "no_columns": Case(3, 0, 4, True),
@@ -82,9 +83,13 @@ def test_product(backend: str, dtype: torch.dtype, transposed: str, case: Case) 
 
 
 small = st.builds(Case, *(st.integers(0, 40),) * 2, st.integers(0, 70), st.booleans(), st.booleans(), st.booleans())
-# Beyond a register tile, a panel, a block over K (256) and over rows (480), and the work that pays for two threads.
+# Beyond a register tile, a panel, a block of either kind, and the work that pays for two threads.
 large = st.builds(
-    Case, st.integers(481, 560), st.integers(33, 90), st.integers(257, 600), st.booleans(), st.booleans(), st.booleans()
+    Case,
+    st.integers(BLOCK_M + 1, BLOCK_M + 80),
+    st.integers(PANEL_WIDTH + 1, 90),
+    st.integers(BLOCK_K + 1, BLOCK_K + 200),
+    *(st.booleans(),) * 3,
 )
 
 
@@ -146,7 +151,11 @@ def test_opcheck(case: str, transposed: str) -> None:
 
 
 BITS = {"prime": CASES["prime"], "over_vector": CASES["over_vector"], "long": CASES["long"], "row": CASES["row"]}
-BITS |= {"block": Case(485, 70, 301, True), "tall": Case(1501, 5, 130), "wide": Case(3, 1501, 300, True)}
+BITS |= {
+    "block": Case(BLOCK_M + 5, 70, BLOCK_K + 45, True),
+    "tall": Case(1501, 5, 130),
+    "wide": Case(3, 1501, BLOCK_K + 16, True),
+}
 
 
 @cases.needs_compiled()
@@ -183,20 +192,25 @@ def test_row_alone_and_in_a_batch(case: Case, transposed: str, dtype: torch.dtyp
 
 
 @cases.needs_compiled()
-@pytest.mark.parametrize("case", [Case(3, 5, 17), Case(2, 3, 300, True)], ids=["short", "blocks"])
-def test_sum_is_one_chain(case: Case) -> None:
-    """Every element is a chain of fused multiply-adds over K in ascending order that begins at the bias."""
+@pytest.mark.parametrize("case", [Case(3, 5, 17, True), Case(2, 3, 2 * BLOCK_K + 9, True)], ids=["short", "blocks"])
+def test_order_of_the_sum(case: Case) -> None:
+    """Blocks of K in ascending order, each a chain of fused multiply-adds from zero; the bias joins the first."""
     core = cases.numpy_door()
     if core.isa() == "scalar":
         pytest.skip("scalar: rounds the product and the sum apart")
     a, b, bias, *_ = inputs(case, torch.float64)
-    chain = [[float(bias[n]) if case.bias else 0.0 for n in range(case.N)] for _ in range(case.M)]
+    expected = np.empty((case.M, case.N))
     for m in range(case.M):
         for n in range(case.N):
-            for k in range(case.K):
-                exact = Fraction(float(a[m, k])) * Fraction(float(b[k, n])) + Fraction(chain[m][n])
-                chain[m][n] = float(exact)  # rounded once, to nearest
-    assert_same_bits("out", core.gemm(*cases.arrays((a, b, bias))), np.array(chain))
+            total = float(bias[n])
+            for first in range(0, case.K, BLOCK_K):
+                chain = 0.0
+                for k in range(first, min(first + BLOCK_K, case.K)):
+                    exact = Fraction(float(a[m, k])) * Fraction(float(b[k, n])) + Fraction(chain)
+                    chain = float(exact)  # rounded once, to nearest
+                total += chain
+            expected[m, n] = total
+    assert_same_bits("out", core.gemm(*cases.arrays((a, b, bias))), expected)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests import tolerance
+from tests.core.constants import BLOCK_K, TILE_ROWS
 from tests.ops import lstm_cases as cases
 from tests.ops.lstm_cases import DTYPES, Case
 from tests.tolerance import assert_same_bits, assert_within_budget
@@ -17,28 +16,10 @@ from tests.tolerance import assert_same_bits, assert_within_budget
 LARGE_DRAWS = 40
 
 
-def shapes(T: Any, B: Any, H: Any, P: Any) -> st.SearchStrategy[Case]:
-    """Cases of drawn sizes, with every combination of layout and options."""
-    return st.builds(
-        Case,
-        T=T,
-        B=B,
-        H=H,
-        P=st.just(0) | P,
-        layout=st.sampled_from(["dense", "lengths", "packed"]),
-        reset=st.booleans(),
-        start=st.booleans(),
-        noise=st.sampled_from([None, 0.2, 1.0]),
-        rows=st.booleans(),
-        tau=st.sampled_from([1.0, 0.9, 0.2]),
-        hard=st.booleans(),
-        reverse=st.booleans(),
-    )
-
-
-small = shapes(st.integers(0, 6), st.integers(0, 14), st.integers(1, 40), st.integers(1, 40))
-# Beyond a register tile (16 rows), a panel (32 columns), a block over K (256) and the work that pays for two threads.
-large = shapes(st.integers(2, 3), st.integers(25, 50), st.integers(257, 330), st.integers(257, 300))
+small = cases.shapes(st.integers(0, 6), st.integers(0, 14), st.integers(1, 40), st.integers(1, 40))
+# Beyond a register tile, a panel, a block over K, and the work that pays for two threads.
+wide = st.integers(BLOCK_K + 1, BLOCK_K + 40)
+large = cases.shapes(st.integers(2, 3), st.integers(TILE_ROWS + 1, TILE_ROWS + 14), wide, wide)
 
 
 def check(backend: str, case: Case, dtype: torch.dtype, threads: int, seed: int) -> None:

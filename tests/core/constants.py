@@ -1,0 +1,21 @@
+"""Constants of the C++ core that tests must know: beyond which sizes it cuts its work into blocks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CORE = Path(__file__).parents[2] / "csrc" / "core"
+
+
+def constant(file: str, name: str) -> int:
+    """The value of ``constexpr ... name = value;`` in a file of the core."""
+    found = re.search(rf"constexpr \w+ {name} = (\d+);", (CORE / file).read_text())
+    assert found, f"{name} is not in {file}"
+    return int(found[1])
+
+
+BLOCK_K = constant("gemm.h", "kBlockK")  # terms of a sum that are one chain
+BLOCK_M = constant("gemm.cpp", "kBlockM")  # rows of a product that are worked on at a time
+TILE_ROWS = constant("lstm_step.h", "kMostTileRows")
+PANEL_WIDTH = constant("lstm_step.h", "kMostPanelWidth")
