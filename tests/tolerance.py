@@ -29,9 +29,9 @@ def assert_within_budget(
     Truth is ``reference(*inputs)`` in float64, naive the same in the dtype of ``got``. The error, relative to the
     largest true value of each output, may be ``factor`` times that of naive, plus four roundings.
 
-    Naive sums products in the order that ``csrc/core/gemm.h`` promises: torch's own order depends on the sizes. And a
-    naive result of a few numbers can be right by luck, so few numbers are computed several times, all but
-    once from inputs that are moved by one rounding at most, and the worst run counts.
+    Naive is the worst of two runs, with products summed in torch's order, which depends on the sizes, and in the order
+    that ``csrc/core/gemm.h`` promises. And a result of few numbers can be right by luck, so for these there are more
+    runs, from inputs that are moved by one rounding at most.
 
     A float64 result has no wider type to be judged by. There naive is the error that the reference makes in float32
     on the same inputs rounded to float32, scaled by the ratio of the two roundings; truth is the reference in
@@ -94,15 +94,19 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _naive(reference: Callable[..., Any], inputs: Sequence[Any], truth: tuple[Tensor | None, ...]) -> list[float]:
-    """The error of each output of the plain computation: the worst of several runs where there are few numbers."""
+    """The error of each output of the plain computation: the worst run, and more runs where there are few numbers."""
+
+    def errors(inputs: Sequence[Any]) -> list[float]:
+        return [_error(o, t) for o, t in zip(_evaluate(reference, inputs), truth, strict=True)]
+
     generator = torch.Generator().manual_seed(0)
-    size = sum(v.numel() for v in pytree.tree_leaves([*inputs, *truth]) if isinstance(v, Tensor))
-    naive = [0.0] * len(truth)
-    for run in range(max(1, min(8, 20_000 // max(size, 1)))):
-        with InOrder():
-            out = _evaluate(reference, [_moved(v, generator) for v in inputs] if run else inputs)
-        naive = [max(n, _error(o, t)) for n, o, t in zip(naive, out, truth, strict=True)]
-    return naive
+    fewest = min((t.numel() for t in truth if t is not None and t.numel()), default=512)
+    runs = [errors(inputs)]
+    with InOrder():
+        runs.append(errors(inputs))
+        for _ in range(1, min(8, 512 // fewest)):
+            runs.append(errors([_moved(value, generator) for value in inputs]))
+    return [max(of_one) for of_one in zip(*runs, strict=True)]
 
 
 class InOrder(TorchFunctionMode):

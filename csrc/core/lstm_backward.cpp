@@ -26,12 +26,14 @@ struct Backward {
   R* dh_all = nullptr;     // [N, P] the same for all steps, and
   R* inner = nullptr;      // [N, H] o * tanh(c), for the gradient of weight_hr
   R* zeros = nullptr;      // a row of zeros
-  R* local = nullptr;      // per thread: a tile of products, a tile of dh
+  R* local = nullptr;      // per thread: a tile of products of `group` panels, a tile of dh
+  int64_t group = 1;       // panels in one product, where few rows alone would not fill the pipeline
   int64_t local_size = 0;
 
   const R* c_before(int64_t t, int64_t r) const;
   void begin(int rank, int size) const;
-  void state_tile(int64_t t, int64_t last, int64_t panel, int64_t tile, const R* d_last, R* dh, R* mine) const;
+  void from_last(int64_t last, Range panels, int64_t tile, const R* d_last, R* out) const;
+  void state_tile(int64_t t, int64_t last, int64_t panel, int64_t tile, const R* from_last, int64_t from_row, R* dh) const;
   void cell_tile(int64_t t, int64_t panel, int64_t tile, const R* dh, R* d_out) const;
   void inner_tile(int64_t t, int64_t panel, int64_t tile, R* d_out, R* mine) const;
   void cut_c(int64_t last, int64_t panel, int64_t tile) const;
@@ -70,11 +72,24 @@ void Backward<R>::begin(int rank, int size) const {
   copy(call.dc0, call.dc_n, a.H);
 }
 
+// The gradient that reaches the state before step `last` through its pre-activations: [cap][panels][width].
+template <class R>
+void Backward<R>::from_last(int64_t last, Range panels, int64_t tile, const R* d_last, R* out) const {
+  const int64_t width = tiling.width, row = tile * tiling.cap, count = panels.end - panels.begin;
+  const int64_t going_on = std::clamp<int64_t>(rows.count(last) - row, 0, tiling.cap);
+  if (going_on == 0) return;
+  const TileArgs<R> rest{going_on,      count, 4 * a.H, d_last + row * 4 * a.H, tiling.cap,
+                         weight_hh + panels.begin * width * 4 * a.H,
+                         4 * a.H * width, out, count * width, width, Init::zero, nullptr};
+  product(table, rest);
+}
+
 // dh of step t from its own gradient and from the step processed after it, `last`: [cap][width]. Where a segment ends
 // between the two the latter goes to the start state, where the row begins at `last` to the initial state. t may lie
 // outside 0 .. T-1: then only the latter two happen.
 template <class R>
-void Backward<R>::state_tile(int64_t t, int64_t last, int64_t panel, int64_t tile, const R* d_last, R* dh, R* mine) const {
+void Backward<R>::state_tile(int64_t t, int64_t last, int64_t panel, int64_t tile, const R* from_last, int64_t from_row,
+                             R* dh) const {
   const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.P - unit);
   const int64_t row = tile * tiling.cap, n = rows.count(t), n_last = rows.count(last);
   const int64_t going_on = std::clamp<int64_t>(n_last - row, 0, tiling.cap);
@@ -85,15 +100,10 @@ void Backward<R>::state_tile(int64_t t, int64_t last, int64_t panel, int64_t til
     if (!a.weight_hr) prefetch<1>(call.c + e * a.H + unit, 0, units);
     if (call.dh) prefetch<1>(call.dh + e * a.P + unit, 0, units);
   }
-  if (going_on > 0) {
-    const TileArgs<R> rest{going_on, 1,     4 * a.H, d_last + row * 4 * a.H, tiling.cap, weight_hh + unit * 4 * a.H, 0,
-                        mine,     width, width,   Init::zero,             nullptr};
-    product(table, rest);
-  }
   for (int64_t i = 0; i < tiling.cap && row + i < std::max(n, n_last); ++i) {
     const int64_t r = row + i;
     R* const initial = call.dh0 + rows.batch(r) * a.P + unit;
-    const R* from = i < going_on ? mine + i * width : initial;
+    const R* from = i < going_on ? from_last + i * from_row : initial;
     if (i < going_on && rows.cut(last, r)) {
       for (int64_t u = 0; u < units && call.dh_start; ++u) call.dh_start[unit + u] += from[u];
       from = zeros;
@@ -174,26 +184,30 @@ void run_steps(const Backward<R>& b, int rank, int size, Barrier& barrier) {
   const LstmArgs<R>& a = b.a;
   const bool projected = a.weight_hr != nullptr, whole = b.call.dh_start != nullptr;
   R* const mine = b.local + rank * b.local_size;
-  R* const dh = mine + b.tiling.cap * b.tiling.width;
+  R* const dh = mine + b.group * b.tiling.cap * b.tiling.width;
   for (int64_t s = 0; s <= a.T; ++s) {
     const int64_t t = rows.step(a.T - 1 - s), last = rows.step(a.T - s);  // after the loop over time: t is outside
     const int64_t n = rows.count(t), tiles = b.tiling.tiles_of(std::max(n, rows.count(last)));
     const R* const d_last = b.d[(s + 1) & 1];
     R* const d_out = b.d[s & 1];
     const Range mine_p = items(b.tiling.panels(a.P), tiles, whole, rank, size);
-    for (int64_t item = mine_p.begin; item < mine_p.end; ++item) {
+    for (int64_t item = mine_p.begin; item < mine_p.end;) {
       const int64_t panel = item / tiles, tile = item % tiles, row = tile * b.tiling.cap;
-      b.state_tile(t, last, panel, tile, d_last, dh, mine);
-      if (!projected) b.cut_c(last, panel, tile);
-      if (row >= n) continue;
-      if (!projected) {
-        b.cell_tile(t, panel, tile, dh, d_out);
-        continue;
+      const int64_t group = b.tiling.tiles == 1 ? std::min(b.group, mine_p.end - item) : 1;
+      b.from_last(last, {panel, panel + group}, tile, d_last, mine);
+      for (int64_t p = 0; p < group; ++p, ++item) {
+        b.state_tile(t, last, panel + p, tile, mine + p * b.tiling.width, group * b.tiling.width, dh);
+        if (!projected) b.cut_c(last, panel + p, tile);
+        if (row >= n) continue;
+        if (!projected) {
+          b.cell_tile(t, panel + p, tile, dh, d_out);
+          continue;
+        }
+        const int64_t unit = (panel + p) * b.tiling.width, units = std::min(b.tiling.width, a.P - unit);
+        const Matrix<R> lines{dh, b.tiling.width, nullptr};
+        b.table.pack_rows({lines, 0, 0, std::min(b.tiling.cap, n - row), units, b.tiling.cap, false,
+                           b.dh_packed + row * a.P + unit * b.tiling.cap});
       }
-      const int64_t unit = panel * b.tiling.width, units = std::min(b.tiling.width, a.P - unit);
-      const Matrix<R> lines{dh, b.tiling.width, nullptr};
-      b.table.pack_rows({lines, 0, 0, std::min(b.tiling.cap, n - row), units, b.tiling.cap, false,
-                         b.dh_packed + row * a.P + unit * b.tiling.cap});
     }
     barrier.wait();
     if (!projected) continue;
@@ -245,6 +259,14 @@ GemmArgs<R> gemm_hr(const LstmArgs<R>& a, const R* dh, const R* inner, R* out) {
 }
 
 template <class R>
+int64_t group_of(const Tiling& tiling, const Table<R>& table) {
+  return tiling.tiles == 1 && 2 * tiling.cap <= table.tile_rows ? 4 : 1;
+}
+int64_t local_size(const Tiling& tiling, int64_t group) {
+  return Tiling::round_up((group + 1) * tiling.cap * tiling.width);
+}
+
+template <class R>
 int64_t zeros_size(const LstmArgs<R>& a, const Tiling& tiling) {
   return Tiling::round_up(std::max({a.P, a.H, tiling.width}));
 }
@@ -258,7 +280,7 @@ size_t lstm_backward_scratch(const LstmArgs<R>& a, bool weights, int most) {
   int64_t size = index_size(a) + tiling.panels(a.P) * 4 * a.H * tiling.width + 2 * tiling.packed(4 * a.H);
   if (a.weight_hr) size += tiling.panels(a.H) * a.P * tiling.width + tiling.packed(a.P);
   if (a.weight_hr && weights) size += Tiling::round_up(a.N * a.P) + Tiling::round_up(a.N * a.H);
-  size += zeros_size(a, tiling) + most * Tiling::round_up(2 * tiling.cap * tiling.width);
+  size += zeros_size(a, tiling) + most * local_size(tiling, group_of(tiling, table));
   if (!weights) return size;
   size_t product = gemm_scratch(gemm_hh<R>(a, nullptr, nullptr, nullptr), most);
   if (a.weight_hr) product = std::max(product, gemm_scratch(gemm_hr<R>(a, nullptr, nullptr, nullptr), most));
@@ -285,7 +307,8 @@ void lstm_backward(const LstmBackward<R>& call, R* scratch, const Team& team) no
   }
   b.zeros = take(scratch, zeros_size(a, tiling));
   std::fill(b.zeros, b.zeros + zeros_size(a, tiling), R(0));
-  b.local_size = Tiling::round_up(2 * tiling.cap * tiling.width);
+  b.group = group_of(tiling, table);
+  b.local_size = local_size(tiling, b.group);
   b.local = take(scratch, team.most * b.local_size);
   if (call.dh_start) {
     std::fill(call.dh_start, call.dh_start + a.P, R(0));

@@ -46,7 +46,7 @@ SIZES = {
     "tile": Case(2, 12, 32),
     "over_tile": Case(2, 13, 33),
     "row": Case(4, 1, 67),
-    "long": Case(150, 2, 5),
+    "long": Case(100, 2, 5),
     "deep": Case(2, 3, 521),
     "tall": Case(2, 101, 9),
     "no_steps": Case(0, 3, 5),
