@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseq import _check
-from fastseq.ops import lstm as _lstm
+from fastseq.ops.lstm_autograd import layer
 
 State = tuple[Tensor, Tensor]
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -152,7 +152,7 @@ def _layer(
         stream = 2 * (first // len(weights)) + direction
         state = (w.weight_hr, *sizes, w.h_start, w.c_start, seed, rows, row_offset, stream)
         options = (*state, noise_probability, tau, hard, direction == 1)
-        out.append(_lstm.layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options, *memory))
+        out.append(layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options, *memory))
     return out
 
 
@@ -181,7 +181,7 @@ def lstm_cell(
     w, bias = _prepare("lstm_cell", 0, weights, x)
     h0, c0 = _start(w, B) if hx is None else _state("lstm_cell", 0, w, hx[0], hx[1], B)
     options = (None, None, None, None, None, None, seed, None, 0, 0, noise_probability, tau, hard, False)
-    _, _, _, h, c = _lstm.layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options)
+    _, _, _, h, c = layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options)
     return (h, c) if out_dtype is dtype else (h.to(out_dtype), c.to(out_dtype))
 
 

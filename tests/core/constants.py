@@ -10,7 +10,7 @@ CORE = Path(__file__).parents[2] / "csrc" / "core"
 
 def constant(file: str, name: str) -> int:
     """The value of ``constexpr ... name = value;`` in a file of the core."""
-    found = re.search(rf"constexpr \w+ {name} = (\d+);", (CORE / file).read_text())
+    found = re.search(rf"constexpr \w+ {name} =\s*(\d+);", (CORE / file).read_text())
     assert found, f"{name} is not in {file}"
     return int(found[1])
 

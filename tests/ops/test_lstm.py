@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastseq import reference
-from fastseq.ops.lstm import Options, lstm
+from fastseq.ops.lstm import Options
+from fastseq.ops.lstm_autograd import lstm
 from tests import tolerance
 from tests.ops import lstm_cases as cases
 from tests.ops.lstm_cases import CASES, DTYPES, Case, Inputs

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastseq import reference
-from fastseq.ops.lstm import layer
+from fastseq.ops.lstm_autograd import layer
 from fastseq.ops.lstm_layer import BACKENDS
 from tests import tolerance
 from tests.core.constants import BLOCK_K, TILE_ROWS

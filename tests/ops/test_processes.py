@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastseq.ops.gemm import gemm
-from fastseq.ops.lstm import lstm
+from fastseq.ops.lstm_autograd import lstm
 from tests.ops import lstm_cases as cases
 from tests.ops.lstm_cases import Case
 from tests.tolerance import assert_same_bits
