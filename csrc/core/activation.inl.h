@@ -11,7 +11,7 @@ struct Real<float> {
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   static constexpr float kLog2e = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high part: few bits, n * high is exact
-  static constexpr float kLeast = -87.0f, kMost = 88.0f;                       // exp stays normal and finite
+  static constexpr float kLeast = -87.0f, kMost = 88.0f;                      // exp stays normal and finite
   static constexpr int kMantissa = 23, kExpTerms = 7, kLogTerms = 6;
   static constexpr int32_t kOne = 0x3f800000, kSqrtHalf = 0x3f3504f3;
   static constexpr float kLn2 = 0.693147180559945309f;

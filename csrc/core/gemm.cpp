@@ -1,6 +1,6 @@
 // Blocking: K in blocks of kBlockK. For each, the threads pack A together; then, for as many rows of A as the second
-// cache holds, each thread takes its share of the panels of B and runs one after the other against those rows. Where all
-// of A fits, a panel is packed just before it is used, into the nearest cache; else B is packed with A, once.
+// cache holds, each thread takes its share of the panels of B and runs one after the other against those rows. Where
+// all of A fits, a panel is packed just before it is used, into the nearest cache; else B is packed with A, once.
 #include "core/gemm.h"
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 namespace fastseq::core {
 namespace {
 
-constexpr int64_t kBlockM = 360;  // with kBlockK the pair, of 240 to 480 and 256 to 512, that came nearest to Zen 4's peak
+constexpr int64_t kBlockM =
+    360;                       // with kBlockK the pair, of 240 to 480 and 256 to 512, that came nearest to Zen 4's peak
 constexpr int64_t kGroup = 4;  // panels packed together where there is one tile of few rows, to fill the pipeline
 
 template <class R>

@@ -1,6 +1,6 @@
-// Matrix product with one order of summation: every element of the result is the sum, in ascending order, over blocks of
-// kBlockK of K; each block is a chain of fused multiply-adds from zero. That holds whatever the other sizes, the number
-// of threads or the instruction set (scalar rounds twice). The blocks keep the error of long sums small.
+// Matrix product with one order of summation: every element of the result is the sum, in ascending order, over blocks
+// of kBlockK of K; each block is a chain of fused multiply-adds from zero. That holds whatever the other sizes, the
+// number of threads or the instruction set (scalar rounds twice). The blocks keep the error of long sums small.
 #pragma once
 
 #include <cstddef>
@@ -54,17 +54,17 @@ enum class Init { zero, result, bias };  // what the product is added to: 0, wha
 
 template <class R>
 struct TileArgs {
-  int64_t rows;      // 1 .. tile_rows
-  int64_t panels;    // any number
+  int64_t rows;    // 1 .. tile_rows
+  int64_t panels;  // any number
   int64_t K;
-  const R* a;        // [K][cap], packed by pack_rows
-  int64_t cap;       // rows that the packed tile has room for, >= rows
-  const R* b;        // panels of [K][panel_width]
-  int64_t b_panel;   // elements from one panel to the next
-  R* c;              // element (i, p, :) at c + i * c_row + p * c_panel
+  const R* a;       // [K][cap], packed by pack_rows
+  int64_t cap;      // rows that the packed tile has room for, >= rows
+  const R* b;       // panels of [K][panel_width]
+  int64_t b_panel;  // elements from one panel to the next
+  R* c;             // element (i, p, :) at c + i * c_row + p * c_panel
   int64_t c_row, c_panel;
   Init init;
-  const R* bias;     // [panels][panel_width] for Init::bias
+  const R* bias;  // [panels][panel_width] for Init::bias
 };
 
 // Packs `count` lines of `length` elements so that out[j * width + i] is element j of line i; lines from `count` up to
@@ -73,8 +73,8 @@ struct TileArgs {
 template <class R>
 struct PackArgs {
   Matrix<R> lines;
-  int64_t first;     // number of the first line
-  int64_t offset;    // first element of each line
+  int64_t first;   // number of the first line
+  int64_t offset;  // first element of each line
   int64_t count, length, width;
   bool pad;
   R* out;

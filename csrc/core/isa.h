@@ -34,9 +34,13 @@ struct Kernels {
 template <class R>
 const Table<R>& table_of(const Kernels& kernels);
 template <>
-inline const Table<float>& table_of<float>(const Kernels& kernels) { return kernels.f32; }
+inline const Table<float>& table_of<float>(const Kernels& kernels) {
+  return kernels.f32;
+}
 template <>
-inline const Table<double>& table_of<double>(const Kernels& kernels) { return kernels.f64; }
+inline const Table<double>& table_of<double>(const Kernels& kernels) {
+  return kernels.f64;
+}
 
 // What runs, or why nothing can: FASTSEQ_ISA names a set that is unknown, not built or not supported here.
 struct Choice {

@@ -1,6 +1,6 @@
-// Backward over time: the gradient of each step's pre-activations, packed, times the recurrent weights gives the gradient
-// of the state before it, and the cell's derivative follows while the tile is in the nearest cache. One barrier per step
-// (two with projection). The weights' gradients are one product each after the loop, in the same team.
+// Backward over time: the gradient of each step's pre-activations, packed, times the recurrent weights gives the
+// gradient of the state before it, and the cell's derivative follows while the tile is in the nearest cache. One
+// barrier per step (two with projection). The weights' gradients are one product each after the loop, in the same team.
 #include <cstring>
 
 #include "core/flush.h"
@@ -33,7 +33,8 @@ struct Backward {
   const R* c_before(int64_t t, int64_t r) const;
   void begin(int rank, int size) const;
   void from_last(int64_t last, Range panels, int64_t tile, const R* d_last, R* out) const;
-  void state_tile(int64_t t, int64_t last, int64_t panel, int64_t tile, const R* from_last, int64_t from_row, R* dh) const;
+  void state_tile(int64_t t, int64_t last, int64_t panel, int64_t tile, const R* from_last, int64_t from_row,
+                  R* dh) const;
   void cell_tile(int64_t t, int64_t panel, int64_t tile, const R* dh, R* d_out) const;
   void inner_tile(int64_t t, int64_t panel, int64_t tile, R* d_out, R* mine) const;
   void cut_c(int64_t last, int64_t panel, int64_t tile) const;
@@ -78,9 +79,12 @@ void Backward<R>::from_last(int64_t last, Range panels, int64_t tile, const R* d
   const int64_t width = tiling.width, row = tile * tiling.cap, count = panels.end - panels.begin;
   const int64_t going_on = std::clamp<int64_t>(rows.count(last) - row, 0, tiling.cap);
   if (going_on == 0) return;
-  const TileArgs<R> rest{going_on,      count, 4 * a.H, d_last + row * 4 * a.H, tiling.cap,
-                         weight_hh + panels.begin * width * 4 * a.H,
-                         4 * a.H * width, out, count * width, width, Init::zero, nullptr};
+  const TileArgs<R> rest{going_on,        count,
+                         4 * a.H,         d_last + row * 4 * a.H,
+                         tiling.cap,      weight_hh + panels.begin * width * 4 * a.H,
+                         4 * a.H * width, out,
+                         count * width,   width,
+                         Init::zero,      nullptr};
   product(table, rest);
 }
 
@@ -138,7 +142,8 @@ void Backward<R>::cell_tile(int64_t t, int64_t panel, int64_t tile, const R* dh,
   const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.H - unit);
   const int64_t row = tile * tiling.cap, count = std::min(tiling.cap, rows.count(t) - row);
   R out[kMostTileRows * kMostPanelWidth];
-  CellBackward<R> cell{count, units, a.H, R(1.0 / a.tau), a.hard, dh, {}, {}, {}, {}, {}, {}, {}, inner ? out : nullptr};
+  CellBackward<R> cell{count, units, a.H, R(1.0 / a.tau),       a.hard, dh, {}, {}, {}, {},
+                       {},    {},    {},  inner ? out : nullptr};
   for (int64_t i = 0; i < count; ++i) {
     const int64_t r = row + i, e = rows.element(t, r);
     const R* const c_in = c_before(t, r);
@@ -165,8 +170,9 @@ void Backward<R>::cell_tile(int64_t t, int64_t panel, int64_t tile, const R* dh,
 template <class R>
 void Backward<R>::inner_tile(int64_t t, int64_t panel, int64_t tile, R* d_out, R* mine) const {
   const int64_t width = tiling.width, row = tile * tiling.cap, count = std::min(tiling.cap, rows.count(t) - row);
-  const TileArgs<R> inside{count, 1,     a.P,   dh_packed + row * a.P, tiling.cap, weight_hr + panel * width * a.P, 0,
-                      mine,  width, width, Init::zero,            nullptr};
+  const TileArgs<R> inside{
+      count, 1,          a.P,    dh_packed + row * a.P, tiling.cap, weight_hr + panel * width * a.P, 0, mine, width,
+      width, Init::zero, nullptr};
   product(table, inside);
   cell_tile(t, panel, tile, mine, d_out);
 }

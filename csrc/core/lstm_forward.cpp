@@ -1,6 +1,6 @@
-// Forward over time: one team for the whole sequence, one barrier per step (two with projection). The weights are packed
-// once; a step is the product of the packed state with them, tile by tile, each tile finished by the cell while it is in
-// the nearest cache, and its new state packed for the next step at once.
+// Forward over time: one team for the whole sequence, one barrier per step (two with projection). The weights are
+// packed once; a step is the product of the packed state with them, tile by tile, each tile finished by the cell while
+// it is in the nearest cache, and its new state packed for the next step at once.
 #include <cstring>
 
 #include "core/isa.h"
@@ -38,8 +38,8 @@ void Forward<R>::pack_weights(int rank, int size) const {
   const Range gates = share(tiling.panels(a.H) * 4, rank, size);
   for (int64_t p = gates.begin; p < gates.end; ++p) {
     const int64_t unit = p / 4 * width, count = std::min(width, a.H - unit);
-    table.pack_rows({{a.weight_hh, a.P, nullptr}, p % 4 * a.H + unit, 0, count, a.P, width, true,
-                     weight_hh + p * a.P * width});
+    table.pack_rows(
+        {{a.weight_hh, a.P, nullptr}, p % 4 * a.H + unit, 0, count, a.P, width, true, weight_hh + p * a.P * width});
   }
   const Range projected = share(a.weight_hr ? tiling.panels(a.P) : 0, rank, size);
   for (int64_t p = projected.begin; p < projected.end; ++p) {
@@ -102,10 +102,11 @@ void Forward<R>::cell_item(int64_t t, int64_t item, int64_t n, const R* in, R* o
   for (int64_t i = 0; i < going_on; ++i) {
     prefetch<4>(call.x_gates + rows.element(following, row + i) * 4 * a.H + unit, a.H, units);
   }
-  const TileArgs<R> gates{count, 4,     a.P,       in + row * a.P, tiling.cap, weight_hh + panel * 4 * a.P * width, a.P * width,
-                      pre,   4 * width, width, Init::zero,     nullptr};
+  const TileArgs<R> gates{count,       4,   a.P,       in + row * a.P, tiling.cap, weight_hh + panel * 4 * a.P * width,
+                          a.P * width, pre, 4 * width, width,          Init::zero, nullptr};
   product(table, gates);
-  CellForward<R> cell{count, units, a.H, R(1.0 / a.tau), a.hard, pre, {}, call.noise.on ? noise : nullptr, {}, {}, {}, {}, result};
+  CellForward<R> cell{count, units, a.H, R(1.0 / a.tau), a.hard, pre, {}, call.noise.on ? noise : nullptr, {},
+                      {},    {},    {},  result};
   for (int64_t i = 0; i < count; ++i) {
     const int64_t r = row + i, b = rows.batch(r), e = rows.element(t, r);
     if (call.noise.on) table.lstm_noise(call.noise, unit, units, t, b, noise + i * 2 * width);
@@ -125,8 +126,9 @@ template <class R>
 void Forward<R>::projection_item(int64_t t, int64_t item, int64_t n, R* next, R* mine) const {
   const int64_t width = tiling.width, tiles = tiling.tiles_of(n), tile = item % tiles, panel = item / tiles;
   const int64_t row = tile * tiling.cap, count = std::min(tiling.cap, n - row), unit = panel * width;
-  const TileArgs<R> state{count, 1,     a.H,   inner + row * a.H, tiling.cap, weight_hr + panel * a.H * width, a.H * width,
-                      mine,  width, width, Init::zero,        nullptr};
+  const TileArgs<R> state{
+      count, 1,     a.H,   inner + row * a.H, tiling.cap, weight_hr + panel * a.H * width, a.H * width,
+      mine,  width, width, Init::zero,        nullptr};
   product(table, state);
   emit(t, tile, unit, std::min(width, a.P - unit), n, mine, next);
 }

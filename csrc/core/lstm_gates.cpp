@@ -34,8 +34,8 @@ void cell_row(const Cells<R>& cells, int64_t t, int64_t r) {
     R* const gates = call.gates + e * 4 * a.H + unit;
     for (int64_t g = 0; g < 4; ++g) std::memcpy(pre + g * width, gates + g * a.H, units * sizeof(R));
     if (call.noise.on) cells.table.lstm_noise(call.noise, unit, units, t, rows.batch(r), noise);
-    CellForward<R> cell{1,  units, a.H, R(1.0 / a.tau), a.hard, pre, {}, call.noise.on ? noise : nullptr, {}, {}, {},
-                        {}, out};
+    CellForward<R> cell{1,  units, a.H, R(1.0 / a.tau), a.hard, pre, {}, call.noise.on ? noise : nullptr, {}, {},
+                        {}, {},    out};
     cell.x_gates[0] = call.x_gates + e * 4 * a.H + unit;
     cell.c_in[0] = c_in ? c_in + unit : nullptr;
     cell.c_state[0] = state;

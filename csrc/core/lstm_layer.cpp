@@ -33,8 +33,8 @@ struct ColumnSum {
   R* out;
 };
 
-// Each thread has its own columns and adds the rows in order, block by block to keep the error small, so the sum does not
-// depend on the number of threads.
+// Each thread has its own columns and adds the rows in order, block by block to keep the error small, so the sum does
+// not depend on the number of threads.
 template <class R>
 void column_sum(const void* context, int rank, int size, Barrier&) {
   const auto& s = *static_cast<const ColumnSum<R>*>(context);

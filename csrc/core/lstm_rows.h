@@ -47,7 +47,7 @@ class Rows {
   int64_t count(int64_t t) const { return t < 0 || t >= T ? 0 : dense_ ? B : counts_[t]; }
   int64_t batch(int64_t r) const { return order_ ? order_[r] : r; }  // its row in h0 and in dense data
   int64_t element(int64_t t, int64_t r) const { return (dense_ ? t * B : offsets_[t]) + batch(r); }
-  int64_t step(int64_t s) const { return reverse_ ? T - 1 - s : s; }   // in order of processing
+  int64_t step(int64_t s) const { return reverse_ ? T - 1 - s : s; }  // in order of processing
   int64_t before(int64_t t) const { return reverse_ ? t + 1 : t - 1; }
   int64_t after(int64_t t) const { return reverse_ ? t - 1 : t + 1; }
   // A segment begins between the step processed before t and t: the state that enters t is the start state.
@@ -108,8 +108,8 @@ inline void product(const Table<R>& table, TileArgs<R> t) {
   }
 }
 
-// Asks for what the cell of the next step will read: `Parts` runs of `units`, `stride` apart. Into the second cache: the
-// first is full of weights, and rows a power of two apart would push each other out of it.
+// Asks for what the cell of the next step will read: `Parts` runs of `units`, `stride` apart. Into the second cache:
+// the first is full of weights, and rows a power of two apart would push each other out of it.
 template <int Parts, class R>
 inline void prefetch(const R* p, int64_t stride, int64_t units) {
   for (int part = 0; part < Parts; ++part, p += stride) {

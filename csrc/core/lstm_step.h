@@ -13,8 +13,8 @@ struct LstmNoise {
   uint64_t seed;
   const int64_t* rows;  // [B] number of each row before any sorting, or null for 0..B-1
   int64_t row_offset;
-  int64_t stream;       // 2 * layer + direction
-  double probability;   // p, in [0, 1]
+  int64_t stream;      // 2 * layer + direction
+  double probability;  // p, in [0, 1]
 };
 
 constexpr int kMostTileRows = 16;
@@ -27,14 +27,14 @@ struct CellForward {
   int64_t rows, units, H;
   R inverse_tau;
   bool hard;
-  const R* pre;                       // [rows][4][panel_width] recurrent part of the pre-activations
-  const R* x_gates[kMostTileRows];    // input part
-  const R* noise;                     // [rows][2][panel_width] or null
-  const R* c_in[kMostTileRows];       // state before the step; null means zeros
-  R* c_state[kMostTileRows];          // state after the step
-  R* c[kMostTileRows];                // the same, kept for backward; [0] null where it is not
-  R* gates[kMostTileRows];            // activated; [0] null where they are not kept
-  R* out;                             // [rows][panel_width] o * tanh(c)
+  const R* pre;                     // [rows][4][panel_width] recurrent part of the pre-activations
+  const R* x_gates[kMostTileRows];  // input part
+  const R* noise;                   // [rows][2][panel_width] or null
+  const R* c_in[kMostTileRows];     // state before the step; null means zeros
+  R* c_state[kMostTileRows];        // state after the step
+  R* c[kMostTileRows];              // the same, kept for backward; [0] null where it is not
+  R* gates[kMostTileRows];          // activated; [0] null where they are not kept
+  R* out;                           // [rows][panel_width] o * tanh(c)
 };
 
 template <class R>
@@ -42,15 +42,15 @@ struct CellBackward {
   int64_t rows, units, H;
   R inverse_tau;
   bool hard;
-  const R* dh;                        // [rows][panel_width] gradient of o * tanh(c)
-  const R* gates[kMostTileRows];      // activated
-  const R* dgates[kMostTileRows];     // their own upstream gradient; [0] null where there is none
-  const R* c[kMostTileRows];          // after the step
-  const R* c_in[kMostTileRows];       // before it; null means zeros
-  const R* dc[kMostTileRows];         // upstream gradient of c; [0] null where there is none
-  R* dc_state[kMostTileRows];         // in: gradient of c from the step after; out: for the step before
-  R* dx_gates[kMostTileRows];         // gradient of the pre-activations
-  R* out;                             // [rows][panel_width] o * tanh(c), or null
+  const R* dh;                     // [rows][panel_width] gradient of o * tanh(c)
+  const R* gates[kMostTileRows];   // activated
+  const R* dgates[kMostTileRows];  // their own upstream gradient; [0] null where there is none
+  const R* c[kMostTileRows];       // after the step
+  const R* c_in[kMostTileRows];    // before it; null means zeros
+  const R* dc[kMostTileRows];      // upstream gradient of c; [0] null where there is none
+  R* dc_state[kMostTileRows];      // in: gradient of c from the step after; out: for the step before
+  R* dx_gates[kMostTileRows];      // gradient of the pre-activations
+  R* out;                          // [rows][panel_width] o * tanh(c), or null
 };
 
 }  // namespace fastseq::core

@@ -2,7 +2,8 @@
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
-// One counter per 64-bit lane. Only the low halves count: the multiplication reads nothing else, and xor keeps them apart.
+// One counter per 64-bit lane. Only the low halves count: the multiplication reads nothing else, and xor keeps them
+// apart.
 struct Words {
   VecU64 w[4];
 };
@@ -24,7 +25,8 @@ inline Words philox_rounds(Words c, const Keys& keys) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const VecU64 p0 = multiply_even(c.w[0], m0), p1 = multiply_even(c.w[2], m1);
-    c = {{(p1 >> 32) ^ c.w[1] ^ (VecU64{} + keys.k[round][0]), p1, (p0 >> 32) ^ c.w[3] ^ (VecU64{} + keys.k[round][1]), p0}};
+    c = {{(p1 >> 32) ^ c.w[1] ^ (VecU64{} + keys.k[round][0]), p1, (p0 >> 32) ^ c.w[3] ^ (VecU64{} + keys.k[round][1]),
+          p0}};
   }
   return c;
 }

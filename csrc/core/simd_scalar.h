@@ -6,7 +6,7 @@ namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
 constexpr int kVectorBytes = 32;
-constexpr int kTileRows = 3;  // rows of the register tile; 2 vectors wide
+constexpr int kTileRows = 3;                                       // rows of the register tile; 2 vectors wide
 constexpr int tile_panels(int rows) { return rows == 1 ? 2 : 1; }  // panels that one register tile covers
 
 typedef float VecF __attribute__((vector_size(kVectorBytes)));

@@ -1,4 +1,5 @@
-// What both doors say of an array before the core may touch it: one description, one set of checks, one form of message.
+// What both doors say of an array before the core may touch it: one description, one set of checks, one form of
+// message.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,9 @@ struct Array {
   bool contiguous = true;
   bool given() const { return dims >= 0; }
   template <class T>
-  const T* as() const { return static_cast<const T*>(data); }
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
 };
 
 template <class... Parts>

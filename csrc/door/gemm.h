@@ -34,8 +34,15 @@ inline GemmSizes check_gemm(const Array& a, const Array& b, const Array& bias, b
 template <class R>
 core::GemmArgs<R> gemm_args(const GemmSizes& s, const Array& a, const Array& b, const Array& bias, bool transpose_a,
                             bool transpose_b, R* c) {
-  return {s.M, s.N, s.K, {a.as<R>(), transpose_a ? s.M : s.K, nullptr}, {b.as<R>(), transpose_b ? s.K : s.N, nullptr},
-          transpose_a, transpose_b, bias.as<R>(), c};
+  return {s.M,
+          s.N,
+          s.K,
+          {a.as<R>(), transpose_a ? s.M : s.K, nullptr},
+          {b.as<R>(), transpose_b ? s.K : s.N, nullptr},
+          transpose_a,
+          transpose_b,
+          bias.as<R>(),
+          c};
 }
 
 }  // namespace fastseq::door

@@ -118,9 +118,23 @@ inline LstmSizes check_lstm_backward(const LstmGrads& g, const LstmState& s, dou
 
 template <class R>
 core::LstmArgs<R> lstm_args(const LstmSizes& z, const LstmState& s, double tau, bool hard, bool reverse) {
-  return {z.T, z.B, z.N, z.H, z.P, s.weight_hh.as<R>(), s.weight_hr.as<R>(), s.h0.as<R>(), s.c0.as<R>(),
-          s.lengths.as<int64_t>(), s.batch_sizes.as<int64_t>(), s.reset.as<bool>(), s.h_start.as<R>(),
-          s.c_start.as<R>(), tau, hard, reverse};
+  return {z.T,
+          z.B,
+          z.N,
+          z.H,
+          z.P,
+          s.weight_hh.as<R>(),
+          s.weight_hr.as<R>(),
+          s.h0.as<R>(),
+          s.c0.as<R>(),
+          s.lengths.as<int64_t>(),
+          s.batch_sizes.as<int64_t>(),
+          s.reset.as<bool>(),
+          s.h_start.as<R>(),
+          s.c_start.as<R>(),
+          tau,
+          hard,
+          reverse};
 }
 
 }  // namespace fastseq::door

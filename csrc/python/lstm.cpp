@@ -55,8 +55,7 @@ py::tuple lstm_forward(const py::array& x_gates, const py::array& weight_hh, con
   const char* const op = "lstm_forward";
   check_call(op, threads);
   const door::Array x = view(op, "x_gates", x_gates);
-  const door::LstmState s =
-      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmState s = view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
   const door::LstmSizes z = door::check_lstm(op, "x_gates", x, s, tau);
   const core::LstmNoise noise = view_noise(op, seed, rows, z.B, row_offset, stream, noise_probability);
   if (save < 0 || save > 2) door::fail(op, "save must be 0, 1 or 2, got ", save);
@@ -82,8 +81,7 @@ py::array lstm_gates(const py::array& x_gates, const py::array& h, const py::arr
   const char* const op = "lstm_gates";
   check_call(op, threads);
   const door::Array x = view(op, "x_gates", x_gates), vh = view(op, "h", h), vc = view(op, "c", c);
-  const door::LstmState s =
-      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmState s = view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
   const door::LstmSizes z = door::check_lstm(op, "x_gates", x, s, tau);
   door::check_data(op, "h", vh, z, z.P, "P");
   door::check_data(op, "c", vc, z, z.H, "H");
@@ -105,8 +103,7 @@ py::tuple lstm_backward(const Optional& dh, const Optional& dc, const Optional& 
                         bool weights, int threads) {
   const char* const op = "lstm_backward";
   check_call(op, threads);
-  const door::LstmState s =
-      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmState s = view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
   const door::LstmGrads g{view(op, "dh", dh),     view(op, "dc", dc),     view(op, "dgates", dgates),
                           view(op, "dh_n", dh_n), view(op, "dc_n", dc_n), view(op, "gates", gates),
                           view(op, "h", h),       view(op, "c", c)};
@@ -144,8 +141,8 @@ py::array lstm_noise(int64_t seed, int64_t T, int64_t B, int64_t H, const Option
 
 py::array philox(const py::array& counter, uint64_t key) {
   check_call("philox", 1);
-  if (!py::isinstance<py::array_t<uint32_t>>(counter) || counter.ndim() < 1 ||
-      counter.shape(counter.ndim() - 1) != 4 || !(counter.flags() & py::array::c_style)) {
+  if (!py::isinstance<py::array_t<uint32_t>>(counter) || counter.ndim() < 1 || counter.shape(counter.ndim() - 1) != 4 ||
+      !(counter.flags() & py::array::c_style)) {
     door::fail("philox", "counter must be a contiguous uint32 array [..., 4]");
   }
   py::array_t<uint32_t> words(std::vector<int64_t>(counter.shape(), counter.shape() + counter.ndim()));

@@ -34,8 +34,7 @@ Five lstm_forward(Tensor x_gates, Tensor weight_hh, Tensor h0, Tensor c0, Option
                   bool reverse, int64_t save) {
   const char* const op = "lstm_forward";
   const door::Array x = view(op, "x_gates", x_gates);
-  const door::LstmState s =
-      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmState s = view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
   const door::LstmSizes z = door::check_lstm(op, "x_gates", x, s, tau);
   const core::LstmNoise noise = view_noise(op, seed, rows, z.B, row_offset, stream, noise_probability);
   if (save < 0 || save > 2) door::fail(op, "save must be 0, 1 or 2, got ", save);
@@ -45,8 +44,8 @@ Five lstm_forward(Tensor x_gates, Tensor weight_hh, Tensor h0, Tensor c0, Option
   Tensor h_n = empty(x_gates, {z.B, z.P}), c_n = empty(x_gates, {z.B, z.H});
   const auto go = [&]<class R>(R) {
     run<R>(core::LstmForward<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), pointer<R>(h),
-                                         save >= 1 ? pointer<R>(c) : nullptr, save >= 2 ? pointer<R>(gates) : nullptr,
-                                         pointer<R>(h_n), pointer<R>(c_n)});
+                                save >= 1 ? pointer<R>(c) : nullptr, save >= 2 ? pointer<R>(gates) : nullptr,
+                                pointer<R>(h_n), pointer<R>(c_n)});
   };
   z.type == door::Type::f32 ? go(float()) : go(double());
   return {h, c, gates, h_n, c_n};
@@ -58,16 +57,15 @@ Tensor lstm_gates(Tensor x_gates, Tensor h, Tensor c, Tensor weight_hh, Tensor h
                   double tau, bool hard, bool reverse) {
   const char* const op = "lstm_gates";
   const door::Array x = view(op, "x_gates", x_gates), vh = view(op, "h", h), vc = view(op, "c", c);
-  const door::LstmState s =
-      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmState s = view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
   const door::LstmSizes z = door::check_lstm(op, "x_gates", x, s, tau);
   door::check_data(op, "h", vh, z, z.P, "P");
   door::check_data(op, "c", vc, z, z.H, "H");
   const core::LstmNoise noise = view_noise(op, seed, rows, z.B, row_offset, stream, noise_probability);
   Tensor gates = empty(x_gates, data_size(z, 4 * z.H));
   const auto go = [&]<class R>(R) {
-    run<R>(core::LstmGates<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), vh.as<R>(),
-                                       vc.as<R>(), pointer<R>(gates)});
+    run<R>(core::LstmGates<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), vh.as<R>(), vc.as<R>(),
+                              pointer<R>(gates)});
   };
   z.type == door::Type::f32 ? go(float()) : go(double());
   return gates;
@@ -78,10 +76,9 @@ Seven lstm_backward(Optional dh, Optional dc, Optional dgates, Optional dh_n, Op
                     Optional batch_sizes, Optional reset, Optional h_start, Optional c_start, double tau, bool hard,
                     bool reverse, bool weights) {
   const char* const op = "lstm_backward";
-  const door::LstmState s =
-      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
-  const door::LstmGrads g{view(op, "dh", dh),     view(op, "dc", dc),       view(op, "dgates", dgates),
-                          view(op, "dh_n", dh_n), view(op, "dc_n", dc_n),   view(op, "gates", gates),
+  const door::LstmState s = view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmGrads g{view(op, "dh", dh),     view(op, "dc", dc),     view(op, "dgates", dgates),
+                          view(op, "dh_n", dh_n), view(op, "dc_n", dc_n), view(op, "gates", gates),
                           view(op, "h", h),       view(op, "c", c)};
   const door::LstmSizes z = door::check_lstm_backward(g, s, tau);
   const bool start = s.h_start.given() || s.c_start.given(), project = weights && s.weight_hr.given();

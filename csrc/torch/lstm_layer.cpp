@@ -44,8 +44,7 @@ Five lstm_layer_forward(Tensor x, Tensor weight_ih, Optional bias, Tensor weight
                         double noise_probability, double tau, bool hard, bool reverse, int64_t save) {
   const char* const op = "lstm_layer_forward";
   const Input in = view_input(op, x, weight_ih, bias);
-  const door::LstmState s =
-      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmState s = view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
   const door::LstmSizes z = door::check_lstm(op, "x", as_gates(op, in.x, s), s, tau);
   check_input(op, in, z);
   const core::LstmNoise noise = view_noise(op, seed, rows, z.B, row_offset, stream, noise_probability);
@@ -54,11 +53,10 @@ Five lstm_layer_forward(Tensor x, Tensor weight_ih, Optional bias, Tensor weight
   Tensor c = empty(x, save >= 1 ? data_size(z, z.H) : std::vector<int64_t>{0});
   Tensor gates = empty(x, save >= 2 ? data_size(z, 4 * z.H) : std::vector<int64_t>{0});
   const auto go = [&]<class R>(R) {
-    const core::LstmLayerForward<R> call{
-        input_args<R>(in),
-        {door::lstm_args<R>(z, s, tau, hard, reverse), noise, nullptr, pointer<R>(h),
-         save >= 1 ? pointer<R>(c) : nullptr, save >= 2 ? pointer<R>(gates) : nullptr, pointer<R>(h_n),
-         pointer<R>(c_n)}};
+    const core::LstmLayerForward<R> call{input_args<R>(in),
+                                         {door::lstm_args<R>(z, s, tau, hard, reverse), noise, nullptr, pointer<R>(h),
+                                          save >= 1 ? pointer<R>(c) : nullptr, save >= 2 ? pointer<R>(gates) : nullptr,
+                                          pointer<R>(h_n), pointer<R>(c_n)}};
     const core::Team t = team();
     const door::Scratch<R> scratch(core::lstm_layer_scratch(call, t.most));
     core::lstm_layer_forward(call, scratch.data(), t);
@@ -76,8 +74,7 @@ Nine lstm_layer_backward(Optional dh, Optional dc, Optional dgates, Optional dh_
                          bool reverse, bool needs_x, bool needs_weight_ih, bool needs_bias, bool weights) {
   const char* const op = "lstm_layer_backward";
   const Input in = view_input(op, x, weight_ih, bias);
-  const door::LstmState s =
-      view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
+  const door::LstmState s = view_state(op, weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start);
   const door::Array as_x = as_gates(op, in.x, s);
   const door::LstmGrads g{view(op, "dh", dh),     view(op, "dc", dc),     view(op, "dgates", dgates),
                           view(op, "dh_n", dh_n), view(op, "dc_n", dc_n), gates ? view(op, "gates", gates) : as_x,
