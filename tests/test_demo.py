@@ -248,7 +248,7 @@ def test_race_learns_and_keeps_the_clocks(text):
         assert runner.curve[-1][2] < runner.curve[0][2]
         assert runner.seconds >= 0.4
         assert runner.curve[-1][1] == len(runner.steps)
-    assert [done for done, _ in told] == [0.5, 1.0]
+    assert [done for done, _ in told] == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 def test_race_stops_all_after_the_same_round(text):

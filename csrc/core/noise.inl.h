@@ -20,15 +20,19 @@ struct Keys {
   }
 };
 
-inline Words philox_rounds(Words c, const Keys& keys) {
+// C blocks of counters side by side: one alone would wait for its own multiplications.
+template <int C>
+inline __attribute__((always_inline)) void philox_rounds(Words* c, const Keys& keys) {
   const VecU64 m0 = VecU64{} + 0xD2511F53u, m1 = VecU64{} + 0xCD9E8D57u;
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const VecU64 p0 = multiply_even(c.w[0], m0), p1 = multiply_even(c.w[2], m1);
-    c = {{(p1 >> 32) ^ c.w[1] ^ (VecU64{} + keys.k[round][0]), p1, (p0 >> 32) ^ c.w[3] ^ (VecU64{} + keys.k[round][1]),
-          p0}};
+    const VecU64 k0 = VecU64{} + keys.k[round][0], k1 = VecU64{} + keys.k[round][1];
+#pragma GCC unroll 4
+    for (int i = 0; i < C; ++i) {
+      const VecU64 p0 = multiply_even(c[i].w[0], m0), p1 = multiply_even(c[i].w[2], m1);
+      c[i] = {{(p1 >> 32) ^ c[i].w[1] ^ k0, p1, (p0 >> 32) ^ c[i].w[3] ^ k1, p0}};
+    }
   }
-  return c;
 }
 
 constexpr int kCounters = kVectorBytes / 8;
@@ -38,7 +42,7 @@ void philox(int64_t count, const uint32_t* counter, uint64_t key, uint32_t* word
   for (int64_t i = 0; i < count; ++i) {
     Words c;
     for (int n = 0; n < 4; ++n) c.w[n] = VecU64{} + counter[4 * i + n];
-    c = philox_rounds(c, keys);
+    philox_rounds<1>(&c, keys);
     for (int n = 0; n < 4; ++n) words[4 * i + n] = (uint32_t)c.w[n][0];
   }
 }
@@ -78,24 +82,28 @@ void lstm_noise(const LstmNoise& noise, int64_t unit, int64_t count, int64_t ste
   const int32_t floor = level <= 0 ? 0 : (int32_t)level, threshold = floor + (floor < level ? 1 : 0);
   const Keys keys(noise.seed);
   const uint64_t number = (uint64_t)((noise.rows ? noise.rows[row] : row) + noise.row_offset);
-  VecU64 lane;
-  for (int i = 0; i < kCounters; ++i) lane[i] = (uint64_t)(unit + i);
-  for (int64_t u = 0; u < count; u += 2 * kCounters) {
-    Words c[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
+  constexpr int kBlocks = kVectorBytes == 64 && kPanel<R> >= 4 * kCounters ? 4 : 2;  // as many as registers hold
+  const VecU64 lane = lane_numbers() + (uint64_t)unit;
+  for (int64_t u = 0; u < count; u += kBlocks * kCounters) {
+    Words c[kBlocks];
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlocks; ++i) {
       c[i] = {{lane + (uint64_t)(u + i * kCounters), VecU64{} + (uint64_t)step, VecU64{} + number,
                VecU64{} + (uint64_t)noise.stream}};
-      c[i] = philox_rounds(c[i], keys);
     }
-    VecU32 words[4];
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) words[n] = low_words(c[0].w[n], c[1].w[n]);
+    philox_rounds<kBlocks>(c, keys);
 #pragma GCC unroll 2
-    for (int at = 0; at < 2 * kCounters; at += kLanes<R>) {
-      const auto word = [&](int n) { return (const uint32_t*)&words[n] + at; };
-      store(out + u + at, logit<R>(word(0), word(1), threshold));
-      store(out + kPanel<R> + u + at, logit<R>(word(2), word(3), threshold));
+    for (int i = 0; i < kBlocks; i += 2) {
+      VecU32 words[4];
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) words[n] = low_words(c[i].w[n], c[i + 1].w[n]);
+#pragma GCC unroll 2
+      for (int at = 0; at < 2 * kCounters; at += kLanes<R>) {
+        const auto word = [&](int n) { return (const uint32_t*)&words[n] + at; };
+        R* const to = out + u + i * kCounters + at;
+        store(to, logit<R>(word(0), word(1), threshold));
+        store(to + kPanel<R>, logit<R>(word(2), word(3), threshold));
+      }
     }
   }
 }

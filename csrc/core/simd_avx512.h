@@ -15,6 +15,7 @@ typedef double VecD __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
 
+inline VecU64 lane_numbers() { return VecU64{0, 1, 2, 3, 4, 5, 6, 7}; }
 // The low halves of the 64-bit lanes of a, then of b.
 inline VecU32 low_words(VecU64 a, VecU64 b) {
   return __builtin_shufflevector((VecU32)a, (VecU32)b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

@@ -23,6 +23,7 @@ inline VecF largest(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD largest(VecD a, VecD b) { return a > b ? a : b; }
 inline VecF smallest(VecF a, VecF b) { return a < b ? a : b; }
 inline VecD smallest(VecD a, VecD b) { return a < b ? a : b; }
+inline VecU64 lane_numbers() { return VecU64{0, 1, 2, 3}; }
 // The low halves of the 64-bit lanes of a, then of b.
 inline VecU32 low_words(VecU64 a, VecU64 b) {
   return __builtin_shufflevector((VecU32)a, (VecU32)b, 0, 2, 4, 6, 8, 10, 12, 14);

@@ -130,14 +130,20 @@ def race(
             report(1.0, "out of time")
             break
         shift = turn % len(runners)
-        for runner in (*runners[shift:], *runners[:shift]):
+        for k, runner in enumerate((*runners[shift:], *runners[:shift])):
+            report((turn + k / len(runners)) / rounds, _standing(runners))
             clock = runner.seconds
             while clock < seconds * (turn + 1) / rounds:
                 runner.step(min(1.0, clock / seconds))
                 clock += runner.steps[-1]
             bits = bits_per_character(runner.model, held_out, runner.masked)
             runner.curve.append((clock, len(runner.steps), bits))
-        report((turn + 1) / rounds, "bits: " + ", ".join(f"{r.label} {r.curve[-1][2]:.2f}" for r in runners))
+    else:
+        report(1.0, _standing(runners))
+
+
+def _standing(runners: Sequence[Runner]) -> str:
+    return "bits: " + ", ".join(f"{runner.label} {runner.curve[-1][2]:.2f}" for runner in runners)
 
 
 def time_in_turns(

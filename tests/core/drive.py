@@ -1,6 +1,6 @@
 """Drives the numpy door over every layout, option and odd size, without torch, and tells what came out.
 
-    python drive.py [--core PATH] [--spread full|few] [--threads N]
+    python drive.py [--core PATH] [--spread full|few] [--threads N] [--fresh]
 
 prints one line per result: its name and a hash of its bits. Two runs with other instruction sets, threads or builds can
 be compared line by line. Every result must be finite, so memory that was never written shows where fresh memory is NaN.
@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -44,6 +45,20 @@ def load(path: str | None) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class Fresh:
+    """A door whose calls run on a new Python thread each, so that none finds scratch that is larger than it asks for."""
+
+    def __init__(self, core: ModuleType) -> None:
+        self.core = core
+
+    def __getattr__(self, name: str) -> Any:
+        def on_new_thread(*args: Any, **kwargs: Any) -> Any:
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(getattr(self.core, name), *args, **kwargs).result()
+
+        return on_new_thread
 
 
 def call(random: np.random.Generator, size: tuple[int, int, int], dtype: Any, options: dict[str, Any]) -> Call:
@@ -92,7 +107,7 @@ def spread(few: bool) -> Iterator[tuple[tuple[int, int, int], Any, dict[str, Any
         yield size, dtype, {**plain, **every, "layout": layout, "reverse": layout == "packed"}
 
 
-def lstm(core: ModuleType, c: Call, random: np.random.Generator, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+def lstm(core: Any, c: Call, random: np.random.Generator, threads: int) -> Iterator[tuple[str, np.ndarray]]:
     """Forward with all it can keep, rebuilt gates, backward with and without weights and some upstream gradients."""
     out = core.lstm_forward(*c.tensors, **c.options, save=2, threads=threads)
     yield from zip(("h", "c", "gates", "h_n", "c_n"), out, strict=True)
@@ -112,7 +127,7 @@ def lstm(core: ModuleType, c: Call, random: np.random.Generator, threads: int) -
         yield from zip((f"{n}{label}" for n in names), found, strict=True)
 
 
-def results(core: ModuleType, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+def results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
     """Everything, by name."""
     for n, (size, dtype, options) in enumerate(spread(few)):
         random = np.random.default_rng(n)
@@ -138,8 +153,10 @@ def main() -> None:
     parser.add_argument("--core", help="file of another build of fastseq._core")
     parser.add_argument("--spread", choices=("full", "few"), default="full")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="a new Python thread for each call")
     arguments = parser.parse_args()
-    core = load(arguments.core)
+    core: Any = load(arguments.core)
+    core = Fresh(core) if arguments.fresh else core
     print("isa", core.isa())
     for name, value in results(core, arguments.spread == "few", arguments.threads):
         assert value.dtype.kind != "f" or np.isfinite(value).all(), f"{name}: not finite"

@@ -9,12 +9,13 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-DRIVE = Path(__file__).with_name("drive.py")
+DRIVE, LAYER = (Path(__file__).with_name(name) for name in ("drive.py", "drive_layer.cpp"))
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-UNDEBUG"]
@@ -35,16 +36,22 @@ def run(command: list[str], **environment: str) -> str:
     return done.stdout
 
 
+class Built(NamedTuple):
+    """The numpy door, and a program that drives what has no numpy door."""
+
+    door: Path
+    layer: Path
+
+
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``_core`` with every instruction set, built with the sanitizers."""
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The core with every instruction set and what drives it, built with the sanitizers."""
     import pybind11
 
     folder = tmp_path_factory.mktemp("sanitized")
     includes = [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
     have = ["-DFASTSEQ_HAVE_AVX2", "-DFASTSEQ_HAVE_AVX512"]
-    sources = [path for path in sorted(CSRC.glob("core/*.cpp")) if path.stem not in ("isa_neon",)]
-    sources += sorted(CSRC.glob("python/*.cpp"))
+    core, python = sorted(CSRC.glob("core/*.cpp")), sorted(CSRC.glob("python/*.cpp"))
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.parent.name}_{source.stem}.o")
@@ -53,34 +60,57 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    library = folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-    run([str(COMPILER), "-shared", *SANITIZERS, *objects, "-lpthread", "-o", str(library)])
-    return library
+        objects = dict(zip([*python, *core, LAYER], pool.map(compile_one, [*python, *core, LAYER]), strict=True))
+    built = Built(folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}", folder / "drive_layer")
+    link = [str(COMPILER), *SANITIZERS, "-pthread", *(objects[s] for s in core)]
+    run([*link, "-shared", *(objects[s] for s in python), "-o", str(built.door)])
+    run([*link, objects[LAYER], "-o", str(built.layer)])
+    return built
 
 
 def library_path(name: str) -> str:
     return run([str(COMPILER), f"-print-file-name={name}"]).strip()
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
-def test_core(sanitized: Path, isa: str, threads: int) -> None:
-    """No error is found, and no result holds the NaN that fresh memory is filled with."""
-    flags = Path("/proc/cpuinfo").read_text()
-    if isa != "scalar" and f" {isa}" not in flags:
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255",  # fresh memory is NaN
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+each_team = pytest.mark.parametrize("threads", [1, 3])
+each_isa = pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+
+
+def need(isa: str) -> None:
+    if isa != "scalar" and f" {isa}" not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"{isa}: not supported by this machine")
-    command = [sys.executable, str(DRIVE), "--core", str(sanitized), "--threads", str(threads)]
+
+
+@each_team
+@each_isa
+def test_numpy_door(sanitized: Built, isa: str, threads: int) -> None:
+    """No error is found, and no result holds the NaN that fresh memory is filled with."""
+    need(isa)
+    command = [sys.executable, str(DRIVE), "--core", str(sanitized.door), "--threads", str(threads), "--fresh"]
     if threads > 1 or isa == "scalar":
         command += ["--spread", "few"]
     out = run(
         command,
         LD_PRELOAD=f"{library_path('libasan.so')} {library_path('libstdc++.so')}",
-        ASAN_OPTIONS="detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255",
-        UBSAN_OPTIONS="print_stacktrace=1",
         PYTHONMALLOC="malloc",
         FASTSEQ_ISA=isa,
+        FASTSEQ_POISON="1",
         OPENBLAS_NUM_THREADS="1",
+        **OPTIONS,
     )
     assert out.splitlines()[0] == f"isa {isa}"
     assert len(out.splitlines()) > 1000
+
+
+@each_team
+@each_isa
+def test_layer(sanitized: Built, isa: str, threads: int) -> None:
+    """The same for whole layers, straight on the core."""
+    need(isa)
+    name, calls = run([str(sanitized.layer), str(threads)], FASTSEQ_ISA=isa, **OPTIONS).split()
+    assert name == isa
+    assert int(calls) > 300
