@@ -18,6 +18,7 @@ struct Backward {
   const LstmArgs<R>& a;
   const Table<R>& table;
   const Rows& rows;
+  Split split;
   Tiling tiling;
   R* weight_hh = nullptr;  // panels of [4H][width] over P
   R* weight_hr = nullptr;  // panels of [P][width] over H
@@ -177,13 +178,6 @@ void Backward<R>::inner_tile(int64_t t, int64_t panel, int64_t tile, R* d_out, R
   cell_tile(t, panel, tile, mine, d_out);
 }
 
-// The share of a rank in panels x tiles. Sums over rows (the start state's gradient) want all tiles of a panel on one.
-Range items(int64_t panels, int64_t tiles, bool whole_panels, int rank, int size) {
-  if (!whole_panels) return share(panels * tiles, rank, size);
-  const Range p = share(panels, rank, size);
-  return {p.begin * tiles, p.end * tiles};
-}
-
 template <class R>
 void run_steps(const Backward<R>& b, int rank, int size, Barrier& barrier) {
   const Rows& rows = b.rows;
@@ -196,34 +190,38 @@ void run_steps(const Backward<R>& b, int rank, int size, Barrier& barrier) {
     const int64_t n = rows.count(t), tiles = b.tiling.tiles_of(std::max(n, rows.count(last)));
     const R* const d_last = b.d[(s + 1) & 1];
     R* const d_out = b.d[s & 1];
-    const Range mine_p = items(b.tiling.panels(a.P), tiles, whole, rank, size);
-    for (int64_t item = mine_p.begin; item < mine_p.end;) {
-      const int64_t panel = item / tiles, tile = item % tiles, row = tile * b.tiling.cap;
-      const int64_t group = b.tiling.tiles == 1 ? std::min(b.group, mine_p.end - item) : 1;
-      b.from_last(last, {panel, panel + group}, tile, d_last, mine);
-      for (int64_t p = 0; p < group; ++p, ++item) {
-        b.state_tile(t, last, panel + p, tile, mine + p * b.tiling.width, group * b.tiling.width, dh);
-        if (!projected) b.cut_c(last, panel + p, tile);
-        if (row >= n) continue;
-        if (!projected) {
-          b.cell_tile(t, panel + p, tile, dh, d_out);
-          continue;
-        }
-        const int64_t unit = (panel + p) * b.tiling.width, units = std::min(b.tiling.width, a.P - unit);
-        const Matrix<R> lines{dh, b.tiling.width, nullptr};
-        b.table.pack_rows({lines, 0, 0, std::min(b.tiling.cap, n - row), units, b.tiling.cap, false,
-                           b.dh_packed + row * a.P + unit * b.tiling.cap});
+    const auto finish = [&](int64_t panel, int64_t tile, const R* from_last, int64_t from_row) {
+      const int64_t row = tile * b.tiling.cap;
+      b.state_tile(t, last, panel, tile, from_last, from_row, dh);
+      if (!projected) b.cut_c(last, panel, tile);
+      if (row >= n) return;
+      if (!projected) return b.cell_tile(t, panel, tile, dh, d_out);
+      const int64_t unit = panel * b.tiling.width, units = std::min(b.tiling.width, a.P - unit);
+      const Matrix<R> lines{dh, b.tiling.width, nullptr};
+      b.table.pack_rows({lines, 0, 0, std::min(b.tiling.cap, n - row), units, b.tiling.cap, false,
+                         b.dh_packed + row * a.P + unit * b.tiling.cap});
+    };
+    if (b.group > 1 && tiles == 1) {
+      const Range panels = share(b.tiling.panels(a.P), rank, size);
+      for (int64_t panel = panels.begin; panel < panels.end;) {
+        const int64_t count = std::min(b.group, panels.end - panel);
+        b.from_last(last, {panel, panel + count}, 0, d_last, mine);
+        for (int64_t p = 0; p < count; ++p, ++panel)
+          finish(panel, 0, mine + p * b.tiling.width, count * b.tiling.width);
       }
+    } else {
+      b.tiling.each(b.split, whole, b.tiling.panels(a.P), tiles, rank, size, [&](int64_t panel, int64_t tile) {
+        b.from_last(last, {panel, panel + 1}, tile, d_last, mine);
+        finish(panel, tile, mine, b.tiling.width);
+      });
     }
-    barrier.wait();
+    if (!b.split.by_rows) barrier.wait();
     if (!projected) continue;
-    const Range mine_h = items(b.tiling.panels(a.H), tiles, whole, rank, size);
-    for (int64_t item = mine_h.begin; item < mine_h.end; ++item) {
-      const int64_t panel = item / tiles, tile = item % tiles;
+    b.tiling.each(b.split, whole, b.tiling.panels(a.H), tiles, rank, size, [&](int64_t panel, int64_t tile) {
       b.cut_c(last, panel, tile);
       if (tile * b.tiling.cap < n) b.inner_tile(t, panel, tile, d_out, mine);
-    }
-    barrier.wait();
+    });
+    if (!b.split.by_rows) barrier.wait();
   }
 }
 
@@ -264,6 +262,12 @@ GemmArgs<R> gemm_hr(const LstmArgs<R>& a, const R* dh, const R* inner, R* out) {
   return {a.P, a.H, a.N, {dh, a.P, nullptr}, {inner, a.H, nullptr}, true, false, nullptr, out};
 }
 
+// Gradients of the start state are sums over rows within the loop over time.
+template <class R>
+bool sums(const LstmArgs<R>& a) {
+  return a.reset && (a.h_start || a.c_start);
+}
+
 template <class R>
 int64_t group_of(const Tiling& tiling, const Table<R>& table) {
   return tiling.tiles == 1 && 2 * tiling.cap <= table.tile_rows ? 4 : 1;
@@ -282,7 +286,7 @@ int64_t zeros_size(const LstmArgs<R>& a, const Tiling& tiling) {
 template <class R>
 size_t lstm_backward_scratch(const LstmArgs<R>& a, bool weights, int most) {
   const Table<R>& table = table_of<R>(kernels());
-  const Tiling tiling(a.B, table);
+  const Tiling tiling(a.B, Split(a, sums(a), most), table);
   int64_t size = index_size(a) + tiling.panels(a.P) * 4 * a.H * tiling.width + 2 * tiling.packed(4 * a.H);
   if (a.weight_hr) size += tiling.panels(a.H) * a.P * tiling.width + tiling.packed(a.P);
   if (a.weight_hr && weights) size += Tiling::round_up(a.N * a.P) + Tiling::round_up(a.N * a.H);
@@ -299,8 +303,9 @@ void lstm_backward(const LstmBackward<R>& call, R* scratch, const Team& team) no
   const Table<R>& table = table_of<R>(kernels());
   int64_t* const index = reinterpret_cast<int64_t*>(take(scratch, index_size(a)));
   const Rows rows(a, index);
-  const Tiling tiling(a.B, table);
-  Backward<R> b{call, a, table, rows, tiling};
+  const Split split(a, sums(a), team.most);
+  const Tiling tiling(a.B, split, table);
+  Backward<R> b{call, a, table, rows, split, tiling};
   b.weight_hh = take(scratch, tiling.panels(a.P) * 4 * a.H * tiling.width);
   for (R*& d : b.d) d = take(scratch, tiling.packed(4 * a.H));
   if (a.weight_hr) {
@@ -321,8 +326,7 @@ void lstm_backward(const LstmBackward<R>& call, R* scratch, const Team& team) no
     std::fill(call.dc_start, call.dc_start + a.H, R(0));
   }
   zero_padding(b);
-  const double step = double(a.B) * a.H * (4.0 * a.P + (a.weight_hr ? a.P : 0));
-  team.run(step_team_size(step, team.most), body<R>, &b);
+  team.run(split.size, body<R>, &b);
   if (call.dweight_hh) {
     const R** const h_in = reinterpret_cast<const R**>(index + Rows::need(a.T, a.B));
     entering(rows, a, call.h, b.zeros, h_in);

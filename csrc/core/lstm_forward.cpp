@@ -1,6 +1,6 @@
-// Forward over time: one team for the whole sequence, one barrier per step (two with projection). The weights are
-// packed once; a step is the product of the packed state with them, tile by tile, each tile finished by the cell while
-// it is in the nearest cache, and its new state packed for the next step at once.
+// Forward over time: one team for the whole sequence, at most one barrier per step (two with projection). The weights
+// are packed once; a step is the product of the packed state with them, tile by tile, each tile finished by the cell
+// while it is in the nearest cache, and its new state packed for the next step at once.
 #include <cstring>
 
 #include "core/isa.h"
@@ -16,6 +16,7 @@ struct Forward {
   const LstmArgs<R>& a;
   const Table<R>& table;
   const Rows& rows;
+  Split split;
   Tiling tiling;
   R* weight_hh = nullptr;  // panels of [P][width], panel (j, gate) at (4 j + gate)
   R* weight_hr = nullptr;  // panels of [H][width]
@@ -27,8 +28,8 @@ struct Forward {
 
   void pack_weights(int rank, int size) const;
   void first_state(int rank, int size) const;
-  void cell_item(int64_t t, int64_t item, int64_t n, const R* in, R* out, R* mine) const;
-  void projection_item(int64_t t, int64_t item, int64_t n, R* next, R* mine) const;
+  void cell_tile(int64_t t, int64_t panel, int64_t tile, int64_t n, const R* in, R* out, R* mine) const;
+  void projection_tile(int64_t t, int64_t panel, int64_t tile, int64_t n, R* next, R* mine) const;
   void emit(int64_t t, int64_t tile, int64_t unit, int64_t units, int64_t n, const R* result, R* next) const;
 };
 
@@ -91,8 +92,8 @@ void Forward<R>::emit(int64_t t, int64_t tile, int64_t unit, int64_t units, int6
 }
 
 template <class R>
-void Forward<R>::cell_item(int64_t t, int64_t item, int64_t n, const R* in, R* out, R* mine) const {
-  const int64_t width = tiling.width, tiles = tiling.tiles_of(n), tile = item % tiles, panel = item / tiles;
+void Forward<R>::cell_tile(int64_t t, int64_t panel, int64_t tile, int64_t n, const R* in, R* out, R* mine) const {
+  const int64_t width = tiling.width;
   const int64_t row = tile * tiling.cap, count = std::min(tiling.cap, n - row);
   const int64_t unit = panel * width, units = std::min(width, a.H - unit);
   R* const pre = mine;
@@ -123,8 +124,8 @@ void Forward<R>::cell_item(int64_t t, int64_t item, int64_t n, const R* in, R* o
 }
 
 template <class R>
-void Forward<R>::projection_item(int64_t t, int64_t item, int64_t n, R* next, R* mine) const {
-  const int64_t width = tiling.width, tiles = tiling.tiles_of(n), tile = item % tiles, panel = item / tiles;
+void Forward<R>::projection_tile(int64_t t, int64_t panel, int64_t tile, int64_t n, R* next, R* mine) const {
+  const int64_t width = tiling.width;
   const int64_t row = tile * tiling.cap, count = std::min(tiling.cap, n - row), unit = panel * width;
   const TileArgs<R> state{
       count, 1,     a.H,   inner + row * a.H, tiling.cap, weight_hr + panel * a.H * width, a.H * width,
@@ -144,13 +145,13 @@ void body(const void* context, int rank, int size, Barrier& barrier) {
   for (int64_t s = 0; s < f.a.T; ++s) {
     const int64_t t = f.rows.step(s), n = f.rows.count(t), tiles = f.tiling.tiles_of(n);
     R* const next = f.state[(s + 1) & 1];
-    const Range cells = share(f.tiling.panels(f.a.H) * tiles, rank, size);
-    for (int64_t item = cells.begin; item < cells.end; ++item) f.cell_item(t, item, n, f.state[s & 1], next, mine);
-    barrier.wait();
+    f.tiling.each(f.split, false, f.tiling.panels(f.a.H), tiles, rank, size,
+                  [&](int64_t panel, int64_t tile) { f.cell_tile(t, panel, tile, n, f.state[s & 1], next, mine); });
+    if (!f.split.by_rows) barrier.wait();
     if (!f.a.weight_hr) continue;
-    const Range projected = share(f.tiling.panels(f.a.P) * tiles, rank, size);
-    for (int64_t item = projected.begin; item < projected.end; ++item) f.projection_item(t, item, n, next, mine);
-    barrier.wait();
+    f.tiling.each(f.split, false, f.tiling.panels(f.a.P), tiles, rank, size,
+                  [&](int64_t panel, int64_t tile) { f.projection_tile(t, panel, tile, n, next, mine); });
+    if (!f.split.by_rows) barrier.wait();
   }
 }
 
@@ -183,7 +184,7 @@ int64_t index_size(const LstmArgs<R>& a) {
 template <class R>
 size_t lstm_forward_scratch(const LstmArgs<R>& a, int most) {
   const Table<R>& table = table_of<R>(kernels());
-  const Tiling tiling(a.B, table);
+  const Tiling tiling(a.B, Split(a, false, most), table);
   int64_t size = index_size(a) + tiling.panels(a.H) * 4 * a.P * tiling.width + 2 * tiling.packed(a.P);
   if (a.weight_hr) size += tiling.panels(a.P) * a.H * tiling.width + tiling.packed(a.H);
   return size + Tiling::round_up(std::max(a.P, tiling.width)) + most * local_size<R>(tiling);
@@ -194,8 +195,9 @@ void lstm_forward(const LstmForward<R>& call, R* scratch, const Team& team) noex
   const LstmArgs<R>& a = call.args;
   const Table<R>& table = table_of<R>(kernels());
   const Rows rows(a, reinterpret_cast<int64_t*>(take(scratch, index_size(a))));
-  const Tiling tiling(a.B, table);
-  Forward<R> f{call, a, table, rows, tiling};
+  const Split split(a, false, team.most);
+  const Tiling tiling(a.B, split, table);
+  Forward<R> f{call, a, table, rows, split, tiling};
   f.local_size = local_size<R>(tiling);
   f.weight_hh = take(scratch, tiling.panels(a.H) * 4 * a.P * tiling.width);
   for (R*& state : f.state) state = take(scratch, tiling.packed(a.P));
@@ -207,8 +209,7 @@ void lstm_forward(const LstmForward<R>& call, R* scratch, const Team& team) noex
   std::fill(f.zeros, f.zeros + std::max(a.P, tiling.width), R(0));
   f.local = scratch;
   zero_padding(call);
-  const double step = double(a.B) * a.H * (4.0 * a.P + (a.weight_hr ? a.P : 0));
-  team.run(a.T > 1 ? step_team_size(step, team.most) : team_size(step, team.most), body<R>, &f);
+  team.run(split.size, body<R>, &f);
 }
 
 template size_t lstm_forward_scratch(const LstmArgs<float>&, int);

@@ -64,19 +64,53 @@ class Rows {
   const int64_t* order_ = nullptr;
 };
 
-// Rows in tiles of `cap`, units in panels of `width`; an item is one tile of one panel, numbered panel by panel.
+// How the threads share a step. By rows, each has all units of its own rows, and none waits for another: for that the
+// weights, which then all of them read, must lie in the second cache or meet enough rows to be worth fetching from the
+// third. Else by units: each reads its own weights, and a barrier ends the step.
+struct Split {
+  int size;
+  bool by_rows;
+
+  // `sums`: rows are summed into one result in the loop over time, in an order that must not depend on the threads.
+  template <class R>
+  Split(const LstmArgs<R>& a, bool sums, int most) {
+    const double step = double(a.B) * a.H * (4.0 * a.P + (a.weight_hr ? a.P : 0));
+    size = a.T > 1 ? step_team_size(step, most) : team_size(step, most);
+    const bool dense = !a.lengths && !a.batch_sizes;  // else rows are of unequal length
+    const int64_t rows = a.B / size, bytes = 4 * a.H * a.P * static_cast<int64_t>(sizeof(R));
+    by_rows = size > 1 && dense && !sums && (rows >= 16 || (rows >= 8 && bytes <= 512 * 1024));
+  }
+};
+
+// Rows in tiles of `cap`, units in panels of `width`.
 struct Tiling {
   int64_t cap, tiles, width;
 
   template <class R>
-  Tiling(int64_t B, const Table<R>& table) {
-    const int64_t least = std::max<int64_t>(1, (B + table.tile_rows - 1) / table.tile_rows);
+  Tiling(int64_t B, const Split& split, const Table<R>& table) {
+    const int64_t parts = split.by_rows ? split.size : 1, part = (B + parts - 1) / parts;
+    const int64_t least = std::max<int64_t>(1, (part + table.tile_rows - 1) / table.tile_rows) * parts;
     cap = std::max<int64_t>(1, (B + least - 1) / least);
     tiles = (B + cap - 1) / cap;
     width = table.panel_width;
   }
   int64_t panels(int64_t units) const { return (units + width - 1) / width; }
   int64_t tiles_of(int64_t rows) const { return (rows + cap - 1) / cap; }
+  // Calls visit(panel, tile) for the share of a rank in panels x tiles. `whole_panels`: all tiles of a panel on one.
+  template <class Visit>
+  void each(const Split& split, bool whole_panels, int64_t panels, int64_t tiles, int rank, int size,
+            Visit visit) const {
+    if (split.by_rows) {
+      const Range mine = share(tiles, rank, size);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        for (int64_t tile = mine.begin; tile < mine.end; ++tile) visit(panel, tile);
+      }
+      return;
+    }
+    const Range p = share(whole_panels ? panels : panels * tiles, rank, size);
+    const int64_t scale = whole_panels ? tiles : 1;
+    for (int64_t item = p.begin * scale; item < p.end * scale; ++item) visit(item / tiles, item % tiles);
+  }
   int64_t packed(int64_t units) const { return round_up(tiles * cap * units); }  // a state, tile by tile, [units][cap]
   static int64_t round_up(int64_t n) { return (n + 15) / 16 * 16; }
 };

@@ -34,7 +34,7 @@ class Runner:
     model: CharacterModel
     batches: Batches
     masked: bool
-    peak: float = 8e-3
+    peak: float = 6e-3
     state: State | None = None
     steps: list[float] = field(default_factory=list)  # seconds of each training step
     curve: list[tuple[float, int, float]] = field(default_factory=list)  # seconds trained, steps, held-out bits

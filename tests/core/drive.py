@@ -48,7 +48,7 @@ def load(path: str | None) -> ModuleType:
 
 
 class Fresh:
-    """A door whose calls run on a new Python thread each, so that none finds scratch that is larger than it asks for."""
+    """A door whose calls run on a new Python thread each, so that none finds scratch larger than it asked for."""
 
     def __init__(self, core: ModuleType) -> None:
         self.core = core

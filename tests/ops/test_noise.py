@@ -189,11 +189,9 @@ def test_law_of_the_binary_gates(backend: str) -> None:
                     assert abs(float(share.double().mean()) - p) <= 5 * sigma
 
 
-@each_backend
+@pytest.mark.parametrize("backend", cases.compiled("lstm_noise"))
 def test_numpy_noise(backend: str) -> None:
     """The numpy door gives the operator's noise bit for bit, for any team."""
-    if backend == "reference":
-        pytest.skip("reference: no numpy door")
     core, rows = cases.numpy_door(), torch.randperm(61)
     expected = cases.run("lstm_noise", backend, torch.tensor([-5]), 9, 61, 150, rows, 7, 2, 0.3)
     for threads in (1, 2, 3, 4):

@@ -32,7 +32,7 @@ class Sizes:
     """T steps, B rows, E embedding, H hidden, L layers; held_out: at most so many chunks for the curve."""
 
     T: int = 100
-    B: int = 16
+    B: int = 8
     E: int = 128
     H: int = 256
     L: int = 1
@@ -133,9 +133,16 @@ def _result(runners: dict[str, Runner], seconds: float) -> Section:
     rows = []
     for name, runner in runners.items():
         bits = [point[2] for point in runner.curve]
-        counts = (f"{len(runner.steps):,}", f"{runner.milliseconds:.1f}")
+        fast, slow = np.quantile(runner.steps, (0.2, 0.8)) * 1e3
+        counts = (f"{len(runner.steps):,}", f"{runner.milliseconds:.1f} ({fast:.1f} to {slow:.1f})")
         rows.append((name, *counts, f"{bits[-1]:.3f}", f"{min(bits):.3f}"))
-    head = ("model", f"steps in {seconds:.0f} s", "ms per step (median)", "bits per character", "best on the way")
+    head = (
+        "model",
+        f"steps in {seconds:.0f} s",
+        "ms per step, median (20 to 80 %)",
+        "bits per character",
+        "best on the way",
+    )
     steps = min(len(runner.steps) for runner in runners.values())
     by_time = {n: (r.colour, [p[0] for p in r.curve[1:]], [p[2] for p in r.curve[1:]]) for n, r in runners.items()}
     by_step = {
