@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tests.core.constants import BLOCK_K
+from tests.core.constants import block_k
 
 OUTPUTS, GRADIENTS = 2, 3  # factors over the error of the plain computation
 
@@ -122,8 +122,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         out = a.new_zeros(len(a), b.shape[1])
-        for k in range(0, len(b), BLOCK_K):
-            out += _chain(a[:, k : k + BLOCK_K], b[k : k + BLOCK_K])
+        block = block_k(len(b))
+        for k in range(0, len(b), block):
+            out += _chain(a[:, k : k + block], b[k : k + block])
         return out
 
     @staticmethod

@@ -39,38 +39,67 @@ inline Vec<R> clamp(Vec<R> x, R least, R most) {
   return smallest(broadcast(most), largest(broadcast(least), x));
 }
 
-// x = n ln 2 + r with |r| <= ln(2)/2. Returns exp(r) - 1; `power` is 2^n.
-template <class R>
-inline Vec<R> exp_minus_one(Vec<R> x, Vec<R>* power) {
+// The functions below take N arguments side by side: one alone is a chain of operations that wait for each other, and a
+// processor does not look far enough ahead to find the next chain.
+#define FASTSEQ_EACH(i, N) _Pragma("GCC unroll 16") for (int i = 0; i < N; ++i)
+
+// x = n ln 2 + r with |r| <= ln(2)/2. Turns x into exp(r) - 1; `power` is 2^n.
+template <class R, int N>
+inline void exp_minus_one(Vec<R>* x, Vec<R>* power) {
   using K = Real<R>;
-  const Vec<R> shifted = fma(x, broadcast(K::kLog2e), broadcast(K::kMagic));
-  const Vec<R> n = shifted - broadcast(K::kMagic);
-  Vec<R> r = fma(n, broadcast(-K::kLn2High), x);
-  r = fma(n, broadcast(-K::kLn2Low), r);
-  *power = (Vec<R>)(((Int<R>)shifted << K::kMantissa) + K::kOne);
-  Vec<R> p = broadcast(inverse_factorial<R>(K::kExpTerms));
+  Vec<R> p[N];
+  FASTSEQ_EACH(i, N) {
+    const Vec<R> shifted = fma(x[i], broadcast(K::kLog2e), broadcast(K::kMagic));
+    const Vec<R> n = shifted - broadcast(K::kMagic);
+    x[i] = fma(n, broadcast(-K::kLn2Low), fma(n, broadcast(-K::kLn2High), x[i]));
+    power[i] = (Vec<R>)(((Int<R>)shifted << K::kMantissa) + K::kOne);
+  }
+  FASTSEQ_EACH(i, N) p[i] = broadcast(inverse_factorial<R>(K::kExpTerms));
 #pragma GCC unroll 16
-  for (int i = K::kExpTerms - 1; i >= 2; --i) p = fma(p, r, broadcast(inverse_factorial<R>(i)));
-  return fma(p * r, r, r);
+  for (int term = K::kExpTerms - 1; term >= 2; --term) {
+    FASTSEQ_EACH(i, N) p[i] = fma(p[i], x[i], broadcast(inverse_factorial<R>(term)));
+  }
+  FASTSEQ_EACH(i, N) x[i] = fma(p[i] * x[i], x[i], x[i]);
 }
 
+// The argument of exp in sigmoid and in tanh, and what is made of the result.
 template <class R>
-inline Vec<R> sigmoid(Vec<R> x) {
-  Vec<R> power;
-  const Vec<R> e = exp_minus_one<R>(clamp<R>(-x, Real<R>::kLeast, Real<R>::kMost), &power);
+inline Vec<R> to_sigmoid(Vec<R> x) {
+  return clamp<R>(-x, Real<R>::kLeast, Real<R>::kMost);
+}
+template <class R>
+inline Vec<R> from_sigmoid(Vec<R> e, Vec<R> power) {
   const Vec<R> one = broadcast(R(1));
   return one / (one + fma(power, e, power));
 }
-
+template <class R>
+inline Vec<R> to_tanh(Vec<R> x) {
+  const Vec<R> size = (Vec<R>)((Int<R>)x & ~(Int<R>)broadcast(R(-0.0)));
+  return largest(broadcast(Real<R>::kLeast), broadcast(R(-2)) * size);
+}
 // tanh(x) = sign(x) * (1 - e) / (1 + e), e = exp(-2|x|); through exp - 1, so that small x keep their digits.
 template <class R>
-inline Vec<R> tanh(Vec<R> x) {
+inline Vec<R> from_tanh(Vec<R> e, Vec<R> power, Vec<R> x) {
   const Int<R> sign = (Int<R>)x & (Int<R>)broadcast(R(-0.0));
-  const Vec<R> size = (Vec<R>)((Int<R>)x ^ sign);
-  Vec<R> power;
-  const Vec<R> e = exp_minus_one<R>(largest(broadcast(Real<R>::kLeast), broadcast(R(-2)) * size), &power);
   const Vec<R> less_one = fma(power, e, power - broadcast(R(1)));  // exp(-2|x|) - 1
   return (Vec<R>)((Int<R>)(-less_one / (broadcast(R(2)) + less_one)) ^ sign);
+}
+
+template <class R, int N>
+inline void tanh(Vec<R>* x) {
+  Vec<R> e[N], power[N];
+  FASTSEQ_EACH(i, N) e[i] = to_tanh<R>(x[i]);
+  exp_minus_one<R, N>(e, power);
+  FASTSEQ_EACH(i, N) x[i] = from_tanh<R>(e[i], power[i], x[i]);
+}
+
+// The first S become sigmoids, the other N - S tanh.
+template <class R, int S, int N>
+inline void sigmoid_and_tanh(Vec<R>* x) {
+  Vec<R> e[N], power[N];
+  FASTSEQ_EACH(i, N) e[i] = i < S ? to_sigmoid<R>(x[i]) : to_tanh<R>(x[i]);
+  exp_minus_one<R, N>(e, power);
+  FASTSEQ_EACH(i, N) x[i] = i < S ? from_sigmoid<R>(e[i], power[i]) : from_tanh<R>(e[i], power[i], x[i]);
 }
 
 }  // namespace

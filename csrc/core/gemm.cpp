@@ -1,6 +1,7 @@
-// Blocking: K in blocks of kBlockK. For each, the threads pack A together; then, for as many rows of A as the second
-// cache holds, each thread takes its share of the panels of B and runs one after the other against those rows. Where
-// all of A fits, a panel is packed just before it is used, into the nearest cache; else B is packed with A, once.
+// Blocking: K in blocks. For each, the threads draw the panels of B one by one and run each against as many rows of A
+// as the second cache holds. Where these are all rows, a panel is packed just before it is used, into the nearest
+// cache; else B is packed first, once, by all threads. So is A where it comes transposed, and copied where its rows are
+// longer than a block: rows a power of two apart would push each other out of the caches.
 #include "core/gemm.h"
 
 #include <algorithm>
@@ -12,13 +13,14 @@
 namespace fastseq::core {
 namespace {
 
-constexpr int64_t kBlockM =
-    360;                       // with kBlockK the pair, of 240 to 480 and 256 to 512, that came nearest to Zen 4's peak
-constexpr int64_t kGroup = 4;  // panels packed together where there is one tile of few rows, to fill the pipeline
+// Rows of A in the second cache. From 120 to 360 of them the times lie within 3 % of each other on Zen 3.
+constexpr int64_t kBlockM = 240;
+constexpr int64_t kPieces = 4;  // for each thread to draw, at least
+constexpr int64_t kGroup = 4;   // panels packed together where there is one tile of few rows, to fill the pipeline
 
 template <class R>
 struct Plan {
-  int64_t tiles, cap, panels, width, group, blocks, packed_a, packed_b, local;
+  int64_t tiles, cap, panels, width, group, groups, block, blocks, a_row, packed_a, packed_b, local;
   Plan(const GemmArgs<R>& g, const Table<R>& table) {
     tiles = std::max<int64_t>(1, (g.M + table.tile_rows - 1) / table.tile_rows);
     cap = std::max<int64_t>(1, (g.M + tiles - 1) / tiles);
@@ -26,9 +28,11 @@ struct Plan {
     width = table.panel_width;
     panels = (g.N + width - 1) / width;
     group = tiles == 1 && cap <= table.tile_rows / 2 ? kGroup : 1;
-    const int64_t block = std::min(kBlockK, g.K);
+    groups = (panels + group - 1) / group;
+    block = block_k(g.K);
     blocks = (tiles * cap + kBlockM - 1) / kBlockM;
-    packed_a = round_up(tiles * cap * block);
+    a_row = g.transpose_a ? block : round_up(block) + 16;
+    packed_a = g.transpose_a || g.K > block ? round_up(tiles * cap * a_row) : 0;
     packed_b = blocks > 1 ? round_up(panels * width * block) : 0;
     local = round_up(group * width * (block + 1) + table.tile_rows * group * width);  // B, bias, a tile of C
   }
@@ -53,67 +57,65 @@ void run_tile(const GemmArgs<R>& g, const Table<R>& table, TileArgs<R>& t, R* c,
   for (int64_t i = 0; i < t.rows; ++i) std::memcpy(c + i * g.N, edge + i * width, columns * sizeof(R));
 }
 
-// Panel `first` of op(b) and the `panels` - 1 after it, for the block of K that begins at k.
+// Panels [mine.begin, mine.end) of op(b), for the block of K that begins at k.
 template <class R>
-void pack_b(const GemmArgs<R>& g, const Table<R>& table, int64_t first, int64_t panels, int64_t k, R* out) {
-  const int64_t length = std::min(kBlockK, g.K - k), width = table.panel_width;
-  for (int64_t p = 0; p < panels; ++p, out += width * length) {
-    const int64_t n = (first + p) * width, lines = std::min(width, g.N - n);
-    if (g.transpose_b) {
-      table.pack_rows({g.b, n, k, lines, length, width, true, out});
-    } else {
-      table.pack_columns({g.b, k, n, lines, length, width, true, out});
-    }
+void pack_b(const GemmArgs<R>& g, const Table<R>& table, Range mine, int64_t k, R* out) {
+  const int64_t length = std::min(block_k(g.K), g.K - k), width = table.panel_width;
+  const int64_t n = mine.begin * width, count = std::min(mine.end * width, g.N) - n;
+  if (g.transpose_b) {
+    table.pack_rows({g.b, n, k, count, length, width, out});
+  } else {
+    table.pack_columns({g.b, k, n, count, length, width, out});
   }
 }
 
-// Tiles [tiles.begin, tiles.end) of op(a), for the block of K that begins at k.
 template <class R>
-void pack_a(const GemmArgs<R>& g, const Table<R>& table, Range tiles, int64_t cap, int64_t k, R* out) {
-  const int64_t length = std::min(kBlockK, g.K - k);
-  for (int64_t i = tiles.begin; i < tiles.end; ++i) {
-    const int64_t row = i * cap, rows = std::min(cap, g.M - row);
-    if (g.transpose_a) {
-      table.pack_columns({g.a, k, row, rows, length, cap, false, out + row * length});
-    } else {
-      table.pack_rows({g.a, row, k, rows, length, cap, false, out + row * length});
-    }
-  }
+const R* row_of(const Matrix<R>& matrix, int64_t i) {
+  return matrix.rows ? matrix.rows[i] : matrix.data + i * matrix.stride;
 }
 
-// The items [mine.begin, mine.end) of groups x tiles, group by group, for the block of K that begins at k. b: all of it
-// packed, or null.
+// Tiles [mine.begin, mine.end) of op(a), for the block of K that begins at k: [K][cap] each where it comes transposed,
+// else row by row.
 template <class R>
-void multiply(const GemmArgs<R>& g, const Table<R>& table, const Plan<R>& plan, Range tiles, Range mine, int64_t k,
+void pack_a(const GemmArgs<R>& g, const Table<R>& table, const Plan<R>& plan, Range mine, int64_t k, R* out) {
+  const int64_t length = std::min(plan.block, g.K - k), begin = mine.begin * plan.cap;
+  const int64_t end = std::min(mine.end * plan.cap, g.M);
+  if (g.transpose_a) return table.pack_columns({g.a, k, begin, end - begin, length, plan.cap, out + begin * length});
+  for (int64_t i = begin; i < end; ++i) std::memcpy(out + i * plan.a_row, row_of(g.a, i) + k, length * sizeof(R));
+}
+
+// `tiles` of rows times a group of panels, for the block of K that begins at k. a: packed, or
+// null where it is read in place. b: all of it packed, or null.
+template <class R>
+void multiply(const GemmArgs<R>& g, const Table<R>& table, const Plan<R>& plan, Range tiles, int64_t group, int64_t k,
               const R* a, const R* b, R* local) {
-  const int64_t length = std::min(kBlockK, g.K - k), count = tiles.end - tiles.begin;
-  R* const bias = local + plan.group * plan.width * std::min(kBlockK, g.K);
+  const int64_t length = std::min(plan.block, g.K - k), column = group * plan.group * plan.width;
+  const int64_t columns = std::min(plan.group * plan.width, g.N - column);
+  const int64_t panels = (columns + plan.width - 1) / plan.width;
+  R* const bias = local + plan.group * plan.width * plan.block;
   R* const edge = bias + plan.group * plan.width;
-  for (int64_t item = mine.begin; item < mine.end;) {
-    const int64_t column = item / count * plan.group * plan.width;
-    const int64_t columns = std::min(plan.group * plan.width, g.N - column);
-    const int64_t panels = (columns + plan.width - 1) / plan.width;
-    if (!b) pack_b(g, table, column / plan.width, panels, k, local);
-    if (g.bias && k == 0) {
-      std::fill(bias, bias + panels * plan.width, R(0));
-      std::memcpy(bias, g.bias + column, columns * sizeof(R));
+  if (!b) pack_b(g, table, Range{column / plan.width, column / plan.width + panels}, k, local);
+  if (g.bias && k == 0) {
+    std::fill(bias, bias + panels * plan.width, R(0));
+    std::memcpy(bias, g.bias + column, columns * sizeof(R));
+  }
+  TileArgs<R> t;
+  t.panels = panels;
+  t.K = length;
+  t.a_step = g.transpose_a ? plan.cap : 1;
+  t.b = b ? b + column * length : local;
+  t.b_panel = plan.width * length;
+  t.c_panel = plan.width;
+  t.init = k ? Init::result : g.bias ? Init::bias : Init::zero;
+  t.bias = bias;
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    const int64_t row = tile * plan.cap;
+    t.rows = std::min(plan.cap, g.M - row);
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const int64_t r = row + i;
+      t.a[i] = g.transpose_a ? a + row * length + i : a ? a + r * plan.a_row : row_of(g.a, r) + k;
     }
-    TileArgs<R> t;
-    t.panels = panels;
-    t.K = length;
-    t.cap = plan.cap;
-    t.b = b ? b + column * length : local;
-    t.b_panel = plan.width * length;
-    t.c_panel = plan.width;
-    t.init = k ? Init::result : g.bias ? Init::bias : Init::zero;
-    t.bias = bias;
-    const int64_t end = std::min(mine.end, (item / count + 1) * count);
-    for (; item < end; ++item) {
-      const int64_t row = (tiles.begin + item % count) * plan.cap;
-      t.rows = std::min(plan.cap, g.M - row);
-      t.a = a + row * length;
-      run_tile(g, table, t, g.c + row * g.N + column, columns, edge);
-    }
+    run_tile(g, table, t, g.c + row * g.N + column, columns, edge);
   }
 }
 
@@ -151,24 +153,27 @@ template <class R>
 void gemm_in_team(const GemmArgs<R>& g, R* scratch, int rank, int size, Barrier& barrier) noexcept {
   const Table<R>& table = table_of<R>(kernels());
   const Plan<R> plan(g, table);
-  const int64_t groups = (plan.panels + plan.group - 1) / plan.group, packed = plan.packed_a + plan.packed_b;
+  const int64_t packed = plan.packed_a + plan.packed_b;
+  // Pieces of rows: as many as fit the second cache, or as give each thread some to draw.
+  const int64_t fewest = size == 1 ? 1 : (kPieces * size + plan.groups - 1) / std::max<int64_t>(plan.groups, 1);
+  const int64_t pieces = std::min(plan.tiles, std::max(plan.blocks, fewest));
   R* const local = scratch + 2 * packed + rank * plan.local;
   const bool empty = g.M == 0 || g.N == 0;
-  for (int64_t k = 0, block = 0; (k < g.K || k == 0) && !empty; k += kBlockK, ++block) {
-    R* const a = scratch + (block & 1) * packed;  // two buffers: one barrier per block is enough
-    R* const b = plan.packed_b ? a + plan.packed_a : nullptr;
-    pack_a(g, table, share(plan.tiles, rank, size), plan.cap, k, a);
+  for (int64_t k = 0, block = 0; (k < g.K || k == 0) && !empty; k += plan.block, ++block) {
+    R* const buffer = scratch + (block & 1) * packed;  // two of them: one barrier per block is enough
+    R* const a = plan.packed_a ? buffer : nullptr;
+    R* const b = plan.packed_b ? buffer + plan.packed_a : nullptr;
+    if (a) pack_a(g, table, plan, share(plan.tiles, rank, size), k, a);
     if (b) {
-      const Range panels = share(plan.panels, rank, size);
-      pack_b(g, table, panels.begin, panels.end - panels.begin, k,
-             b + panels.begin * plan.width * std::min(kBlockK, g.K - k));
+      const Range mine = share(plan.panels, rank, size);
+      pack_b(g, table, mine, k, b + mine.begin * plan.width * std::min(plan.block, g.K - k));
     }
     barrier.wait();
-    for (int64_t m = 0; m < plan.blocks; ++m) {
-      const Range tiles = share(plan.tiles, static_cast<int>(m), static_cast<int>(plan.blocks));
-      const Range mine = share(groups * (tiles.end - tiles.begin), rank, size);
-      multiply(g, table, plan, tiles, mine, k, a, b, local);
+    for (int64_t item; (item = barrier.draw()) < pieces * plan.groups;) {
+      const Range tiles = share(plan.tiles, static_cast<int>(item / plan.groups), static_cast<int>(pieces));
+      multiply(g, table, plan, tiles, item % plan.groups, k, a, b, local);
     }
+    if (plan.block == 0) break;
   }
 }
 

@@ -1,5 +1,5 @@
 // Matrix product with one order of summation: every element of the result is the sum, in ascending order, over blocks
-// of kBlockK of K; each block is a chain of fused multiply-adds from zero. That holds whatever the other sizes, the
+// of block_k(K) of K; each block is a chain of fused multiply-adds from zero. That holds whatever the other sizes, the
 // number of threads or the instruction set (scalar rounds twice). The blocks keep the error of long sums small.
 #pragma once
 
@@ -10,7 +10,12 @@
 
 namespace fastseq::core {
 
-constexpr int64_t kBlockK = 384;
+constexpr int64_t kBlockK = 384;  // at most
+// Blocks of equal length: a short one at the end would cost as many reads and writes of the result as a long one.
+constexpr int64_t block_k(int64_t K) {
+  const int64_t blocks = K <= kBlockK ? 1 : (K + kBlockK - 1) / kBlockK;
+  return blocks == 1 ? K : ((K + blocks - 1) / blocks + 7) / 8 * 8;
+}
 
 // A matrix in memory. Row i begins at rows[i], or at data + i * stride where rows is null; its elements are contiguous.
 template <class R>
@@ -44,11 +49,15 @@ template <class R>
 size_t gemm_scratch(const GemmArgs<R>& args, int most);
 template <class R>
 void gemm(const GemmArgs<R>& args, R* scratch, const Team& team) noexcept;
-// The same inside a team that is running already: called on each of its threads.
+// The same inside a team that is running already: called on each of its threads, none of which may draw from the
+// barrier afterwards before all have waited.
 template <class R>
 void gemm_in_team(const GemmArgs<R>& args, R* scratch, int rank, int size, Barrier& barrier) noexcept;
 
 // ---- what an instruction set provides; see isa.h ----
+
+constexpr int kMostTileRows = 16;
+constexpr int kMostPanelWidth = 32;
 
 enum class Init { zero, result, bias };  // what the product is added to: 0, what c holds, or bias[column]
 
@@ -57,8 +66,8 @@ struct TileArgs {
   int64_t rows;    // 1 .. tile_rows
   int64_t panels;  // any number
   int64_t K;
-  const R* a;       // [K][cap], packed by pack_rows
-  int64_t cap;      // rows that the packed tile has room for, >= rows
+  const R* a[kMostTileRows];  // row i, element k at a[i][k * a_step]
+  int64_t a_step;
   const R* b;       // panels of [K][panel_width]
   int64_t b_panel;  // elements from one panel to the next
   R* c;             // element (i, p, :) at c + i * c_row + p * c_panel
@@ -67,16 +76,15 @@ struct TileArgs {
   const R* bias;  // [panels][panel_width] for Init::bias
 };
 
-// Packs `count` lines of `length` elements so that out[j * width + i] is element j of line i; lines from `count` up to
-// `width` become zeros where `pad` says so. pack_rows interleaves lines; pack_columns copies: there a line is a row of
-// `count` elements and out[j * width + i] is element i of line j.
+// Packs panels of `width` columns and `length` rows, [length][width] one after the other; the columns of the last that
+// lie beyond `count` become zeros. pack_rows interleaves: a column is a line of `length` elements. pack_columns copies:
+// a row is a line of `count` elements.
 template <class R>
 struct PackArgs {
   Matrix<R> lines;
   int64_t first;   // number of the first line
   int64_t offset;  // first element of each line
   int64_t count, length, width;
-  bool pad;
   R* out;
 };
 

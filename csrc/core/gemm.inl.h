@@ -1,33 +1,35 @@
-// The register tile and the packing of its operands. A tile is M rows by P panels of two vectors; the rows of A come
-// packed as [K][cap], so that one pointer and M immediate offsets reach them.
+// The register tile and the packing of its operands. A tile is M rows by P panels of two vectors. The rows of A are
+// read where they lie: each of their cache lines serves many steps, and a packed copy would cost more than it saves.
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
 template <class R, int M, int P>
 void tile_body(const TileArgs<R>& t, int64_t first_panel) {
   constexpr int L = kLanes<R>;
-  const R* a = t.a;
+  const R* a[M];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) a[i] = t.a[i];
   const R* b = t.b + first_panel * t.b_panel;
   R* c = t.c + first_panel * t.c_panel;
-  const int64_t cap = t.cap, b_panel = t.b_panel, c_row = t.c_row, c_panel = t.c_panel;
+  const int64_t step = t.a_step, b_panel = t.b_panel, c_row = t.c_row, c_panel = t.c_panel;
   Vec<R> acc[M][P][2];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
+    __builtin_prefetch(c + i * c_row, 1);  // written last, from far away
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) acc[i][p][0] = acc[i][p][1] = broadcast(R(0));
   }
-  for (int64_t k = 0; k < t.K; ++k) {
+  for (int64_t k = 0, at = 0; k < t.K; ++k, at += step) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       const Vec<R> b0 = load(b + p * b_panel), b1 = load(b + p * b_panel + L);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
-        const Vec<R> x = broadcast(a[i]);
+        const Vec<R> x = broadcast(a[i][at]);
         acc[i][p][0] = fma(x, b0, acc[i][p][0]);
         acc[i][p][1] = fma(x, b1, acc[i][p][1]);
       }
     }
-    a += cap;
     b += 2 * L;
   }
 #pragma GCC unroll 16
@@ -123,10 +125,9 @@ const R* line(const Matrix<R>& matrix, int64_t i) {
   return matrix.rows ? matrix.rows[i] : matrix.data + i * matrix.stride;
 }
 
-// Lines i .. i + lines of the output, all lengths. `spill`: a row of the output may be written past its end, because
-// what it runs into is written later; only the last block of rows then keeps to its own.
+// Columns i .. i + lines of one panel.
 template <class R>
-void pack_group(const PackArgs<R>& p, int64_t i, int64_t lines, bool spill) {
+void pack_group(const PackArgs<R>& p, int64_t i, int64_t lines) {
   using Line = typename Block<R>::Line;
   constexpr int N = Block<R>::N;
   const R* in[N];
@@ -138,7 +139,7 @@ void pack_group(const PackArgs<R>& p, int64_t i, int64_t lines, bool spill) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) __builtin_memcpy(&r[n], in[n] + j, sizeof(Line));
     Block<R>::transpose(r);
-    if (lines == N || (spill && j + 2 * N <= p.length)) {
+    if (lines == N) {
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) __builtin_memcpy(out + n * p.width, &r[n], sizeof(Line));
     } else {
@@ -153,61 +154,71 @@ void pack_group(const PackArgs<R>& p, int64_t i, int64_t lines, bool spill) {
 }
 
 template <class R>
-void pack_rows(const PackArgs<R>& p) {
-  constexpr int N = Block<R>::N;
-  if (p.width == 1) {
-    if (p.count) __builtin_memcpy(p.out, line(p.lines, p.first) + p.offset, (size_t)p.length * sizeof(R));
-    return;
-  }
-  int64_t i = 0;
-  for (; i + N <= p.count; i += N) pack_group(p, i, N, false);
-  if (i < p.count && i > 0) {
-    pack_group(p, p.count - N, N, false);  // again a few lines of the group before, rather than a short group
-  } else if (i < p.count) {
-    pack_group(p, 0, p.count, p.count == p.width);
-  }
-  if (p.pad && p.count < p.width) {
-    for (int64_t j = 0; j < p.length; ++j) {
-      for (int64_t m = p.count; m < p.width; ++m) p.out[j * p.width + m] = R(0);
-    }
+void pad(R* out, int64_t from, int64_t width, int64_t length) {
+  for (int64_t j = 0; j < length && from < width; ++j, out += width) {
+    for (int64_t i = from; i < width; ++i) out[i] = R(0);
   }
 }
 
-// Bytes count times sizeof(R), between one and two of the given chunk.
+template <class R>
+void pack_rows(const PackArgs<R>& p) {
+  constexpr int N = Block<R>::N;
+  PackArgs<R> panel = p;
+  for (int64_t left = p.count; left > 0; left -= p.width, panel.first += p.width, panel.out += p.width * p.length) {
+    panel.count = left < p.width ? left : p.width;
+    int64_t i = 0;
+    for (; i + N <= panel.count; i += N) pack_group(panel, i, N);
+    if (i < panel.count && i > 0) {
+      pack_group(panel, panel.count - N, N);  // again a few columns of the group before, rather than a short group
+    } else if (i < panel.count) {
+      pack_group(panel, 0, panel.count);
+    }
+    pad(panel.out, panel.count, p.width, p.length);
+  }
+}
+
+constexpr int64_t kTogether = 8;  // panels written side by side, so that a line's pages are visited once for all
+
+// `panels` whole panels whose rows have between one and two times the given number of bytes.
 template <class R, int Bytes>
-void copy_lines(const PackArgs<R>& p) {
+void copy_panels(const PackArgs<R>& p, int64_t offset, int64_t panels, R* out) {
   typedef char Chunk __attribute__((vector_size(Bytes)));
-  const int64_t second = p.count - Bytes / (int64_t)sizeof(R);
-  for (int64_t j = 0; j < p.length; ++j) {
-    const R* const in = line(p.lines, p.first + j) + p.offset;
-    R* const out = p.out + j * p.width;
-    Chunk a, b;
-    __builtin_memcpy(&a, in, Bytes);
-    __builtin_memcpy(&b, in + second, Bytes);
-    __builtin_memcpy(out, &a, Bytes);
-    __builtin_memcpy(out + second, &b, Bytes);
+  const int64_t second = p.width - Bytes / (int64_t)sizeof(R), size = p.width * p.length;
+  for (int64_t j = 0; j < p.length; ++j, out += p.width) {
+    const R* in = line(p.lines, p.first + j) + offset;
+    R* to = out;
+    for (int64_t n = 0; n < panels; ++n, in += p.width, to += size) {
+      Chunk a, b;
+      __builtin_memcpy(&a, in, Bytes);
+      __builtin_memcpy(&b, in + second, Bytes);
+      __builtin_memcpy(to, &a, Bytes);
+      __builtin_memcpy(to + second, &b, Bytes);
+    }
   }
 }
 
 template <class R>
 void pack_columns(const PackArgs<R>& p) {
-  const int64_t bytes = p.count * (int64_t)sizeof(R);
-  if (bytes >= 64 && bytes <= 128) {
-    copy_lines<R, 64>(p);
-  } else if (bytes >= 32 && bytes < 64) {
-    copy_lines<R, 32>(p);
-  } else if (bytes >= 16 && bytes < 32) {
-    copy_lines<R, 16>(p);
-  } else {
-    for (int64_t j = 0; j < p.length; ++j) {
-      const R* const in = line(p.lines, p.first + j) + p.offset;
-      for (int64_t i = 0; i < p.count; ++i) p.out[j * p.width + i] = in[i];
+  const int64_t bytes = p.width * (int64_t)sizeof(R), whole = bytes >= 16 && bytes <= 128 ? p.count / p.width : 0;
+  const int64_t size = p.width * p.length;
+  for (int64_t n = 0; n < whole; n += kTogether) {
+    const int64_t panels = whole - n < kTogether ? whole - n : kTogether, offset = p.offset + n * p.width;
+    if (bytes >= 64) {
+      copy_panels<R, 64>(p, offset, panels, p.out + n * size);
+    } else if (bytes >= 32) {
+      copy_panels<R, 32>(p, offset, panels, p.out + n * size);
+    } else {
+      copy_panels<R, 16>(p, offset, panels, p.out + n * size);
     }
   }
-  if (p.pad && p.count < p.width) {
+  for (int64_t at = whole * p.width; at < p.count; at += p.width) {
+    R* const out = p.out + at * p.length;
+    const int64_t columns = p.count - at < p.width ? p.count - at : p.width;
     for (int64_t j = 0; j < p.length; ++j) {
-      for (int64_t i = p.count; i < p.width; ++i) p.out[j * p.width + i] = R(0);
+      const R* const in = line(p.lines, p.first + j) + p.offset + at;
+      for (int64_t i = 0; i < columns; ++i) out[j * p.width + i] = in[i];
     }
+    pad(out, columns, p.width, p.length);
   }
 }
 

@@ -13,15 +13,16 @@ template <class R>
 struct Table {
   int tile_rows;    // most rows of a register tile
   int panel_width;  // columns of a packed panel: two vectors
-  // c[i][p][:] for i < rows, p < panels: init + sum over k of a[k * cap + i] * b[p * b_panel + k * panel_width + :]
+  // c[i][p][:] for i < rows, p < panels: init + sum over k of a[i][k * a_step] * b[p * b_panel + k * panel_width + :]
   void (*tile)(const TileArgs<R>& args);
-  // out[k * cap + i] = rows' element (i, k); see PackArgs
+  // see PackArgs
   void (*pack_rows)(const PackArgs<R>& args);
   void (*pack_columns)(const PackArgs<R>& args);
   void (*lstm_cell_forward)(const CellForward<R>& args);
   void (*lstm_cell_backward)(const CellBackward<R>& args);
-  // noise of `count` units from `unit` on: [2][panel_width], i then f
-  void (*lstm_noise)(const LstmNoise& noise, int64_t unit, int64_t count, int64_t step, int64_t row, R* out);
+  // noise of `units` units from `unit` on, for each of `count` rows: [count][2][panel_width], i then f
+  void (*lstm_noise)(const LstmNoise& noise, int64_t unit, int64_t units, int64_t step, const int64_t* rows,
+                     int64_t count, R* out);
 };
 
 struct Kernels {

@@ -1,4 +1,4 @@
-// Backward over time: the gradient of each step's pre-activations, packed, times the recurrent weights gives the
+// Backward over time: the gradient of each step's pre-activations times the recurrent weights gives the
 // gradient of the state before it, and the cell's derivative follows while the tile is in the nearest cache. One
 // barrier per step (two with projection). The weights' gradients are one product each after the loop, in the same team.
 #include <cstring>
@@ -22,23 +22,24 @@ struct Backward {
   Tiling tiling;
   R* weight_hh = nullptr;  // panels of [4H][width] over P
   R* weight_hr = nullptr;  // panels of [P][width] over H
-  R* d[2] = {};            // gradient of the pre-activations of a step, packed
-  R* dh_packed = nullptr;  // gradient of h of a step, packed, with projection only
+  R* dh_step = nullptr;    // [B, P] gradient of h of a step, with projection only
   R* dh_all = nullptr;     // [N, P] the same for all steps, and
   R* inner = nullptr;      // [N, H] o * tanh(c), for the gradient of weight_hr
   R* zeros = nullptr;      // a row of zeros
   R* local = nullptr;      // per thread: a tile of products of `group` panels, a tile of dh
   int64_t group = 1;       // panels in one product, where few rows alone would not fill the pipeline
   int64_t local_size = 0;
+  R inverse_tau = R(1.0 / a.tau);
 
   const R* c_before(int64_t t, int64_t r) const;
   void begin(int rank, int size) const;
-  void from_last(int64_t last, Range panels, int64_t tile, const R* d_last, R* out) const;
-  void state_tile(int64_t t, int64_t last, int64_t panel, int64_t tile, const R* from_last, int64_t from_row,
+  void ahead(int64_t t, int64_t unit, int64_t units, Range part) const;
+  void from_last(int64_t last, Range panels, Range part, R* out) const;
+  void state_tile(int64_t t, int64_t last, int64_t panel, Range part, const R* from_last, int64_t from_row,
                   R* dh) const;
-  void cell_tile(int64_t t, int64_t panel, int64_t tile, const R* dh, R* d_out) const;
-  void inner_tile(int64_t t, int64_t panel, int64_t tile, R* d_out, R* mine) const;
-  void cut_c(int64_t last, int64_t panel, int64_t tile) const;
+  void cell_tile(int64_t t, int64_t panel, Range part, const R* dh) const;
+  void inner_tile(int64_t t, int64_t panel, Range part, R* mine) const;
+  void cut_c(int64_t last, int64_t panel, Range part) const;
 };
 
 template <class R>
@@ -54,12 +55,12 @@ void Backward<R>::begin(int rank, int size) const {
   const Range state = share(tiling.panels(a.P), rank, size);
   for (int64_t p = state.begin; p < state.end; ++p) {
     const int64_t unit = p * width, count = std::min(width, a.P - unit);
-    table.pack_columns({{a.weight_hh, a.P, nullptr}, 0, unit, count, 4 * a.H, width, true, weight_hh + unit * 4 * a.H});
+    table.pack_columns({{a.weight_hh, a.P, nullptr}, 0, unit, count, 4 * a.H, width, weight_hh + unit * 4 * a.H});
   }
   const Range inside = share(a.weight_hr ? tiling.panels(a.H) : 0, rank, size);
   for (int64_t p = inside.begin; p < inside.end; ++p) {
     const int64_t unit = p * width, count = std::min(width, a.H - unit);
-    table.pack_columns({{a.weight_hr, a.H, nullptr}, 0, unit, count, a.P, width, true, weight_hr + unit * a.P});
+    table.pack_columns({{a.weight_hr, a.H, nullptr}, 0, unit, count, a.P, width, weight_hr + unit * a.P});
   }
   const Range batch = share(a.B, rank, size);
   const auto copy = [&](R* out, const R* in, int64_t n) {
@@ -74,18 +75,35 @@ void Backward<R>::begin(int rank, int size) const {
   copy(call.dc0, call.dc_n, a.H);
 }
 
-// The gradient that reaches the state before step `last` through its pre-activations: [cap][panels][width].
+// What the cells of a tile will read and write.
 template <class R>
-void Backward<R>::from_last(int64_t last, Range panels, int64_t tile, const R* d_last, R* out) const {
-  const int64_t width = tiling.width, row = tile * tiling.cap, count = panels.end - panels.begin;
-  const int64_t going_on = std::clamp<int64_t>(rows.count(last) - row, 0, tiling.cap);
-  if (going_on == 0) return;
-  const TileArgs<R> rest{going_on,        count,
-                         4 * a.H,         d_last + row * 4 * a.H,
-                         tiling.cap,      weight_hh + panels.begin * width * 4 * a.H,
-                         4 * a.H * width, out,
-                         count * width,   width,
-                         Init::zero,      nullptr};
+void Backward<R>::ahead(int64_t t, int64_t unit, int64_t units, Range part) const {
+  for (int64_t r = part.begin; r < std::min(part.end, rows.count(t)); ++r) {
+    const int64_t e = rows.element(t, r);
+    const R* const c_in = c_before(t, r);
+    prefetch<4>(call.gates + e * 4 * a.H + unit, a.H, units);
+    prefetch<4>(call.dx_gates + e * 4 * a.H + unit, a.H, units);
+    prefetch<1>(call.c + e * a.H + unit, 0, units);
+    if (c_in) prefetch<1>(c_in + unit, 0, units);
+    if (call.dh && !a.weight_hr) prefetch<1>(call.dh + e * a.P + unit, 0, units);
+  }
+}
+
+// The gradient that reaches the state before step `last` through its pre-activations: [rows][panels][width].
+template <class R>
+void Backward<R>::from_last(int64_t last, Range panels, Range part, R* out) const {
+  const int64_t width = tiling.width, going_on = std::min(part.end, rows.count(last));
+  if (going_on <= part.begin) return;
+  TileArgs<R> rest;
+  rest.rows = going_on - part.begin;
+  rest.panels = panels.end - panels.begin;
+  rest.K = 4 * a.H;
+  for (int64_t i = 0; i < rest.rows; ++i) rest.a[i] = call.dx_gates + rows.element(last, part.begin + i) * 4 * a.H;
+  rest.b = weight_hh + panels.begin * width * 4 * a.H;
+  rest.b_panel = 4 * a.H * width;
+  rest.c = out;
+  rest.c_row = rest.panels * width;
+  rest.c_panel = width;
   product(table, rest);
 }
 
@@ -93,23 +111,15 @@ void Backward<R>::from_last(int64_t last, Range panels, int64_t tile, const R* d
 // between the two the latter goes to the start state, where the row begins at `last` to the initial state. t may lie
 // outside 0 .. T-1: then only the latter two happen.
 template <class R>
-void Backward<R>::state_tile(int64_t t, int64_t last, int64_t panel, int64_t tile, const R* from_last, int64_t from_row,
+void Backward<R>::state_tile(int64_t t, int64_t last, int64_t panel, Range part, const R* from_last, int64_t from_row,
                              R* dh) const {
   const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.P - unit);
-  const int64_t row = tile * tiling.cap, n = rows.count(t), n_last = rows.count(last);
-  const int64_t going_on = std::clamp<int64_t>(n_last - row, 0, tiling.cap);
-  const int64_t next = rows.before(t), n_next = rows.count(next);
-  for (int64_t i = 0; i < tiling.cap && row + i < n_next; ++i) {
-    const int64_t e = rows.element(next, row + i);
-    if (!a.weight_hr) prefetch<4>(call.gates + e * 4 * a.H + unit, a.H, units);
-    if (!a.weight_hr) prefetch<1>(call.c + e * a.H + unit, 0, units);
-    if (call.dh) prefetch<1>(call.dh + e * a.P + unit, 0, units);
-  }
-  for (int64_t i = 0; i < tiling.cap && row + i < std::max(n, n_last); ++i) {
-    const int64_t r = row + i;
+  const int64_t n = rows.count(t), n_last = rows.count(last);
+  for (int64_t r = part.begin; r < part.end; ++r) {
+    const int64_t i = r - part.begin;
     R* const initial = call.dh0 + rows.batch(r) * a.P + unit;
-    const R* from = i < going_on ? from_last + i * from_row : initial;
-    if (i < going_on && rows.cut(last, r)) {
+    const R* from = r < n_last ? from_last + i * from_row : initial;
+    if (r < n_last && rows.cut(last, r)) {
       for (int64_t u = 0; u < units && call.dh_start; ++u) call.dh_start[unit + u] += from[u];
       from = zeros;
     }
@@ -120,17 +130,17 @@ void Backward<R>::state_tile(int64_t t, int64_t last, int64_t panel, int64_t til
     const R* const own = call.dh ? call.dh + rows.element(t, r) * a.P + unit : zeros;
     R* const out = dh + i * width;
     for (int64_t u = 0; u < units; ++u) out[u] = own[u] + from[u];
+    if (dh_step) std::memcpy(dh_step + r * a.P + unit, out, units * sizeof(R));
     if (dh_all) std::memcpy(dh_all + rows.element(t, r) * a.P + unit, out, units * sizeof(R));
   }
 }
 
 // The gradient of c that crosses the border of a segment, as in state_tile.
 template <class R>
-void Backward<R>::cut_c(int64_t last, int64_t panel, int64_t tile) const {
+void Backward<R>::cut_c(int64_t last, int64_t panel, Range part) const {
   const int64_t unit = panel * tiling.width, units = std::min(tiling.width, a.H - unit);
-  const int64_t end = std::min((tile + 1) * tiling.cap, rows.count(last));
   if (!a.reset) return;
-  for (int64_t r = tile * tiling.cap; r < end; ++r) {
+  for (int64_t r = part.begin; r < std::min(part.end, rows.count(last)); ++r) {
     if (!rows.cut(last, r)) continue;
     R* const dc = call.dc0 + rows.batch(r) * a.H + unit;
     for (int64_t u = 0; u < units && call.dc_start; ++u) call.dc_start[unit + u] += dc[u];
@@ -139,14 +149,17 @@ void Backward<R>::cut_c(int64_t last, int64_t panel, int64_t tile) const {
 }
 
 template <class R>
-void Backward<R>::cell_tile(int64_t t, int64_t panel, int64_t tile, const R* dh, R* d_out) const {
-  const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.H - unit);
-  const int64_t row = tile * tiling.cap, count = std::min(tiling.cap, rows.count(t) - row);
-  R out[kMostTileRows * kMostPanelWidth];
-  CellBackward<R> cell{count, units, a.H, R(1.0 / a.tau),       a.hard, dh, {}, {}, {}, {},
-                       {},    {},    {},  inner ? out : nullptr};
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t r = row + i, e = rows.element(t, r);
+void Backward<R>::cell_tile(int64_t t, int64_t panel, Range part, const R* dh) const {
+  const int64_t unit = panel * tiling.width;
+  CellBackward<R> cell;
+  cell.rows = std::min(part.end, rows.count(t)) - part.begin;
+  cell.units = std::min(tiling.width, a.H - unit);
+  cell.H = a.H;
+  cell.inverse_tau = inverse_tau;
+  cell.hard = a.hard;
+  cell.dh = dh;
+  for (int64_t i = 0; i < cell.rows; ++i) {
+    const int64_t r = part.begin + i, e = rows.element(t, r);
     const R* const c_in = c_before(t, r);
     cell.gates[i] = call.gates + e * 4 * a.H + unit;
     cell.dgates[i] = call.dgates ? call.dgates + e * 4 * a.H + unit : nullptr;
@@ -155,27 +168,28 @@ void Backward<R>::cell_tile(int64_t t, int64_t panel, int64_t tile, const R* dh,
     cell.dc[i] = call.dc ? call.dc + e * a.H + unit : nullptr;
     cell.dc_state[i] = call.dc0 + rows.batch(r) * a.H + unit;
     cell.dx_gates[i] = call.dx_gates + e * 4 * a.H + unit;
+    cell.out[i] = inner ? inner + e * a.H + unit : nullptr;
   }
-  table.lstm_cell_backward(cell);
-  for (int64_t i = 0; inner && i < count; ++i) {
-    std::memcpy(inner + rows.element(t, row + i) * a.H + unit, out + i * width, units * sizeof(R));
-  }
-  const Matrix<R> lines{nullptr, 0, cell.dx_gates};
-  for (int64_t gate = 0; gate < 4; ++gate) {
-    table.pack_rows({lines, 0, gate * a.H, count, units, tiling.cap, false,
-                     d_out + row * 4 * a.H + (gate * a.H + unit) * tiling.cap});
-  }
+  if (cell.rows > 0) table.lstm_cell_backward(cell);
 }
 
-// With projection: dh of the whole row is ready and packed; its product with weight_hr is the gradient of o * tanh(c).
+// With projection: dh of the whole row is ready; its product with weight_hr is the gradient of o * tanh(c).
 template <class R>
-void Backward<R>::inner_tile(int64_t t, int64_t panel, int64_t tile, R* d_out, R* mine) const {
-  const int64_t width = tiling.width, row = tile * tiling.cap, count = std::min(tiling.cap, rows.count(t) - row);
-  const TileArgs<R> inside{
-      count, 1,          a.P,    dh_packed + row * a.P, tiling.cap, weight_hr + panel * width * a.P, 0, mine, width,
-      width, Init::zero, nullptr};
+void Backward<R>::inner_tile(int64_t t, int64_t panel, Range part, R* mine) const {
+  const int64_t width = tiling.width, end = std::min(part.end, rows.count(t));
+  if (end <= part.begin) return;
+  TileArgs<R> inside;
+  ahead(t, panel * width, std::min(width, a.H - panel * width), part);
+  inside.rows = end - part.begin;
+  inside.panels = 1;
+  inside.K = a.P;
+  for (int64_t i = 0; i < inside.rows; ++i) inside.a[i] = dh_step + (part.begin + i) * a.P;
+  inside.b = weight_hr + panel * width * a.P;
+  inside.b_panel = width * a.P;
+  inside.c = mine;
+  inside.c_row = inside.c_panel = width;
   product(table, inside);
-  cell_tile(t, panel, tile, mine, d_out);
+  cell_tile(t, panel, part, mine);
 }
 
 template <class R>
@@ -183,43 +197,42 @@ void run_steps(const Backward<R>& b, int rank, int size, Barrier& barrier) {
   const Rows& rows = b.rows;
   const LstmArgs<R>& a = b.a;
   const bool projected = a.weight_hr != nullptr, whole = b.call.dh_start != nullptr;
+  const int64_t width = b.tiling.width;
   R* const mine = b.local + rank * b.local_size;
-  R* const dh = mine + b.group * b.tiling.cap * b.tiling.width;
+  R* const dh = mine + b.group * b.tiling.most * width;
   for (int64_t s = 0; s <= a.T; ++s) {
     const int64_t t = rows.step(a.T - 1 - s), last = rows.step(a.T - s);  // after the loop over time: t is outside
-    const int64_t n = rows.count(t), tiles = b.tiling.tiles_of(std::max(n, rows.count(last)));
-    const R* const d_last = b.d[(s + 1) & 1];
-    R* const d_out = b.d[s & 1];
-    const auto finish = [&](int64_t panel, int64_t tile, const R* from_last, int64_t from_row) {
-      const int64_t row = tile * b.tiling.cap;
-      b.state_tile(t, last, panel, tile, from_last, from_row, dh);
-      if (!projected) b.cut_c(last, panel, tile);
-      if (row >= n) return;
-      if (!projected) return b.cell_tile(t, panel, tile, dh, d_out);
-      const int64_t unit = panel * b.tiling.width, units = std::min(b.tiling.width, a.P - unit);
-      const Matrix<R> lines{dh, b.tiling.width, nullptr};
-      b.table.pack_rows({lines, 0, 0, std::min(b.tiling.cap, n - row), units, b.tiling.cap, false,
-                         b.dh_packed + row * a.P + unit * b.tiling.cap});
+    const int64_t n = std::max(rows.count(t), rows.count(last));
+    const auto finish = [&](int64_t panel, Range part, const R* from_last, int64_t from_row) {
+      b.state_tile(t, last, panel, part, from_last, from_row, dh);
+      if (projected) return;
+      b.cut_c(last, panel, part);
+      b.cell_tile(t, panel, part, dh);
     };
-    if (b.group > 1 && tiles == 1) {
-      const Range panels = share(b.tiling.panels(a.P), rank, size);
-      for (int64_t panel = panels.begin; panel < panels.end;) {
+    if (b.group > 1) {
+      const Range panels = share(b.tiling.panels(a.P), rank, size), part{0, n};
+      const int64_t groups = n == 0 ? 0 : (panels.end - panels.begin + b.group - 1) / b.group;
+      for (int64_t g = 0; g < groups; ++g) {
+        int64_t panel = panels.begin + (s & 1 ? groups - 1 - g : g) * b.group;  // the order of Tiling::each
         const int64_t count = std::min(b.group, panels.end - panel);
-        b.from_last(last, {panel, panel + count}, 0, d_last, mine);
-        for (int64_t p = 0; p < count; ++p, ++panel)
-          finish(panel, 0, mine + p * b.tiling.width, count * b.tiling.width);
+        if (!projected) b.ahead(t, panel * width, std::min(count * width, a.H - panel * width), part);
+        b.from_last(last, {panel, panel + count}, part, mine);
+        for (int64_t p = 0; p < count; ++p, ++panel) finish(panel, part, mine + p * width, count * width);
       }
     } else {
-      b.tiling.each(b.split, whole, b.tiling.panels(a.P), tiles, rank, size, [&](int64_t panel, int64_t tile) {
-        b.from_last(last, {panel, panel + 1}, tile, d_last, mine);
-        finish(panel, tile, mine, b.tiling.width);
+      b.tiling.each(b.split, whole, b.tiling.panels(a.P), n, s, rank, size, [&](int64_t panel, int64_t tile) {
+        const Range part = b.tiling.tile(tile, n);
+        if (!projected) b.ahead(t, panel * width, std::min(width, a.H - panel * width), part);
+        b.from_last(last, {panel, panel + 1}, part, mine);
+        finish(panel, part, mine, width);
       });
     }
     if (!b.split.by_rows) barrier.wait();
     if (!projected) continue;
-    b.tiling.each(b.split, whole, b.tiling.panels(a.H), tiles, rank, size, [&](int64_t panel, int64_t tile) {
-      b.cut_c(last, panel, tile);
-      if (tile * b.tiling.cap < n) b.inner_tile(t, panel, tile, d_out, mine);
+    b.tiling.each(b.split, whole, b.tiling.panels(a.H), n, s, rank, size, [&](int64_t panel, int64_t tile) {
+      const Range part = b.tiling.tile(tile, n);
+      b.cut_c(last, panel, part);
+      b.inner_tile(t, panel, part, mine);
     });
     if (!b.split.by_rows) barrier.wait();
   }
@@ -268,17 +281,13 @@ bool sums(const LstmArgs<R>& a) {
   return a.reset && (a.h_start || a.c_start);
 }
 
+// Panels in one product: several where one of few rows would not fill the pipeline.
 template <class R>
-int64_t group_of(const Tiling& tiling, const Table<R>& table) {
-  return tiling.tiles == 1 && 2 * tiling.cap <= table.tile_rows ? 4 : 1;
+int64_t group_of(const LstmArgs<R>& a, const Table<R>& table) {
+  return 2 * a.B <= table.tile_rows ? 4 : 1;
 }
 int64_t local_size(const Tiling& tiling, int64_t group) {
-  return Tiling::round_up((group + 1) * tiling.cap * tiling.width);
-}
-
-template <class R>
-int64_t zeros_size(const LstmArgs<R>& a, const Tiling& tiling) {
-  return Tiling::round_up(std::max({a.P, a.H, tiling.width}));
+  return Tiling::round_up((group + 1) * tiling.most * tiling.width);
 }
 
 }  // namespace
@@ -286,11 +295,11 @@ int64_t zeros_size(const LstmArgs<R>& a, const Tiling& tiling) {
 template <class R>
 size_t lstm_backward_scratch(const LstmArgs<R>& a, bool weights, int most) {
   const Table<R>& table = table_of<R>(kernels());
-  const Tiling tiling(a.B, Split(a, sums(a), most), table);
-  int64_t size = index_size(a) + tiling.panels(a.P) * 4 * a.H * tiling.width + 2 * tiling.packed(4 * a.H);
-  if (a.weight_hr) size += tiling.panels(a.H) * a.P * tiling.width + tiling.packed(a.P);
+  const Tiling tiling(Split(a, sums(a), most), table);
+  int64_t size = index_size(a) + tiling.panels(a.P) * 4 * a.H * tiling.width;
+  if (a.weight_hr) size += tiling.panels(a.H) * a.P * tiling.width + Tiling::round_up(a.B * a.P);
   if (a.weight_hr && weights) size += Tiling::round_up(a.N * a.P) + Tiling::round_up(a.N * a.H);
-  size += zeros_size(a, tiling) + most * local_size(tiling, group_of(tiling, table));
+  size += Tiling::round_up(std::max(a.P, a.H)) + most * local_size(tiling, group_of(a, table));
   if (!weights) return size;
   size_t product = gemm_scratch(gemm_hh<R>(a, nullptr, nullptr, nullptr), most);
   if (a.weight_hr) product = std::max(product, gemm_scratch(gemm_hr<R>(a, nullptr, nullptr, nullptr), most));
@@ -304,21 +313,20 @@ void lstm_backward(const LstmBackward<R>& call, R* scratch, const Team& team) no
   int64_t* const index = reinterpret_cast<int64_t*>(take(scratch, index_size(a)));
   const Rows rows(a, index);
   const Split split(a, sums(a), team.most);
-  const Tiling tiling(a.B, split, table);
+  const Tiling tiling(split, table);
   Backward<R> b{call, a, table, rows, split, tiling};
   b.weight_hh = take(scratch, tiling.panels(a.P) * 4 * a.H * tiling.width);
-  for (R*& d : b.d) d = take(scratch, tiling.packed(4 * a.H));
   if (a.weight_hr) {
     b.weight_hr = take(scratch, tiling.panels(a.H) * a.P * tiling.width);
-    b.dh_packed = take(scratch, tiling.packed(a.P));
+    b.dh_step = take(scratch, Tiling::round_up(a.B * a.P));
   }
   if (a.weight_hr && call.dweight_hr) {
     b.dh_all = take(scratch, Tiling::round_up(a.N * a.P));
     b.inner = take(scratch, Tiling::round_up(a.N * a.H));
   }
-  b.zeros = take(scratch, zeros_size(a, tiling));
-  std::fill(b.zeros, b.zeros + zeros_size(a, tiling), R(0));
-  b.group = group_of(tiling, table);
+  b.zeros = take(scratch, Tiling::round_up(std::max(a.P, a.H)));
+  std::fill(b.zeros, b.zeros + std::max(a.P, a.H), R(0));
+  b.group = group_of(a, table);
   b.local_size = local_size(tiling, b.group);
   b.local = take(scratch, team.most * b.local_size);
   if (call.dh_start) {

@@ -33,9 +33,18 @@ void cell_row(const Cells<R>& cells, int64_t t, int64_t r) {
     const int64_t units = std::min(width, a.H - unit);
     R* const gates = call.gates + e * 4 * a.H + unit;
     for (int64_t g = 0; g < 4; ++g) std::memcpy(pre + g * width, gates + g * a.H, units * sizeof(R));
-    if (call.noise.on) cells.table.lstm_noise(call.noise, unit, units, t, rows.batch(r), noise);
-    CellForward<R> cell{1,  units, a.H, R(1.0 / a.tau), a.hard, pre, {}, call.noise.on ? noise : nullptr, {}, {},
-                        {}, {},    out};
+    const int64_t batch = rows.batch(r);
+    if (call.noise.on) cells.table.lstm_noise(call.noise, unit, units, t, &batch, 1, noise);
+    CellForward<R> cell;
+    cell.rows = 1;
+    cell.units = units;
+    cell.H = a.H;
+    cell.inverse_tau = R(1.0 / a.tau);
+    cell.hard = a.hard;
+    cell.pre = pre;
+    cell.noise = call.noise.on ? noise : nullptr;
+    cell.out[0] = out;
+    cell.c[0] = nullptr;
     cell.x_gates[0] = call.x_gates + e * 4 * a.H + unit;
     cell.c_in[0] = c_in ? c_in + unit : nullptr;
     cell.c_state[0] = state;
@@ -70,7 +79,8 @@ void noise_body(const void* context, int rank, int size, Barrier&) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     for (int64_t unit = 0; unit < call.H; unit += table.panel_width) {
       const int64_t units = std::min<int64_t>(table.panel_width, call.H - unit);
-      table.lstm_noise(call.noise, unit, units, row / call.B, row % call.B, tile);
+      const int64_t batch = row % call.B;
+      table.lstm_noise(call.noise, unit, units, row / call.B, &batch, 1, tile);
       for (int64_t g = 0; g < 2; ++g) {
         std::memcpy(call.out + (2 * row + g) * call.H + unit, tile + g * table.panel_width, units * sizeof(R));
       }

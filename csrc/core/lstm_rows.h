@@ -44,6 +44,16 @@ class Rows {
 
   const int64_t T, B;
 
+  // The h that enters step t, row by row, out of all h and of what stands before the first; `zeros` where that is null.
+  template <class R>
+  void entering(const LstmArgs<R>& a, const R* h, const R* zeros, int64_t t, Range part, const R** h_in) const {
+    const int64_t earlier = before(t), n_before = count(earlier);
+    for (int64_t r = part.begin; r < part.end; ++r, ++h_in) {
+      *h_in = r < n_before ? h + element(earlier, r) * a.P : a.h0 + batch(r) * a.P;
+      if (cut(t, r)) *h_in = a.h_start ? a.h_start : zeros;
+    }
+  }
+
   int64_t count(int64_t t) const { return t < 0 || t >= T ? 0 : dense_ ? B : counts_[t]; }
   int64_t batch(int64_t r) const { return order_ ? order_[r] : r; }  // its row in h0 and in dense data
   int64_t element(int64_t t, int64_t r) const { return (dense_ ? t * B : offsets_[t]) + batch(r); }
@@ -82,36 +92,40 @@ struct Split {
   }
 };
 
-// Rows in tiles of `cap`, units in panels of `width`.
+// Rows in tiles, as even as can be, units in panels of `width`.
 struct Tiling {
-  int64_t cap, tiles, width;
+  int64_t parts, most, width;
 
   template <class R>
-  Tiling(int64_t B, const Split& split, const Table<R>& table) {
-    const int64_t parts = split.by_rows ? split.size : 1, part = (B + parts - 1) / parts;
-    const int64_t least = std::max<int64_t>(1, (part + table.tile_rows - 1) / table.tile_rows) * parts;
-    cap = std::max<int64_t>(1, (B + least - 1) / least);
-    tiles = (B + cap - 1) / cap;
-    width = table.panel_width;
-  }
+  Tiling(const Split& split, const Table<R>& table)
+      : parts(split.by_rows ? split.size : 1), most(table.tile_rows), width(table.panel_width) {}
   int64_t panels(int64_t units) const { return (units + width - 1) / width; }
-  int64_t tiles_of(int64_t rows) const { return (rows + cap - 1) / cap; }
-  // Calls visit(panel, tile) for the share of a rank in panels x tiles. `whole_panels`: all tiles of a panel on one.
-  template <class Visit>
-  void each(const Split& split, bool whole_panels, int64_t panels, int64_t tiles, int rank, int size,
-            Visit visit) const {
-    if (split.by_rows) {
-      const Range mine = share(tiles, rank, size);
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        for (int64_t tile = mine.begin; tile < mine.end; ++tile) visit(panel, tile);
-      }
-      return;
-    }
-    const Range p = share(whole_panels ? panels : panels * tiles, rank, size);
-    const int64_t scale = whole_panels ? tiles : 1;
-    for (int64_t item = p.begin * scale; item < p.end * scale; ++item) visit(item / tiles, item % tiles);
+  int64_t tiles(int64_t rows) const { return (rows + parts * most - 1) / (parts * most) * parts; }
+  Range tile(int64_t number, int64_t rows) const {
+    return share(rows, static_cast<int>(number), static_cast<int>(tiles(rows)));
   }
-  int64_t packed(int64_t units) const { return round_up(tiles * cap * units); }  // a state, tile by tile, [units][cap]
+  // Calls visit(panel, tile) for the share of a rank in panels x tiles of so many rows, in step number `step`.
+  // `whole_panels`: all tiles of a panel on one thread. Every other step goes through the panels backwards, to begin
+  // with those weights that the step before left in the caches.
+  template <class Visit>
+  void each(const Split& split, bool whole_panels, int64_t panels, int64_t rows, int64_t step, int rank, int size,
+            Visit visit) const {
+    const int64_t tiles = this->tiles(rows);
+    const Range mine = share(split.by_rows ? tiles : whole_panels ? panels : panels * tiles, rank, size);
+    const int64_t begin = split.by_rows ? 0 : whole_panels ? mine.begin * tiles : mine.begin;
+    const int64_t end = split.by_rows ? panels * tiles : whole_panels ? mine.end * tiles : mine.end;
+    if (begin >= end) return;
+    const int64_t first = begin / tiles, last = (end - 1) / tiles;
+    for (int64_t n = first; n <= last; ++n) {
+      const int64_t panel = step & 1 ? last - (n - first) : n;
+      if (split.by_rows) {
+        for (int64_t tile = mine.begin; tile < mine.end; ++tile) visit(panel, tile);
+      } else {
+        const int64_t from = std::max(begin - panel * tiles, int64_t(0)), to = std::min(end - panel * tiles, tiles);
+        for (int64_t tile = from; tile < to; ++tile) visit(panel, tile);
+      }
+    }
+  }
   static int64_t round_up(int64_t n) { return (n + 15) / 16 * 16; }
 };
 
@@ -120,30 +134,29 @@ template <class R>
 void entering(const Rows& rows, const LstmArgs<R>& a, const R* h, const R* zeros, const R** h_in) {
   if (a.lengths) std::fill(h_in, h_in + a.N, zeros);
   for (int64_t t = 0; t < a.T; ++t) {
-    const int64_t before = rows.before(t), n = rows.count(t), n_before = rows.count(before);
-    for (int64_t r = 0; r < n; ++r) {
-      const R* in = r < n_before ? h + rows.element(before, r) * a.P : a.h0 + rows.batch(r) * a.P;
-      if (rows.cut(t, r)) in = a.h_start ? a.h_start : zeros;
-      h_in[rows.element(t, r)] = in;
-    }
+    for (int64_t r = 0; r < rows.count(t); ++r) rows.entering(a, h, zeros, t, {r, r + 1}, h_in + rows.element(t, r));
   }
 }
 
 // A tile's product with weights packed for all of K, summed as gemm sums.
 template <class R>
-inline void product(const Table<R>& table, TileArgs<R> t) {
-  const int64_t K = t.K;
-  for (int64_t k = 0; k < K || k == 0; k += kBlockK) {
-    t.K = std::min(kBlockK, K - k);
+inline void product(const Table<R>& table, TileArgs<R>& t) {
+  const int64_t K = t.K, block = block_k(K);
+  t.a_step = 1;
+  t.init = Init::zero;
+  for (int64_t k = 0; k < K || k == 0; k += block) {
+    t.K = std::min(block, K - k);
     table.tile(t);
-    t.a += kBlockK * t.cap;
-    t.b += kBlockK * table.panel_width;
+    for (int64_t i = 0; i < t.rows; ++i) t.a[i] += block;
+    t.b += block * table.panel_width;
     t.init = Init::result;
+    if (block == 0) break;
   }
 }
 
-// Asks for what the cell of the next step will read: `Parts` runs of `units`, `stride` apart. Into the second cache:
-// the first is full of weights, and rows a power of two apart would push each other out of it.
+// Asks for what the cell will read and write once the product before it is done: `Parts` runs of `units`, `stride`
+// apart. Into the second cache: weights stream through the first. A step ahead would be too early, they flood the
+// second too.
 template <int Parts, class R>
 inline void prefetch(const R* p, int64_t stride, int64_t units) {
   for (int part = 0; part < Parts; ++part, p += stride) {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/gemm.h"
+
 namespace fastseq::core {
 
 // Noise of the gates i and f: Bernoulli(p) * (log U - log(1 - U)). Philox4x32-10 with the seed as key and the counter
@@ -16,9 +18,6 @@ struct LstmNoise {
   int64_t stream;      // 2 * layer + direction
   double probability;  // p, in [0, 1]
 };
-
-constexpr int kMostTileRows = 16;
-constexpr int kMostPanelWidth = 32;
 
 // Pointers to rows point at the first unit of the panel; a gate's units are contiguous, gates are H apart in x_gates,
 // gates and dx_gates and panel_width apart in `pre`.
@@ -34,7 +33,7 @@ struct CellForward {
   R* c_state[kMostTileRows];        // state after the step
   R* c[kMostTileRows];              // the same, kept for backward; [0] null where it is not
   R* gates[kMostTileRows];          // activated; [0] null where they are not kept
-  R* out;                           // [rows][panel_width] o * tanh(c)
+  R* out[kMostTileRows];            // o * tanh(c)
 };
 
 template <class R>
@@ -50,7 +49,7 @@ struct CellBackward {
   const R* dc[kMostTileRows];      // upstream gradient of c; [0] null where there is none
   R* dc_state[kMostTileRows];      // in: gradient of c from the step after; out: for the step before
   R* dx_gates[kMostTileRows];      // gradient of the pre-activations
-  R* out;                          // [rows][panel_width] o * tanh(c), or null
+  R* out[kMostTileRows];           // o * tanh(c); [0] null where it is not wanted
 };
 
 }  // namespace fastseq::core

@@ -10,17 +10,19 @@
 
 namespace fastseq::core {
 
-// A barrier for the threads of one team. It spins, because a step of a small LSTM is shorter than a sleep, and sleeps
-// once spinning has lasted so long that another thread of the team must have lost its processor.
+// A barrier for the threads of one team, and the numbers by which they share work between two waits. It spins, because
+// a step of a small LSTM is shorter than a sleep, and sleeps once spinning has lasted so long that another thread of
+// the team must have lost its processor.
 class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
 
   void wait() noexcept {
-    if (size_ == 1) return;
+    if (size_ == 1) return next_.store(0, std::memory_order_relaxed);
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
+      next_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
       phase_.notify_all();
       return;
@@ -34,10 +36,15 @@ class Barrier {
     while (phase_.load(std::memory_order_acquire) == phase) phase_.wait(phase, std::memory_order_acquire);
   }
 
+  // The next number, from 0 on, that no thread of the team has drawn since the last wait(). Work cut into more pieces
+  // than threads is shared so: a thread whose processor is slower, or busy elsewhere, draws fewer.
+  int64_t draw() noexcept { return next_.fetch_add(1, std::memory_order_relaxed); }
+
  private:
   static constexpr int kSpins = 2000;  // some tens of microseconds
   alignas(64) std::atomic<uint32_t> phase_{0};
   alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
   int size_;
 };
 

@@ -15,7 +15,13 @@ def constant(file: str, name: str) -> int:
     return int(found[1])
 
 
-BLOCK_K = constant("gemm.h", "kBlockK")  # terms of a sum that are one chain
+BLOCK_K = constant("gemm.h", "kBlockK")  # most terms of a sum that are one chain
 BLOCK_M = constant("gemm.cpp", "kBlockM")  # rows of a product that are worked on at a time
-TILE_ROWS = constant("lstm_step.h", "kMostTileRows")
-PANEL_WIDTH = constant("lstm_step.h", "kMostPanelWidth")
+TILE_ROWS = constant("gemm.h", "kMostTileRows")
+PANEL_WIDTH = constant("gemm.h", "kMostPanelWidth")
+
+
+def block_k(K: int) -> int:
+    """Terms of each chain in a sum of K: blocks of equal length, a multiple of 8; ``block_k`` of gemm.h."""
+    blocks = max(1, -(-K // BLOCK_K))
+    return max(1, K) if blocks == 1 else -(-(-(-K // blocks)) // 8) * 8
