@@ -78,6 +78,12 @@ def providers(mode: str, case: Case, only: Sequence[str] | None) -> list[Provide
     return chosen if only is None else [p for p in chosen if p.name in only or p.name in ("fastseq", "recompute")]
 
 
+def _beyond(rows: list[Row]) -> list[str]:
+    """What the star beside a time means."""
+    found = [f"{r['label']} {r['case']} ({r['gate']})" for r in rows if "ms" in r and r["gate"] != "passed"]
+    return [f"* beyond the error budget of the tests: {'; '.join(found)}"] if found else []
+
+
 class Table(NamedTuple):
     title: str
     header: list[str]
@@ -85,10 +91,12 @@ class Table(NamedTuple):
     notes: list[str]
 
 
-def _ms(row: Row | None) -> str:
+def _ms(row: Row | None, unit: float = 1.0) -> str:
     if row is None:
         return "-"
-    return f"{row['ms']:.3g}" if "ms" in row else "gate"
+    if "ms" not in row:
+        return "gate"
+    return f"{row['ms'] * unit:.3g}" + ("" if row["gate"] == "passed" else "*")
 
 
 def _ratio(row: Row, label: str) -> str:
@@ -170,6 +178,7 @@ def train(rows: list[Row]) -> Table:
         _summary("binary gates, time over that of nn.LSTM", stock),
         _summary("binary gates, time over that of the loop", loop),
         *_met(lines),
+        *_beyond(rows),
     ]
     return Table("Training step (forward and backward)", header, lines, notes)
 
@@ -189,14 +198,14 @@ def _rivals(rows: list[Row], title: str, unit: float, unit_name: str) -> Table:
         timed = {name: group[name] for name in rivals if "ms" in group.get(name, {})}
         fastest = min(timed, key=lambda name: timed[name]["ms"]) if timed else "-"
         for row in _ours(group):
-            times = [f"{r['ms'] * unit:.3g}" if r and "ms" in r else "-" for r in (row, *map(group.get, rivals))]
+            times = [_ms(r, unit) for r in (row, *map(group.get, rivals))]
             target = _target(row) if row["mode"] == "infer" else None
             line = [case, *times, _ratio(row, "stock"), _ratio(row, fastest), fastest]
             line.append(_aim(row, fastest, target and target.infer))
             lines.append([*line, f"{row.get('gflops', 0):.0f}", f"{row.get('gb_s', 0):.0f}", _limit(row)])
             if fastest in row.get("ratios", {}):
                 found.append((case, row["ratios"][fastest][0]))
-    notes = [_summary("time over that of the fastest rival", found), *_met(lines)]
+    notes = [_summary("time over that of the fastest rival", found), *_met(lines), *_beyond(rows)]
     return Table(title, header, lines, notes)
 
 
@@ -216,7 +225,9 @@ def packed(rows: list[Row]) -> Table:
             line = [case, _gates(row), _ms(row), _ms(group.get("stock")), _ratio(row, "stock")]
             line += [_aim(row, "stock", PACKED_TARGET), f"{row.get('gflops', 0):.0f}", _limit(row)]
             lines.append(line)
-    return Table("Training step, PackedSequence with lengths drawn from 10 to T", header, lines, _met(lines))
+    return Table(
+        "Training step, PackedSequence with lengths drawn from 10 to T", header, lines, [*_met(lines), *_beyond(rows)]
+    )
 
 
 def scaling(rows: list[Row]) -> Table:
@@ -232,7 +243,7 @@ def scaling(rows: list[Row]) -> Table:
             for row in _ours(by_threads[count].get(case, {})):
                 line += [_ms(row), _ratio(row, "stock"), _limit(row)]
         lines.append(line)
-    return Table("Scaling of the training step (binary gates, p=0.2)", header, lines, [])
+    return Table("Scaling of the training step (binary gates, p=0.2)", header, lines, _beyond(rows))
 
 
 def memory(rows: list[Row]) -> Table:

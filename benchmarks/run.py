@@ -73,7 +73,8 @@ def measure(given: argparse.Namespace, shared: dict[str, Any]) -> list[dict[str,
         print(lstm_table.text(lstm_table.TABLES[mode](mine)), end="\n\n", flush=True)
         for row in mine:
             if row["gate"] != "passed":
-                print(f"  no time for {row['label']} on {row['case']}: {row['gate']}", flush=True)
+                outcome = "beyond the error budget" if "ms" in row else "no time"
+                print(f"  {row['label']} on {row['case']}: {outcome}, {row['gate']}", flush=True)
         if target:
             harness.append(mine, target)
             print(f"{len(mine)} rows appended to {os.path.relpath(target)}\n", flush=True)

@@ -58,6 +58,14 @@ def test_gate_refuses_other_noise() -> None:
     assert harness.gate(work.outputs(), lstm.budgets(case, -work.noise()), lstm.GRADIENTS).startswith("y: error")
 
 
+def test_only_a_rival_is_timed_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "gate", lambda *args: "y: error 1.0e-01, budget 1.0e-06")
+    ours, rival = Provider("fastseq"), Provider("stock")
+    rows = harness.measure(lstm, Case(5, 3, 16, "infer"), [ours, rival], THREADS, rounds=1)
+    assert ["ms" in row for row in rows] == [False, True]
+    assert {row["gate"] for row in rows} == {"y: error 1.0e-01, budget 1.0e-06"}
+
+
 def test_ratio_pairs_rounds() -> None:
     ours, theirs = {0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 2: 6.0}
     assert harness.ratio(ours, theirs) == (0.5, 0.5, 0.5)

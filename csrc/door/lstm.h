@@ -62,6 +62,7 @@ inline LstmSizes check_lstm(const char* op, const char* data_name, const Array& 
   } else {
     expect_dims(op, data_name, data, "[T, B, 4*H]", 3);
     z.T = data.size[0];
+    z.B = data.size[1];
     z.N = z.T * z.B;
     expect(op, data_name, data, z.type, "[T, B, 4*H]", {z.T, z.B, 4 * z.H});
   }
@@ -102,8 +103,7 @@ struct LstmGrads {
   Array dh, dc, dgates, dh_n, dc_n, gates, h, c;
 };
 
-inline LstmSizes check_lstm_backward(const LstmGrads& g, const LstmState& s, double tau) {
-  const char* const op = "lstm_backward";
+inline LstmSizes check_lstm_backward(const char* op, const LstmGrads& g, const LstmState& s, double tau) {
   const LstmSizes z = check_lstm(op, "gates", g.gates, s, tau);
   if (!g.h.given() || !g.c.given()) fail(op, "h and c of the forward must be given");
   check_data(op, "h", g.h, z, z.P, "P");

@@ -107,7 +107,7 @@ py::tuple lstm_backward(const Optional& dh, const Optional& dc, const Optional& 
   const door::LstmGrads g{view(op, "dh", dh),     view(op, "dc", dc),     view(op, "dgates", dgates),
                           view(op, "dh_n", dh_n), view(op, "dc_n", dc_n), view(op, "gates", gates),
                           view(op, "h", h),       view(op, "c", c)};
-  const door::LstmSizes z = door::check_lstm_backward(g, s, tau);
+  const door::LstmSizes z = door::check_lstm_backward(op, g, s, tau);
   const bool start = s.h_start.given() || s.c_start.given(), project = weights && s.weight_hr.given();
   const auto sized = [&](bool wanted, std::vector<int64_t> size) {
     return empty(z.type, wanted ? size : std::vector<int64_t>{0});

@@ -80,7 +80,7 @@ Seven lstm_backward(Optional dh, Optional dc, Optional dgates, Optional dh_n, Op
   const door::LstmGrads g{view(op, "dh", dh),     view(op, "dc", dc),     view(op, "dgates", dgates),
                           view(op, "dh_n", dh_n), view(op, "dc_n", dc_n), view(op, "gates", gates),
                           view(op, "h", h),       view(op, "c", c)};
-  const door::LstmSizes z = door::check_lstm_backward(g, s, tau);
+  const door::LstmSizes z = door::check_lstm_backward(op, g, s, tau);
   const bool start = s.h_start.given() || s.c_start.given(), project = weights && s.weight_hr.given();
   const auto sized = [&](bool wanted, std::vector<int64_t> size) {
     return empty(gates, wanted ? size : std::vector<int64_t>{0});

@@ -79,7 +79,7 @@ Nine lstm_layer_backward(Optional dh, Optional dc, Optional dgates, Optional dh_
   const door::LstmGrads g{view(op, "dh", dh),     view(op, "dc", dc),     view(op, "dgates", dgates),
                           view(op, "dh_n", dh_n), view(op, "dc_n", dc_n), gates ? view(op, "gates", gates) : as_x,
                           view(op, "h", h),       view(op, "c", c)};
-  const door::LstmSizes z = door::check_lstm_backward(g, s, tau);
+  const door::LstmSizes z = door::check_lstm_backward(op, g, s, tau);
   check_input(op, in, z);
   const core::LstmNoise noise = view_noise(op, seed, rows, z.B, row_offset, stream, noise_probability);
   const bool start = s.h_start.given() || s.c_start.given(), project = weights && s.weight_hr.given();

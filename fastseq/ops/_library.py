@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from fastseq.ops._select import Backend, allowed
 from fastseq.ops._transforms import one_by_one
 
 library = torch.library.Library("fastseq", "FRAGMENT")
@@ -44,3 +46,25 @@ def _load() -> str | None:
 
 
 why_not_compiled = _load()
+
+
+def _cpu_why_not(*args: Any, **kwargs: Any) -> str | None:
+    if why_not_compiled:
+        return why_not_compiled
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    return None if tensor.device.type == "cpu" else f"input is on {tensor.device.type}"
+
+
+def _reference_why_not(*args: Any, **kwargs: Any) -> str | None:
+    """The definition stands in where no kernel exists, not where one is missing by mistake."""
+    if why_not_compiled and allowed() != "reference":
+        return "only where asked for, by FASTSEQ_BACKEND=reference"
+    return None
+
+
+def backends(op: str, definition: Callable[..., Any]) -> tuple[Backend, ...]:
+    """The backends of a compiled operator, best first."""
+    return (
+        Backend("cpu", getattr(torch.ops.fastseq, op), _cpu_why_not),
+        Backend("reference", definition, _reference_why_not),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fastseq import reference
-from fastseq.ops._library import fake, library, no_autocast, why_not_compiled
-from fastseq.ops._select import Backend, choose
+from fastseq.ops._library import backends, fake, library, no_autocast, why_not_compiled
+from fastseq.ops._select import allowed, choose
 from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
 
 library.define("gemm(Tensor a, Tensor b, Tensor? bias=None, bool transpose_a=False, bool transpose_b=False) -> Tensor")
@@ -22,16 +21,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None = None, transpose_a: bool = Fals
     return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
 
 
-def _cpu_why_not(a: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    if why_not_compiled:
-        return why_not_compiled
-    return None if a.device.type == "cpu" else f"input is on {a.device.type}"
-
-
-BACKENDS = (
-    Backend("cpu", torch.ops.fastseq.gemm, _cpu_why_not),
-    Backend("reference", reference.linear, lambda *args, **kwargs: None),
-)
+BACKENDS = backends("gemm", reference.linear)
 
 
 def _run(*args: Any, **kwargs: Any) -> Tensor:
@@ -41,7 +31,7 @@ def _run(*args: Any, **kwargs: Any) -> Tensor:
 
 
 library.impl("gemm", _run, "CUDA")
-if why_not_compiled or os.environ.get("FASTSEQ_BACKEND") == "reference":
+if why_not_compiled or allowed() == "reference":
     library.impl("gemm", _run, "CPU", allow_override=True)
 
 

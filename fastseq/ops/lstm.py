@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseq import reference
-from fastseq.ops._library import fake, library, no_autocast, why_not_compiled
+from fastseq.ops._library import backends, fake, library, no_autocast, why_not_compiled
 from fastseq.ops._select import Backend, allowed, choose
 
 STATE = (
@@ -156,20 +156,6 @@ def backward_reference(*args: Any) -> tuple[Tensor, ...]:
 
 def _noise_reference(seed: Tensor, *args: Any) -> Tensor:
     return reference.gate_noise(seed, *args).to(seed.device)
-
-
-def _cpu_why_not(*args: Any) -> str | None:
-    if why_not_compiled:
-        return why_not_compiled
-    tensor = next(a for a in args if isinstance(a, Tensor))
-    return None if tensor.device.type == "cpu" else f"input is on {tensor.device.type}"
-
-
-def backends(op: str, definition: Any) -> tuple[Backend, ...]:
-    return (
-        Backend("cpu", getattr(torch.ops.fastseq, op), _cpu_why_not),
-        Backend("reference", definition, lambda *args: None),
-    )
 
 
 BACKENDS = {

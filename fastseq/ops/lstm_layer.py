@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastseq import reference
 from fastseq.ops import lstm as _lstm
-from fastseq.ops._library import fake, library
+from fastseq.ops._library import backends, fake, library
 
 library.define(
     f"lstm_layer_forward(Tensor x, Tensor weight_ih, Tensor? bias, {_lstm.STATE}, {_lstm.NOISE}, {_lstm.GATES}, "
@@ -70,8 +70,8 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 BACKENDS = {
-    "lstm_layer_forward": _lstm.backends("lstm_layer_forward", _forward_reference),
-    "lstm_layer_backward": _lstm.backends("lstm_layer_backward", _backward_reference),
+    "lstm_layer_forward": backends("lstm_layer_forward", _forward_reference),
+    "lstm_layer_backward": backends("lstm_layer_backward", _backward_reference),
 }
 for _op in BACKENDS:
     _lstm.register(_op, BACKENDS[_op])

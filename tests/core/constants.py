@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -23,5 +24,7 @@ PANEL_WIDTH = constant("gemm.h", "kMostPanelWidth")
 
 def block_k(K: int) -> int:
     """Terms of each chain in a sum of K: blocks of equal length, a multiple of 8; ``block_k`` of gemm.h."""
-    blocks = max(1, -(-K // BLOCK_K))
-    return max(1, K) if blocks == 1 else -(-(-(-K // blocks)) // 8) * 8
+    if K <= BLOCK_K:
+        return max(1, K)
+    blocks = math.ceil(K / BLOCK_K)
+    return math.ceil(math.ceil(K / blocks) / 8) * 8

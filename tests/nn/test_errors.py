@@ -351,19 +351,30 @@ def test_without_torch() -> None:
     assert run.stderr.splitlines()[-1].startswith("ImportError: fastseq.nn needs torch: install it, then fastseq with")
 
 
-def test_without_the_compiled_operators(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """The definition runs in their place and says so once; a backend that was asked for by name is not replaced."""
-    monkeypatch.setattr("fastseq.ops.lstm.why_not_compiled", "not built (here comes how to)")
-    monkeypatch.setattr("fastseq.ops._select._told", set())
+def test_without_the_compiled_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that says how to build them; the definition runs in their place only where asked for."""
+    monkeypatch.setattr("fastseq.ops._library.why_not_compiled", "not built (here comes how to)")
     monkeypatch.delenv("FASTSEQ_BACKEND", raising=False)
     backends = BACKENDS["lstm_forward"]
+    words = "lstm_forward: no backend can run this call (cpu: not built (here comes how to); reference: only where"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(words)}"):
+        choose("lstm_forward", backends, X)
+    monkeypatch.setenv("FASTSEQ_BACKEND", "reference")
+    assert choose("lstm_forward", backends, X).name == "reference"
+
+
+def test_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The definition runs in its place and says so once; a backend that was asked for by name is not replaced."""
+    monkeypatch.setattr("fastseq.ops._select._told", set())
+    monkeypatch.delenv("FASTSEQ_BACKEND", raising=False)
+    backends, elsewhere = BACKENDS["lstm_forward"], X.to("meta")
     with caplog.at_level(logging.WARNING, "fastseq"):
-        assert [choose("lstm_forward", backends, X).name for _ in range(2)] == ["reference", "reference"]
-    told = ["lstm_forward: using reference, because cpu: not built (here comes how to)"]
+        assert [choose("lstm_forward", backends, elsewhere).name for _ in range(2)] == ["reference", "reference"]
+    told = ["lstm_forward: using reference, because cpu: input is on meta"]
     assert [r.getMessage() for r in caplog.records] == told
     monkeypatch.setenv("FASTSEQ_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match="no backend can run this call \\(cpu: not built"):
-        choose("lstm_forward", backends, X)
+    with pytest.raises(RuntimeError, match="no backend can run this call \\(cpu: input is on meta"):
+        choose("lstm_forward", backends, elsewhere)
 
 
 def test_only_good_weights_pass() -> None:

@@ -63,12 +63,7 @@ FORWARD: dict[str, tuple[Case, str, Change, str]] = {
     "h0_size": (DENSE, "h0", lambda t: t[:2], r"h0 must be \[B, P\] = \[3, 2\], got \[2, 2\]"),
     "h0_dtype": (DENSE, "h0", double, "h0 must be float32, got float64"),
     "h0_stride": (DENSE, "h0", strided, "h0 must be contiguous"),
-    "c0_size": (
-        DENSE,
-        "c0",
-        lambda t: t[:2],
-        r"(x_gates|gates) must be \[T, B, 4\*H\] = \[4, 2, 20\], got \[4, 3, 20\]",
-    ),
+    "c0_size": (DENSE, "c0", lambda t: t[:2], r"c0 must be \[B, H\] = \[3, 5\], got \[2, 5\]"),
     "c0_dtype": (DENSE, "c0", double, "c0 must be float32, got float64"),
     "c0_stride": (DENSE, "c0", strided, "c0 must be contiguous"),
     "weight_hr_size": (DENSE, "weight_hr", wider, r"weight_hr must be \[P, H\] = \[2, 5\], got \[2, 6\]"),
