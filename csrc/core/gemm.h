@@ -11,10 +11,12 @@
 namespace fastseq::core {
 
 constexpr int64_t kBlockK = 384;  // at most
-// Blocks of equal length: a short one at the end would cost as many reads and writes of the result as a long one.
+// At least 1. Blocks are as even as multiples of 8 allow: a short one at the end would cost as many reads and writes of
+// the result as a long one.
 constexpr int64_t block_k(int64_t K) {
-  const int64_t blocks = K <= kBlockK ? 1 : (K + kBlockK - 1) / kBlockK;
-  return blocks == 1 ? K : ((K + blocks - 1) / blocks + 7) / 8 * 8;
+  if (K <= kBlockK) return K > 1 ? K : 1;
+  const int64_t blocks = (K + kBlockK - 1) / kBlockK;
+  return ((K + blocks - 1) / blocks + 7) / 8 * 8;
 }
 
 // A matrix in memory. Row i begins at rows[i], or at data + i * stride where rows is null; its elements are contiguous.
@@ -49,10 +51,6 @@ template <class R>
 size_t gemm_scratch(const GemmArgs<R>& args, int most);
 template <class R>
 void gemm(const GemmArgs<R>& args, R* scratch, const Team& team) noexcept;
-// The same inside a team that is running already: called on each of its threads, none of which may draw from the
-// barrier afterwards before all have waited.
-template <class R>
-void gemm_in_team(const GemmArgs<R>& args, R* scratch, int rank, int size, Barrier& barrier) noexcept;
 
 // ---- what an instruction set provides; see isa.h ----
 

@@ -1,5 +1,5 @@
-// The register tile and the packing of its operands. A tile is M rows by P panels of two vectors. The rows of A are
-// read where they lie: each of their cache lines serves many steps, and a packed copy would cost more than it saves.
+// The register tile and the packing of its operands. A tile is M rows by P panels of two vectors; the rows of A are
+// reached through pointers, so that it is for the caller to decide whether they are copied.
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 

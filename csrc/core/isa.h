@@ -20,9 +20,8 @@ struct Table {
   void (*pack_columns)(const PackArgs<R>& args);
   void (*lstm_cell_forward)(const CellForward<R>& args);
   void (*lstm_cell_backward)(const CellBackward<R>& args);
-  // noise of `units` units from `unit` on, for each of `count` rows: [count][2][panel_width], i then f
-  void (*lstm_noise)(const LstmNoise& noise, int64_t unit, int64_t units, int64_t step, const int64_t* rows,
-                     int64_t count, R* out);
+  // noise of a panel of units from `unit` on, for each of `count` rows: [count][2][panel_width], i then f
+  void (*lstm_noise)(const LstmNoise& noise, int64_t unit, int64_t step, const int64_t* rows, int64_t count, R* out);
 };
 
 struct Kernels {

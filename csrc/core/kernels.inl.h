@@ -12,6 +12,7 @@
 #include "core/lstm.inl.h"
 
 namespace fastseq::core::FASTSEQ_ISA {
+static_assert(kTileRows <= kMostTileRows && kPanel<float> <= kMostPanelWidth);
 
 extern const Kernels table;
 constinit const Kernels table = {

@@ -65,7 +65,7 @@ struct LstmBackward {
   R* dweight_hh;                            // [4H, P] out, or null
   R* dweight_hr;                            // [P, H]  out, or null
   R *dh0, *dc0;                             // [B, P], [B, H] out
-  R *dh_start, *dc_start;                   // [P], [H] out, or both null
+  R *dh_start, *dc_start;                   // [P], [H] out, or both null, as where args has no start state
 };
 
 // Elements of scratch for a team of at most `most`; uninitialised, 64-byte aligned.

@@ -124,15 +124,6 @@ inline void each_part(int64_t rows, int64_t units, Visit visit) {
   }
 }
 
-template <class R, class Visit>
-inline void each_vector(int64_t rows, int64_t units, Visit visit) {
-  for (int64_t row = 0; row < rows; ++row) {
-    int64_t at = 0;
-    for (; at + kLanes<R> <= units; at += kLanes<R>) visit(row, Units<R, true, 1>{at, 0});
-    if (at < units) visit(row, Units<R, false, 1>{at, units - at});
-  }
-}
-
 template <class R>
 void lstm_cell_forward(const CellForward<R>& s) {
   each_part<R, 1>(s.rows, s.units, [&](int64_t row, auto u, auto) { cell_forward(s, row, u); });
@@ -143,7 +134,7 @@ void lstm_cell_forward(const CellForward<R>& s) {
 
 template <class R>
 void lstm_cell_backward(const CellBackward<R>& s) {
-  each_vector<R>(s.rows, s.units, [&](int64_t row, auto u) { cell_backward(s, row, u); });
+  each_part<R, 1>(s.rows, s.units, [&](int64_t row, auto u, auto) { cell_backward(s, row, u); });
 }
 
 }  // namespace

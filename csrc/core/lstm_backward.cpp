@@ -1,6 +1,6 @@
-// Backward over time: the gradient of each step's pre-activations times the recurrent weights gives the
-// gradient of the state before it, and the cell's derivative follows while the tile is in the nearest cache. One
-// barrier per step (two with projection). The weights' gradients are one product each after the loop, in the same team.
+// Backward over time: the gradient of each step's pre-activations times the recurrent weights gives the gradient of the
+// state before it, and the cell's derivative follows while the tile is in the nearest cache. At most one barrier per
+// step (two with projection). The weights' gradients are one product each after the loop.
 #include <cstring>
 
 #include "core/flush.h"
@@ -107,7 +107,7 @@ void Backward<R>::from_last(int64_t last, Range panels, Range part, R* out) cons
   product(table, rest);
 }
 
-// dh of step t from its own gradient and from the step processed after it, `last`: [cap][width]. Where a segment ends
+// dh of step t from its own gradient and from the step processed after it, `last`: [rows][width]. Where a segment ends
 // between the two the latter goes to the start state, where the row begins at `last` to the initial state. t may lie
 // outside 0 .. T-1: then only the latter two happen.
 template <class R>
@@ -199,7 +199,7 @@ void run_steps(const Backward<R>& b, int rank, int size, Barrier& barrier) {
   const bool projected = a.weight_hr != nullptr, whole = b.call.dh_start != nullptr;
   const int64_t width = b.tiling.width;
   R* const mine = b.local + rank * b.local_size;
-  R* const dh = mine + b.group * b.tiling.most * width;
+  R* const dh = mine + b.group * b.tiling.tile_rows * width;
   for (int64_t s = 0; s <= a.T; ++s) {
     const int64_t t = rows.step(a.T - 1 - s), last = rows.step(a.T - s);  // after the loop over time: t is outside
     const int64_t n = std::max(rows.count(t), rows.count(last));
@@ -220,7 +220,7 @@ void run_steps(const Backward<R>& b, int rank, int size, Barrier& barrier) {
         for (int64_t p = 0; p < count; ++p, ++panel) finish(panel, part, mine + p * width, count * width);
       }
     } else {
-      b.tiling.each(b.split, whole, b.tiling.panels(a.P), n, s, rank, size, [&](int64_t panel, int64_t tile) {
+      b.tiling.each(whole, b.tiling.panels(a.P), n, s, rank, size, [&](int64_t panel, int64_t tile) {
         const Range part = b.tiling.tile(tile, n);
         if (!projected) b.ahead(t, panel * width, std::min(width, a.H - panel * width), part);
         b.from_last(last, {panel, panel + 1}, part, mine);
@@ -229,7 +229,7 @@ void run_steps(const Backward<R>& b, int rank, int size, Barrier& barrier) {
     }
     if (!b.split.by_rows) barrier.wait();
     if (!projected) continue;
-    b.tiling.each(b.split, whole, b.tiling.panels(a.H), n, s, rank, size, [&](int64_t panel, int64_t tile) {
+    b.tiling.each(whole, b.tiling.panels(a.H), n, s, rank, size, [&](int64_t panel, int64_t tile) {
       const Range part = b.tiling.tile(tile, n);
       b.cut_c(last, panel, part);
       b.inner_tile(t, panel, part, mine);
@@ -287,7 +287,7 @@ int64_t group_of(const LstmArgs<R>& a, const Table<R>& table) {
   return 2 * a.B <= table.tile_rows ? 4 : 1;
 }
 int64_t local_size(const Tiling& tiling, int64_t group) {
-  return Tiling::round_up((group + 1) * tiling.most * tiling.width);
+  return Tiling::round_up((group + 1) * tiling.tile_rows * tiling.width);
 }
 
 }  // namespace

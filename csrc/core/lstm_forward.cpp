@@ -3,6 +3,7 @@
 // is in the nearest cache.
 #include <cstring>
 
+#include "core/flush.h"
 #include "core/isa.h"
 #include "core/lstm.h"
 #include "core/lstm_rows.h"
@@ -70,7 +71,7 @@ template <class R>
 void Forward<R>::cell_tile(int64_t t, int64_t panel, Range part, R* mine) const {
   const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.H - unit);
   R* const pre = mine;
-  R* const noise = pre + tiling.most * 4 * width;
+  R* const noise = pre + tiling.tile_rows * 4 * width;
   for (int64_t r = part.begin; r < part.end; ++r) {
     const int64_t e = rows.element(t, r);
     prefetch<4>(call.x_gates + e * 4 * a.H + unit, a.H, units);
@@ -107,7 +108,7 @@ void Forward<R>::cell_tile(int64_t t, int64_t panel, Range part, R* mine) const 
     cell.gates[i] = call.gates ? call.gates + e * 4 * a.H + unit : nullptr;
     cell.out[i] = (inner ? inner + r * a.H : call.h + e * a.H) + unit;
   }
-  if (call.noise.on) table.lstm_noise(call.noise, unit, units, t, batch, cell.rows, noise);
+  if (call.noise.on) table.lstm_noise(call.noise, unit, t, batch, cell.rows, noise);
   table.lstm_cell_forward(cell);
   if (!inner) last_state(t, unit, units, part);
 }
@@ -141,11 +142,11 @@ void body(const void* context, int rank, int size, Barrier& barrier) {
   barrier.wait();
   for (int64_t s = 0; s < f.a.T; ++s) {
     const int64_t t = f.rows.step(s), n = f.rows.count(t);
-    f.tiling.each(f.split, false, f.tiling.panels(f.a.H), n, s, rank, size,
+    f.tiling.each(false, f.tiling.panels(f.a.H), n, s, rank, size,
                   [&](int64_t panel, int64_t tile) { f.cell_tile(t, panel, f.tiling.tile(tile, n), mine); });
     if (!f.split.by_rows) barrier.wait();
     if (!f.a.weight_hr) continue;
-    f.tiling.each(f.split, false, f.tiling.panels(f.a.P), n, s, rank, size,
+    f.tiling.each(false, f.tiling.panels(f.a.P), n, s, rank, size,
                   [&](int64_t panel, int64_t tile) { f.projection_tile(t, panel, f.tiling.tile(tile, n), mine); });
     if (!f.split.by_rows) barrier.wait();
   }
@@ -167,7 +168,7 @@ void zero_padding(const LstmForward<R>& call) {
 
 template <class R>
 int64_t local_size(const Tiling& tiling) {
-  return Tiling::round_up(6 * tiling.most * tiling.width);
+  return Tiling::round_up(6 * tiling.tile_rows * tiling.width);
 }
 
 template <class R>

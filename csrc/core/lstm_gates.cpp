@@ -34,7 +34,7 @@ void cell_row(const Cells<R>& cells, int64_t t, int64_t r) {
     R* const gates = call.gates + e * 4 * a.H + unit;
     for (int64_t g = 0; g < 4; ++g) std::memcpy(pre + g * width, gates + g * a.H, units * sizeof(R));
     const int64_t batch = rows.batch(r);
-    if (call.noise.on) cells.table.lstm_noise(call.noise, unit, units, t, &batch, 1, noise);
+    if (call.noise.on) cells.table.lstm_noise(call.noise, unit, t, &batch, 1, noise);
     CellForward<R> cell;
     cell.rows = 1;
     cell.units = units;
@@ -80,7 +80,7 @@ void noise_body(const void* context, int rank, int size, Barrier&) {
     for (int64_t unit = 0; unit < call.H; unit += table.panel_width) {
       const int64_t units = std::min<int64_t>(table.panel_width, call.H - unit);
       const int64_t batch = row % call.B;
-      table.lstm_noise(call.noise, unit, units, row / call.B, &batch, 1, tile);
+      table.lstm_noise(call.noise, unit, row / call.B, &batch, 1, tile);
       for (int64_t g = 0; g < 2; ++g) {
         std::memcpy(call.out + (2 * row + g) * call.H + unit, tile + g * table.panel_width, units * sizeof(R));
       }

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "core/flush.h"
 #include "core/isa.h"
 #include "core/lstm.h"
 
@@ -94,13 +93,13 @@ struct Split {
 
 // Rows in tiles, as even as can be, units in panels of `width`.
 struct Tiling {
-  int64_t parts, most, width;
+  int64_t parts, tile_rows, width;
 
   template <class R>
   Tiling(const Split& split, const Table<R>& table)
-      : parts(split.by_rows ? split.size : 1), most(table.tile_rows), width(table.panel_width) {}
+      : parts(split.by_rows ? split.size : 1), tile_rows(table.tile_rows), width(table.panel_width) {}
   int64_t panels(int64_t units) const { return (units + width - 1) / width; }
-  int64_t tiles(int64_t rows) const { return (rows + parts * most - 1) / (parts * most) * parts; }
+  int64_t tiles(int64_t rows) const { return (rows + parts * tile_rows - 1) / (parts * tile_rows) * parts; }
   Range tile(int64_t number, int64_t rows) const {
     return share(rows, static_cast<int>(number), static_cast<int>(tiles(rows)));
   }
@@ -108,17 +107,17 @@ struct Tiling {
   // `whole_panels`: all tiles of a panel on one thread. Every other step goes through the panels backwards, to begin
   // with those weights that the step before left in the caches.
   template <class Visit>
-  void each(const Split& split, bool whole_panels, int64_t panels, int64_t rows, int64_t step, int rank, int size,
-            Visit visit) const {
+  void each(bool whole_panels, int64_t panels, int64_t rows, int64_t step, int rank, int size, Visit visit) const {
     const int64_t tiles = this->tiles(rows);
-    const Range mine = share(split.by_rows ? tiles : whole_panels ? panels : panels * tiles, rank, size);
-    const int64_t begin = split.by_rows ? 0 : whole_panels ? mine.begin * tiles : mine.begin;
-    const int64_t end = split.by_rows ? panels * tiles : whole_panels ? mine.end * tiles : mine.end;
+    const bool by_rows = parts > 1;
+    const Range mine = share(by_rows ? tiles : whole_panels ? panels : panels * tiles, rank, size);
+    const int64_t begin = by_rows ? 0 : whole_panels ? mine.begin * tiles : mine.begin;
+    const int64_t end = by_rows ? panels * tiles : whole_panels ? mine.end * tiles : mine.end;
     if (begin >= end) return;
     const int64_t first = begin / tiles, last = (end - 1) / tiles;
     for (int64_t n = first; n <= last; ++n) {
       const int64_t panel = step & 1 ? last - (n - first) : n;
-      if (split.by_rows) {
+      if (by_rows) {
         for (int64_t tile = mine.begin; tile < mine.end; ++tile) visit(panel, tile);
       } else {
         const int64_t from = std::max(begin - panel * tiles, int64_t(0)), to = std::min(end - panel * tiles, tiles);
@@ -150,7 +149,6 @@ inline void product(const Table<R>& table, TileArgs<R>& t) {
     for (int64_t i = 0; i < t.rows; ++i) t.a[i] += block;
     t.b += block * table.panel_width;
     t.init = Init::result;
-    if (block == 0) break;
   }
 }
 

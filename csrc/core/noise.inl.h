@@ -77,35 +77,32 @@ inline Vec<R> logit(const uint32_t* words, const uint32_t* mask, int32_t thresho
 }
 
 template <class R>
-void lstm_noise(const LstmNoise& noise, int64_t unit, int64_t units, int64_t step, const int64_t* rows, int64_t count,
-                R* out) {
+void lstm_noise(const LstmNoise& noise, int64_t unit, int64_t step, const int64_t* rows, int64_t count, R* out) {
   const double level = noise.probability * 16777216.0 - 0.5;
   const int32_t floor = level <= 0 ? 0 : (int32_t)level, threshold = floor + (floor < level ? 1 : 0);
   const Keys keys(noise.seed);
-  constexpr int kBlocks = kPanel<R> >= 4 * kCounters ? 4 : 2;  // a whole panel, or what registers hold
+  constexpr int kBlocks = kPanel<R> / kCounters;
   const VecU64 lane = lane_numbers() + (uint64_t)unit;
   for (int64_t row = 0; row < count; ++row, out += 2 * kPanel<R>) {
     const uint64_t number = (uint64_t)((noise.rows ? noise.rows[rows[row]] : rows[row]) + noise.row_offset);
-    for (int64_t u = 0; u < units; u += kBlocks * kCounters) {
-      Words c[kBlocks];
+    Words c[kBlocks];
 #pragma GCC unroll 4
-      for (int i = 0; i < kBlocks; ++i) {
-        c[i] = {{lane + (uint64_t)(u + i * kCounters), VecU64{} + (uint64_t)step, VecU64{} + number,
-                 VecU64{} + (uint64_t)noise.stream}};
-      }
-      philox_rounds<kBlocks>(c, keys);
+    for (int i = 0; i < kBlocks; ++i) {
+      c[i] = {{lane + (uint64_t)(i * kCounters), VecU64{} + (uint64_t)step, VecU64{} + number,
+               VecU64{} + (uint64_t)noise.stream}};
+    }
+    philox_rounds<kBlocks>(c, keys);
 #pragma GCC unroll 2
-      for (int i = 0; i < kBlocks; i += 2) {
-        VecU32 words[4];
+    for (int i = 0; i < kBlocks; i += 2) {
+      VecU32 words[4];
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) words[n] = low_words(c[i].w[n], c[i + 1].w[n]);
+      for (int n = 0; n < 4; ++n) words[n] = low_words(c[i].w[n], c[i + 1].w[n]);
 #pragma GCC unroll 2
-        for (int at = 0; at < 2 * kCounters; at += kLanes<R>) {
-          const auto word = [&](int n) { return (const uint32_t*)&words[n] + at; };
-          R* const to = out + u + i * kCounters + at;
-          store(to, logit<R>(word(0), word(1), threshold));
-          store(to + kPanel<R>, logit<R>(word(2), word(3), threshold));
-        }
+      for (int at = 0; at < 2 * kCounters; at += kLanes<R>) {
+        const auto word = [&](int n) { return (const uint32_t*)&words[n] + at; };
+        R* const to = out + i * kCounters + at;
+        store(to, logit<R>(word(0), word(1), threshold));
+        store(to + kPanel<R>, logit<R>(word(2), word(3), threshold));
       }
     }
   }

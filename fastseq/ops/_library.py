@@ -1,4 +1,4 @@
-"""The one torch library of fastseq, and the loading of its compiled operators."""
+"""The one torch library of fastseq, the loading of its compiled operators, and their backends."""
 
 from __future__ import annotations
 
@@ -48,16 +48,18 @@ def _load() -> str | None:
 why_not_compiled = _load()
 
 
+def _device(args: tuple[Any, ...]) -> str:
+    return next(a.device.type for a in args if isinstance(a, Tensor))
+
+
 def _cpu_why_not(*args: Any, **kwargs: Any) -> str | None:
-    if why_not_compiled:
-        return why_not_compiled
-    tensor = next(a for a in args if isinstance(a, Tensor))
-    return None if tensor.device.type == "cpu" else f"input is on {tensor.device.type}"
+    device = _device(args)
+    return why_not_compiled if device == "cpu" else f"input is on {device}"
 
 
 def _reference_why_not(*args: Any, **kwargs: Any) -> str | None:
     """The definition stands in where no kernel exists, not where one is missing by mistake."""
-    if why_not_compiled and allowed() != "reference":
+    if why_not_compiled and _device(args) == "cpu" and allowed() != "reference":
         return "only where asked for, by FASTSEQ_BACKEND=reference"
     return None
 

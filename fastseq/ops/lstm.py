@@ -166,12 +166,12 @@ BACKENDS = {
 }
 
 
-def register(op: str, backends: tuple[Backend, ...]) -> None:
+def register(op: str, table: tuple[Backend, ...]) -> None:
     """Give torch the implementations that are not compiled ones."""
 
     def run(*args: Any) -> Any:
         with no_autocast():
-            return choose(op, backends, *args).run(*args)
+            return choose(op, table, *args).run(*args)
 
     library.impl(op, run, "CUDA")
     if why_not_compiled or allowed() == "reference":

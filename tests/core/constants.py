@@ -23,7 +23,7 @@ PANEL_WIDTH = constant("gemm.h", "kMostPanelWidth")
 
 
 def block_k(K: int) -> int:
-    """Terms of each chain in a sum of K: blocks of equal length, a multiple of 8; ``block_k`` of gemm.h."""
+    """Terms of each chain in a sum of K: ``block_k`` of gemm.h."""
     if K <= BLOCK_K:
         return max(1, K)
     blocks = math.ceil(K / BLOCK_K)

@@ -24,6 +24,7 @@ LARGE = {
     "square": Case(3, 45, 130),
     "deep": Case(2, 2, 700),
     "projection": Case(3, 37, 150, P=141, **cases.ALL),
+    "by_rows": Case(3, 45, 130, P=70, reset=True, noise=0.2, reverse=True),
     "lengths": Case(5, 37, 130, layout="lengths", **cases.ALL),
     "packed_reverse": Case(5, 37, 130, layout="packed", reverse=True, **cases.ALL),
 }
