@@ -35,9 +35,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="measure nothing: write README's table from the rows")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="where the rows go, and come from for --markdown")
     given = parser.parse_args()
-    for mode in (given.mode or "").split(",") if given.mode else []:
-        if mode not in lstm_table.TABLES:
-            parser.error(f"--mode: {mode} is none of {', '.join(lstm_table.TABLES)}")
+    for option, known in (("mode", lstm_table.TABLES), ("providers", lstm.PROVIDERS)):
+        for name in getattr(given, option).split(",") if getattr(given, option) else []:
+            if name not in known:
+                parser.error(f"--{option}: {name} is none of {', '.join(known)}")
+    for name in given.cases.split(",") if given.cases else []:
+        try:
+            lstm.Case.parse(name, "train")
+        except ValueError as error:
+            parser.error(f"--cases: {error}")
     return given
 
 

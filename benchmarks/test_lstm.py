@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import harness, lstm
+from benchmarks import harness, lstm, run
 from benchmarks.lstm import Case, Provider
 
 THREADS = 2
@@ -64,6 +64,21 @@ def test_only_a_rival_is_timed_beyond_the_budget(monkeypatch: pytest.MonkeyPatch
     rows = harness.measure(lstm, Case(5, 3, 16, "infer"), [ours, rival], THREADS, rounds=1)
     assert ["ms" in row for row in rows] == [False, True]
     assert {row["gate"] for row in rows} == {"y: error 1.0e-01, budget 1.0e-06"}
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--providers", "rocket"], "--providers: rocket is none of fastseq, recompute, stock"),
+        (["--mode", "infer,dream"], "--mode: dream is none of train, infer"),
+        (["--cases", "T5"], "--cases: case must look like T100_B1_H128, got T5"),
+    ],
+)
+def test_wrong_usage(given: list[str], said: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["run", "lstm", *given])
+    with pytest.raises(SystemExit) as exit:
+        run.arguments()
+    assert exit.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_ratio_pairs_rounds() -> None:

@@ -43,7 +43,10 @@ def replace(model: M, gates: str = "sigmoid", **options: Any) -> M:
 
     Raises:
         ArgumentError: a bad option; nothing has been swapped then.
+        TypeError: ``model`` is no module, or an option is unknown.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace: model should be of type nn.Module, got: {type(model).__name__}")
     for name in options:
         if name not in (*_GATE_OPTIONS, *_LAYER_OPTIONS):
             expected = ", ".join(("gates", *_GATE_OPTIONS, *_LAYER_OPTIONS))

@@ -6,13 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-
-from tests.core.constants import block_k
 
 OUTPUTS, GRADIENTS = 2, 3  # factors over the error of the plain computation
 
@@ -29,9 +25,8 @@ def assert_within_budget(
     Truth is ``reference(*inputs)`` in float64, naive the same in the dtype of ``got``. The error, relative to the
     largest true value of each output, may be ``factor`` times that of naive, plus four roundings.
 
-    Naive is the worst of two runs, with products summed in torch's order, which depends on the sizes, and in the order
-    that ``csrc/core/gemm.h`` promises. And a result of few numbers can be right by luck, so for these there are more
-    runs, from inputs that are moved by one rounding at most.
+    A naive result of few numbers can be right by luck. For these the worst of several runs counts, all but the first
+    from inputs that are moved by one rounding at most.
 
     A float64 result has no wider type to be judged by. There naive is the error that the reference makes in float32
     on the same inputs rounded to float32, scaled by the ratio of the two roundings; truth is the reference in
@@ -102,50 +97,9 @@ def _naive(reference: Callable[..., Any], inputs: Sequence[Any], truth: tuple[Te
     generator = torch.Generator().manual_seed(0)
     fewest = min((t.numel() for t in truth if t is not None and t.numel()), default=512)
     runs = [errors(inputs)]
-    with InOrder():
-        runs.append(errors(inputs))
-        for _ in range(1, min(8, 512 // fewest)):
-            runs.append(errors([_moved(value, generator) for value in inputs]))
+    for _ in range(1, min(8, 512 // fewest)):
+        runs.append(errors([_moved(value, generator) for value in inputs]))
     return [max(of_one) for of_one in zip(*runs, strict=True)]
-
-
-class InOrder(TorchFunctionMode):
-    """Inside this, ``a @ b`` of matrices is summed block by block in ascending order, in its gradients too."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.matmul, torch.matmul) and args[0].dim() == args[1].dim() == 2:
-            return _Product.apply(*args)
-        return func(*args, **(kwargs or {}))
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        out = a.new_zeros(len(a), b.shape[1])
-        block = block_k(len(b))
-        for k in range(0, len(b), block):
-            out += _chain(a[:, k : k + block], b[k : k + block])
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        a, b = ctx.saved_tensors
-        return _Product.apply(d, b.mT), _Product.apply(a.mT, d)
-
-
-def _chain(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` with every element added up from zero, one product after the other."""
-    if len(a) * b.shape[1] > 4096 or a.dtype not in (torch.float32, torch.float64):
-        out = a.new_zeros(len(a), b.shape[1])
-        for k in range(len(b)):
-            out.addr_(a[:, k], b[k])
-        return out
-    products = (a[:, :, None] * b).detach().numpy()  # one call for few numbers, where the loop is slow
-    return torch.from_numpy(np.add.accumulate(products, axis=1)[:, -1])
 
 
 def _evaluate(reference: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:

@@ -262,11 +262,6 @@ void zero_padding(const Backward<R>& b) {
 }
 
 template <class R>
-int64_t index_size(const LstmArgs<R>& a) {
-  return Tiling::round_up((Rows::need(a.T, a.B) + a.N) * sizeof(int64_t) / sizeof(R));
-}
-
-template <class R>
 GemmArgs<R> gemm_hh(const LstmArgs<R>& a, const R* dx_gates, const R* const* h_in, R* out) {
   return {4 * a.H, a.P, a.N, {dx_gates, 4 * a.H, nullptr}, {nullptr, 0, h_in}, true, false, nullptr, out};
 }
@@ -287,7 +282,7 @@ int64_t group_of(const LstmArgs<R>& a, const Table<R>& table) {
   return 2 * a.B <= table.tile_rows ? 4 : 1;
 }
 int64_t local_size(const Tiling& tiling, int64_t group) {
-  return Tiling::round_up((group + 1) * tiling.tile_rows * tiling.width);
+  return round_up((group + 1) * tiling.tile_rows * tiling.width);
 }
 
 }  // namespace
@@ -296,10 +291,10 @@ template <class R>
 size_t lstm_backward_scratch(const LstmArgs<R>& a, bool weights, int most) {
   const Table<R>& table = table_of<R>(kernels());
   const Tiling tiling(Split(a, sums(a), most), table);
-  int64_t size = index_size(a) + tiling.panels(a.P) * 4 * a.H * tiling.width;
-  if (a.weight_hr) size += tiling.panels(a.H) * a.P * tiling.width + Tiling::round_up(a.B * a.P);
-  if (a.weight_hr && weights) size += Tiling::round_up(a.N * a.P) + Tiling::round_up(a.N * a.H);
-  size += Tiling::round_up(std::max(a.P, a.H)) + most * local_size(tiling, group_of(a, table));
+  int64_t size = index_size(a, a.N) + tiling.panels(a.P) * 4 * a.H * tiling.width;
+  if (a.weight_hr) size += tiling.panels(a.H) * a.P * tiling.width + round_up(a.B * a.P);
+  if (a.weight_hr && weights) size += round_up(a.N * a.P) + round_up(a.N * a.H);
+  size += round_up(std::max(a.P, a.H)) + most * local_size(tiling, group_of(a, table));
   if (!weights) return size;
   size_t product = gemm_scratch(gemm_hh<R>(a, nullptr, nullptr, nullptr), most);
   if (a.weight_hr) product = std::max(product, gemm_scratch(gemm_hr<R>(a, nullptr, nullptr, nullptr), most));
@@ -310,7 +305,7 @@ template <class R>
 void lstm_backward(const LstmBackward<R>& call, R* scratch, const Team& team) noexcept {
   const LstmArgs<R>& a = call.args;
   const Table<R>& table = table_of<R>(kernels());
-  int64_t* const index = reinterpret_cast<int64_t*>(take(scratch, index_size(a)));
+  int64_t* const index = reinterpret_cast<int64_t*>(take(scratch, index_size(a, a.N)));
   const Rows rows(a, index);
   const Split split(a, sums(a), team.most);
   const Tiling tiling(split, table);
@@ -318,13 +313,13 @@ void lstm_backward(const LstmBackward<R>& call, R* scratch, const Team& team) no
   b.weight_hh = take(scratch, tiling.panels(a.P) * 4 * a.H * tiling.width);
   if (a.weight_hr) {
     b.weight_hr = take(scratch, tiling.panels(a.H) * a.P * tiling.width);
-    b.dh_step = take(scratch, Tiling::round_up(a.B * a.P));
+    b.dh_step = take(scratch, round_up(a.B * a.P));
   }
   if (a.weight_hr && call.dweight_hr) {
-    b.dh_all = take(scratch, Tiling::round_up(a.N * a.P));
-    b.inner = take(scratch, Tiling::round_up(a.N * a.H));
+    b.dh_all = take(scratch, round_up(a.N * a.P));
+    b.inner = take(scratch, round_up(a.N * a.H));
   }
-  b.zeros = take(scratch, Tiling::round_up(std::max(a.P, a.H)));
+  b.zeros = take(scratch, round_up(std::max(a.P, a.H)));
   std::fill(b.zeros, b.zeros + std::max(a.P, a.H), R(0));
   b.group = group_of(a, table);
   b.local_size = local_size(tiling, b.group);

@@ -168,12 +168,7 @@ void zero_padding(const LstmForward<R>& call) {
 
 template <class R>
 int64_t local_size(const Tiling& tiling) {
-  return Tiling::round_up(6 * tiling.tile_rows * tiling.width);
-}
-
-template <class R>
-int64_t index_size(const LstmArgs<R>& a) {
-  return Tiling::round_up(Rows::need(a.T, a.B) * sizeof(int64_t) / sizeof(R));
+  return round_up(6 * tiling.tile_rows * tiling.width);
 }
 
 }  // namespace
@@ -183,8 +178,8 @@ size_t lstm_forward_scratch(const LstmArgs<R>& a, int most) {
   const Table<R>& table = table_of<R>(kernels());
   const Tiling tiling(Split(a, false, most), table);
   int64_t size = index_size(a) + tiling.panels(a.H) * 4 * a.P * tiling.width;
-  if (a.weight_hr) size += tiling.panels(a.P) * a.H * tiling.width + Tiling::round_up(a.B * a.H);
-  return size + Tiling::round_up(a.P) + most * local_size<R>(tiling);
+  if (a.weight_hr) size += tiling.panels(a.P) * a.H * tiling.width + round_up(a.B * a.H);
+  return size + round_up(a.P) + most * local_size<R>(tiling);
 }
 
 template <class R>
@@ -199,9 +194,9 @@ void lstm_forward(const LstmForward<R>& call, R* scratch, const Team& team) noex
   f.weight_hh = take(scratch, tiling.panels(a.H) * 4 * a.P * tiling.width);
   if (a.weight_hr) {
     f.weight_hr = take(scratch, tiling.panels(a.P) * a.H * tiling.width);
-    f.inner = take(scratch, Tiling::round_up(a.B * a.H));
+    f.inner = take(scratch, round_up(a.B * a.H));
   }
-  f.zeros = take(scratch, Tiling::round_up(a.P));
+  f.zeros = take(scratch, round_up(a.P));
   std::fill(f.zeros, f.zeros + a.P, R(0));
   f.local = scratch;
   zero_padding(call);

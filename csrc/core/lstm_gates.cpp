@@ -89,11 +89,6 @@ void noise_body(const void* context, int rank, int size, Barrier&) {
 }
 
 template <class R>
-int64_t index_size(const LstmArgs<R>& a) {
-  return Tiling::round_up((Rows::need(a.T, a.B) + a.N) * sizeof(int64_t) / sizeof(R));
-}
-
-template <class R>
 GemmArgs<R> product(const LstmArgs<R>& a, const R* const* h_in, R* gates) {
   return {a.N, 4 * a.H, a.P, {nullptr, 0, h_in}, {a.weight_hh, a.P, nullptr}, false, true, nullptr, gates};
 }
@@ -102,15 +97,15 @@ GemmArgs<R> product(const LstmArgs<R>& a, const R* const* h_in, R* gates) {
 
 template <class R>
 size_t lstm_gates_scratch(const LstmArgs<R>& a, int most) {
-  return index_size(a) + Tiling::round_up(a.P) + gemm_scratch(product<R>(a, nullptr, nullptr), most);
+  return index_size(a, a.N) + round_up(a.P) + gemm_scratch(product<R>(a, nullptr, nullptr), most);
 }
 
 template <class R>
 void lstm_gates(const LstmGates<R>& call, R* scratch, const Team& team) noexcept {
   const LstmArgs<R>& a = call.args;
-  int64_t* const index = reinterpret_cast<int64_t*>(take(scratch, index_size(a)));
+  int64_t* const index = reinterpret_cast<int64_t*>(take(scratch, index_size(a, a.N)));
   const Rows rows(a, index);
-  R* const zeros = take(scratch, Tiling::round_up(a.P));
+  R* const zeros = take(scratch, round_up(a.P));
   std::fill(zeros, zeros + a.P, R(0));
   const R** const h_in = reinterpret_cast<const R**>(index + Rows::need(a.T, a.B));
   entering<R>(rows, a, call.h, zeros, h_in);

@@ -10,7 +10,7 @@ namespace {
 
 template <class R>
 int64_t buffer_size(const LstmArgs<R>& a) {
-  return Tiling::round_up(a.N * 4 * a.H);
+  return round_up(a.N * 4 * a.H);
 }
 
 template <class R>

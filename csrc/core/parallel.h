@@ -62,6 +62,9 @@ inline void run_alone(int, Team::Body body, const void* context) {
   body(context, 0, 1, barrier);
 }
 
+// Elements of scratch up to the next boundary of 64 bytes, of any element type.
+inline int64_t round_up(int64_t n) { return (n + 15) / 16 * 16; }
+
 // The share of `rank` in `count` items, as even as can be.
 struct Range {
   int64_t begin, end;

@@ -18,41 +18,18 @@ from fastseq.ops.lstm import PLAIN, Options, backward_reference
 class LSTM(Function):
     """Autograd of a layer: the input product, where there is a weight_ih, and the recurrence.
 
-    x is [T, B, I] or packed [N, I] (the pre-activations themselves where weight_ih is None), bias [4*H] or None, save 2
-    or 1 as in ``lstm_forward``. h, c and gates are all differentiable: double backward passes through them.
+    Takes the arguments of ``lstm_layer_forward``: x is [T, B, I] or packed [N, I] (the pre-activations themselves where
+    weight_ih is None), bias [4*H] or None, ``save`` 2 or 1. h, c and gates are all differentiable: double backward
+    passes through them.
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight_ih: Tensor | None,
-        bias: Tensor | None,
-        weight_hh: Tensor,
-        h0: Tensor,
-        c0: Tensor,
-        weight_hr: Tensor | None,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-        reset: Tensor | None,
-        h_start: Tensor | None,
-        c_start: Tensor | None,
-        seed: Tensor | None,
-        rows: Tensor | None,
-        row_offset: int,
-        stream: int,
-        noise_probability: float,
-        tau: float,
-        hard: bool,
-        reverse: bool,
-        save: int,
-    ) -> tuple[Tensor, ...]:
-        product = () if weight_ih is None else (weight_ih, bias)
-        run = torch.ops.fastseq.lstm_layer_forward if product else torch.ops.fastseq.lstm_forward
-        out: tuple[Tensor, ...] = run.default(
-            *(x, *product),
-            *(weight_hh, h0, c0, weight_hr, lengths, batch_sizes, reset, h_start, c_start),
-            *(seed, rows, row_offset, stream, noise_probability, tau, hard, reverse, save),
-        )
+    def forward(x: Tensor, weight_ih: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...]
+        if weight_ih is None:
+            out = torch.ops.fastseq.lstm_forward.default(x, *rest)
+        else:
+            out = torch.ops.fastseq.lstm_layer_forward.default(x, weight_ih, bias, *rest)
         return out
 
     @staticmethod

@@ -95,6 +95,8 @@ def test_bad_options_change_nothing() -> None:
         with pytest.raises(error, match="unknown option|must be"):
             fastseq.replace(model, **options)
     assert type(model.encoder) is nn.LSTM and type(model.cell) is nn.LSTMCell
+    with pytest.raises(TypeError, match="replace: model should be of type nn.Module, got: list"):
+        fastseq.replace([model])
 
 
 def test_hooks_survive() -> None:
