@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastseq.ops._select import Backend, allowed
+from fastseq.ops._select import Backend, allowed, choose
 from fastseq.ops._transforms import one_by_one
 
 library = torch.library.Library("fastseq", "FRAGMENT")
@@ -52,21 +52,39 @@ def _device(args: tuple[Any, ...]) -> str:
     return next(a.device.type for a in args if isinstance(a, Tensor))
 
 
-def _cpu_why_not(*args: Any, **kwargs: Any) -> str | None:
-    device = _device(args)
-    return why_not_compiled if device == "cpu" else f"input is on {device}"
-
-
-def _reference_why_not(*args: Any, **kwargs: Any) -> str | None:
-    """The definition stands in where no kernel exists, not where one is missing by mistake."""
-    if why_not_compiled and _device(args) == "cpu" and allowed() != "reference":
-        return "only where asked for, by FASTSEQ_BACKEND=reference"
-    return None
+def _why_not_compiled(op: str) -> str | None:
+    if why_not_compiled is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastseq::{op}", "CPU"):
+        return "not in the compiled library, which an older version built; rebuild it"
+    return why_not_compiled
 
 
 def backends(op: str, definition: Callable[..., Any]) -> tuple[Backend, ...]:
     """The backends of a compiled operator, best first."""
+    missing = _why_not_compiled(op)
+
+    def cpu_why_not(*args: Any, **kwargs: Any) -> str | None:
+        device = _device(args)
+        return missing if device == "cpu" else f"input is on {device}"
+
+    def reference_why_not(*args: Any, **kwargs: Any) -> str | None:
+        """The definition stands in where no kernel exists, not where one is missing by mistake."""
+        if missing and _device(args) == "cpu" and allowed() != "reference":
+            return "only where asked for, by FASTSEQ_BACKEND=reference"
+        return None
+
     return (
-        Backend("cpu", getattr(torch.ops.fastseq, op), _cpu_why_not),
-        Backend("reference", definition, _reference_why_not),
+        Backend("cpu", getattr(torch.ops.fastseq, op), cpu_why_not),
+        Backend("reference", definition, reference_why_not),
     )
+
+
+def register(op: str, table: tuple[Backend, ...]) -> None:
+    """Give torch the implementations that are not compiled ones."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with no_autocast():
+            return choose(op, table, *args, **kwargs).run(*args, **kwargs)
+
+    library.impl(op, run, "CUDA")
+    if _why_not_compiled(op) or allowed() == "reference":
+        library.impl(op, run, "CPU", allow_override=True)

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fastseq import reference
-from fastseq.ops._library import backends, fake, library, no_autocast, why_not_compiled
-from fastseq.ops._select import allowed, choose
+from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
 
 library.define("gemm(Tensor a, Tensor b, Tensor? bias=None, bool transpose_a=False, bool transpose_b=False) -> Tensor")
@@ -24,15 +23,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None = None, transpose_a: bool = Fals
 BACKENDS = backends("gemm", reference.linear)
 
 
-def _run(*args: Any, **kwargs: Any) -> Tensor:
-    with no_autocast():
-        out: Tensor = choose("gemm", BACKENDS, *args, **kwargs).run(*args, **kwargs)
-    return out
-
-
-library.impl("gemm", _run, "CUDA")
-if why_not_compiled or allowed() == "reference":
-    library.impl("gemm", _run, "CPU", allow_override=True)
+register("gemm", BACKENDS)
 
 
 class Gemm(Function):

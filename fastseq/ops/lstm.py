@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseq import reference
-from fastseq.ops._library import backends, fake, library, no_autocast, why_not_compiled
-from fastseq.ops._select import Backend, allowed, choose
+from fastseq.ops._library import backends, fake, library, register
 
 STATE = (
     "Tensor weight_hh, Tensor h0, Tensor c0, Tensor? weight_hr, "
@@ -164,18 +163,6 @@ BACKENDS = {
     "lstm_backward": backends("lstm_backward", backward_reference),
     "lstm_noise": backends("lstm_noise", _noise_reference),
 }
-
-
-def register(op: str, table: tuple[Backend, ...]) -> None:
-    """Give torch the implementations that are not compiled ones."""
-
-    def run(*args: Any) -> Any:
-        with no_autocast():
-            return choose(op, table, *args).run(*args)
-
-    library.impl(op, run, "CUDA")
-    if why_not_compiled or allowed() == "reference":
-        library.impl(op, run, "CPU", allow_override=True)
 
 
 for _op in BACKENDS:

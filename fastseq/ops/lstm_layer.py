@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastseq import reference
 from fastseq.ops import lstm as _lstm
-from fastseq.ops._library import backends, fake, library
+from fastseq.ops._library import backends, fake, library, register
 
 library.define(
     f"lstm_layer_forward(Tensor x, Tensor weight_ih, Tensor? bias, {_lstm.STATE}, {_lstm.NOISE}, {_lstm.GATES}, "
@@ -74,4 +74,4 @@ BACKENDS = {
     "lstm_layer_backward": backends("lstm_layer_backward", _backward_reference),
 }
 for _op in BACKENDS:
-    _lstm.register(_op, BACKENDS[_op])
+    register(_op, BACKENDS[_op])

@@ -2,5 +2,31 @@
 
 from fastseq.reference.linear import linear
 from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, packed_index, philox
+from fastseq.reference.vq import (
+    vq_backward,
+    vq_gather,
+    vq_nearest,
+    vq_quantize,
+    vq_rotation,
+    vq_scores,
+    vq_straight_through,
+    vq_sums,
+)
 
-__all__ = ["gate_noise", "linear", "lstm", "lstm_backward", "lstm_gates", "packed_index", "philox"]
+__all__ = [
+    "gate_noise",
+    "linear",
+    "lstm",
+    "lstm_backward",
+    "lstm_gates",
+    "packed_index",
+    "philox",
+    "vq_backward",
+    "vq_gather",
+    "vq_nearest",
+    "vq_quantize",
+    "vq_rotation",
+    "vq_scores",
+    "vq_straight_through",
+    "vq_sums",
+]

@@ -1,4 +1,4 @@
-"""What users call: checks, dtypes and layout around the operators. Time comes first, [T, B, ...], as in torch."""
+"""``lstm``: checks, dtypes and layout around the operators. Time comes first, [T, B, ...], as in torch."""
 
 from __future__ import annotations
 
