@@ -5,6 +5,7 @@
 
 #include "core/gemm.h"
 #include "core/lstm_step.h"
+#include "core/vq.h"
 
 namespace fastseq::core {
 
@@ -22,6 +23,17 @@ struct Table {
   void (*lstm_cell_backward)(const CellBackward<R>& args);
   // noise of a panel of units from `unit` on, for each of `count` rows: [count][2][panel_width], i then f
   void (*lstm_noise)(const LstmNoise& noise, int64_t unit, int64_t step, const int64_t* rows, int64_t count, R* out);
+  void (*vq_tile)(const VqTile<R>& tile);
+  void (*vq_scores)(const VqScores<R>& tile);
+  // a panel of rows, negated in place; a bit per lane that was not finite and became zeros
+  uint32_t (*vq_negate)(R* panel, int64_t D);
+  // of the codes of a panel
+  void (*vq_start)(const R* panel, int64_t D, bool dot, R* start);
+  // squared distance of row and code, which is copied where `copy` is given
+  R (*vq_distance)(const R* x, const R* code, int64_t D, R* copy);
+  // sum over the rows first + rows[i] of one code
+  void (*vq_sum)(const VqSums<R>& args, int64_t first, const int64_t* rows, int64_t count, R* out);
+  void (*vq_rows)(const VqRows<R>& args, int64_t begin, int64_t end);
 };
 
 struct Kernels {

@@ -52,5 +52,16 @@ inline void store_part(R* p, Vec<R> v, int64_t count) {
   __builtin_memcpy(p, &v, (size_t)count * sizeof(R));
 }
 
+template <class R>
+inline Int<R> load_int(const R* p) {
+  Int<R> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class R>
+inline void store_int(R* p, Int<R> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

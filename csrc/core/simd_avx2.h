@@ -31,5 +31,11 @@ inline VecU32 low_words(VecU64 a, VecU64 b) {
 // 64-bit products of the even 32-bit lanes
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (VecU64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 
+// Rounded once on every instruction set, as fma is here.
+template <class V>
+inline V fused(V a, V b, V c) {
+  return fma(a, b, c);
+}
+
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -68,5 +68,11 @@ inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (VecU64)_mm512_maskz_mu
 
 #endif
 
+// Rounded once on every instruction set, as fma is here.
+template <class V>
+inline V fused(V a, V b, V c) {
+  return fma(a, b, c);
+}
+
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

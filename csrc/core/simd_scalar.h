@@ -35,5 +35,15 @@ inline VecU64 multiply_even(VecU64 a, VecU64 b) {
   return out;
 }
 
+// Rounded once: in the C library where the processor has no such instruction, and then slowly.
+inline VecF fused(VecF a, VecF b, VecF c) {
+  for (int i = 0; i < kVectorBytes / 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+inline VecD fused(VecD a, VecD b, VecD c) {
+  for (int i = 0; i < kVectorBytes / 8; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+  return c;
+}
+
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -55,5 +55,6 @@ inline void check_call(const char* op, int threads) {
 
 void bind_gemm(py::module_& m);
 void bind_lstm(py::module_& m);
+void bind_vq(py::module_& m);
 
 }  // namespace fastseq::python_door

@@ -29,4 +29,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("isas", &door::isas, "The instruction sets that are built and that this machine supports, best last.");
   door::bind_gemm(m);
   door::bind_lstm(m);
+  door::bind_vq(m);
 }

@@ -19,7 +19,6 @@ _COMPUTED = {
     torch.float16: torch.float32,
 }
 METRICS = ("l2", "dot", "cosine")
-GRADIENTS = ("straight", "rotation", "codes")
 
 
 class Nearest(NamedTuple):
@@ -65,7 +64,7 @@ def vq_nearest(
         index_dtype: int64, int32 or int16, which must hold K - 1.
 
     Returns:
-        ``Nearest``; index is -1 where the mask is False. A row with NaN gets index 0. Not differentiable.
+        ``Nearest``; index is -1 where the mask is False. A row that is not finite gets index 0. Not differentiable.
 
     Raises:
         ArgumentError: naming the argument.
@@ -111,7 +110,7 @@ def vq_quantize(
     Raises:
         ArgumentError: naming the argument.
     """
-    _check.one_of("vq_quantize", "gradient", gradient, GRADIENTS)
+    _check.one_of("vq_quantize", "gradient", gradient, _ops.GRADIENTS)
     rows = _Rows("vq_quantize", x, codebook, metric, mask)
     out = _ops.vq(rows.x, rows.codebook, rows.mask, rows.dot, sums, gradient)
     quantized, index, commitment, error, counts, total = out

@@ -12,6 +12,7 @@ from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
 
+GRADIENTS = ("straight", "rotation", "codes")
 INDEX_BITS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 library.define(
@@ -25,7 +26,7 @@ library.define(
 library.define("vq_sums(Tensor x, Tensor index, int K) -> (Tensor, Tensor)")
 library.define(
     "vq_backward(Tensor? dquantized, Tensor? dcommitment, Tensor? dcodebook_error, Tensor x, Tensor codes, "
-    "Tensor index, int K, str gradient, bool need_x, bool need_codebook) -> (Tensor, Tensor)"
+    "Tensor index, int K, int gradient, bool need_x, bool need_codebook) -> (Tensor, Tensor)"
 )
 
 
@@ -82,7 +83,7 @@ def _quantize_reference(x: Tensor, codebook: Tensor, mask: Tensor | None, dot: b
 
 def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     need_x, need_codebook = args[8:]
-    dx, dcodebook = reference.vq_backward(*args[:8])
+    dx, dcodebook = reference.vq_backward(*args[:7], GRADIENTS[args[7]])
     return dx if need_x else dx.new_empty(0), dcodebook if need_codebook else dx.new_empty(0)
 
 
@@ -129,7 +130,8 @@ class VQ(Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dx, dcodebook = reference.vq_backward(*grads, x, codes, index, ctx.K, ctx.gradient)
         else:
-            given = (*grads, x, codes, index, ctx.K, ctx.gradient, need_x, need_codebook)
+            gradient = GRADIENTS.index(ctx.gradient)
+            given = (*grads, x, codes, index, ctx.K, gradient, need_x, need_codebook)
             dx, dcodebook = torch.ops.fastseq.vq_backward.default(*given)
         return dx if need_x else None, dcodebook if need_codebook else None, None, None, None, None
 

@@ -35,20 +35,22 @@ def vq_scores(x: Tensor, codebook: Tensor, dot: bool = False) -> Tensor:
     """What ``vq_nearest`` takes the minimum of: c*c/2 - x*c, half the squared distance without the share of x alone.
 
     Each is one chain of fused multiply-adds over D in ascending order, beginning with c*c/2. That is the sum in
-    ascending order in float64, halved and rounded. So a score depends on its row and its code alone.
+    ascending order in float64, halved and rounded. So a score depends on its row and its code alone. Where it is not
+    finite the chain begins with +inf.
 
     Args:
-        x: [G, N, D]. codebook: [G, K, D]. dot: leave out c*c/2 (begin with zero).
+        x: [G, N, D]. codebook: [G, K, D]. dot: leave out c*c/2 (begin with zero, or with +inf as above).
 
     Returns:
         [G, N, K].
     """
     c = codebook.double()
     start = torch.zeros_like(c[..., 0])
-    if not dot:
-        for d in range(c.shape[-1]):
-            start = start + c[..., d] * c[..., d]
-    scores = (0.5 * start).to(x.dtype)[:, None, :].expand(*x.shape[:2], codebook.shape[1])
+    for d in range(c.shape[-1]):
+        start = start + c[..., d] * c[..., d]
+    start = (0.5 * start).to(x.dtype)
+    start = torch.where(start < torch.inf, torch.zeros_like(start) if dot else start, torch.inf)
+    scores = start[:, None, :].expand(*x.shape[:2], codebook.shape[1])
     for d in range(x.shape[-1]):
         scores = fused(-x[..., d, None], codebook[:, None, :, d], scores)
     return scores
@@ -57,8 +59,7 @@ def vq_scores(x: Tensor, codebook: Tensor, dot: bool = False) -> Tensor:
 def vq_nearest(x: Tensor, codebook: Tensor, mask: Tensor | None = None, dot: bool = False, best: int = 1) -> Tensor:
     """The codes with the smallest scores, best first; among equals the lower index comes first.
 
-    A score that is NaN loses against any other and counts as equal to one of +inf. So a row with NaN gets index 0, and
-    a code with NaN is never taken while there is another.
+    A code whose c*c/2 is not finite is never taken before another. A row that is not finite gets 0, 1, 2 and so on.
 
     Args:
         x: [G, N, D]. codebook: [G, K, D]. mask: bool [G, N], the rows that count. dot: see ``vq_scores``.
@@ -70,7 +71,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, mask: Tensor | None = None, dot: boo
     found = []
     for rows in x.detach().split(_ROWS, dim=1):
         scores = vq_scores(rows, codebook.detach(), dot)
-        scores = torch.where(scores.isnan(), torch.inf, scores)
+        scores = torch.where(scores.isnan() | ~rows.isfinite().all(-1, keepdim=True), torch.inf, scores)
         found.append(scores.sort(dim=-1, stable=True).indices[..., :best])
     index = torch.cat(found, dim=1) if found else x.new_empty(*x.shape[:2], best, dtype=torch.int64)
     return index if mask is None else index.masked_fill(~mask[..., None], -1)

@@ -1,0 +1,101 @@
+#include "door/vq.h"
+
+#include "python/array.h"
+
+namespace fastseq::python_door {
+namespace {
+
+template <class R>
+void run(const core::VqNearest<R>& call, int threads) {
+  const py::gil_scoped_release release;
+  const door::Scratch<char> scratch(core::vq_nearest_scratch(call, threads));
+  core::vq_nearest(call, scratch.data(), team(threads));
+}
+
+template <class R>
+void run(const core::VqSums<R>& call, int threads) {
+  const py::gil_scoped_release release;
+  const door::Scratch<char> scratch(core::vq_sums_scratch(call, threads));
+  core::vq_sums(call, scratch.data(), team(threads));
+}
+
+template <class F>
+void by_type(door::Type type, F go) {
+  type == door::Type::f32 ? go(float()) : go(double());
+}
+
+py::array integers(const std::vector<int64_t>& size, int64_t bits) {
+  return bits == 16   ? py::array(py::array_t<int16_t>(size))
+         : bits == 32 ? py::array(py::array_t<int32_t>(size))
+                      : py::array(py::array_t<int64_t>(size));
+}
+
+py::tuple vq_nearest(const py::array& x, const py::array& codebook, const Optional& mask, bool dot, int64_t best,
+                     int64_t bits, bool distance, int threads) {
+  const char* const op = "vq_nearest";
+  check_call(op, threads);
+  const door::Array vx = view(op, "x", x), vc = view(op, "codebook", codebook), vm = view(op, "mask", mask);
+  const door::VqSizes s = door::check_vq(op, vx, vc, vm);
+  door::check_best(op, s, best, bits);
+  py::array index = integers({s.G, s.N, best}, bits);
+  py::array found = empty(s.type, distance ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
+  by_type(s.type, [&]<class R>(R) {
+    run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), best, static_cast<int>(bits), index.mutable_data(),
+                              distance ? pointer<R>(found) : nullptr, nullptr},
+           threads);
+  });
+  return py::make_tuple(index, found);
+}
+
+py::tuple vq_quantize(const py::array& x, const py::array& codebook, const Optional& mask, bool dot, bool sums,
+                      int threads) {
+  const char* const op = "vq_quantize";
+  check_call(op, threads);
+  const door::Array vx = view(op, "x", x), vc = view(op, "codebook", codebook), vm = view(op, "mask", mask);
+  const door::VqSizes s = door::check_vq(op, vx, vc, vm);
+  py::array codes = empty(s.type, {s.G, s.N, s.D}), distance = empty(s.type, {s.G, s.N});
+  py::array index = integers({s.G, s.N}, 64);
+  py::array counts = empty(s.type, sums ? std::vector<int64_t>{s.G, s.K} : std::vector<int64_t>{0});
+  py::array total = empty(s.type, sums ? std::vector<int64_t>{s.G, s.K, s.D} : std::vector<int64_t>{0});
+  by_type(s.type, [&]<class R>(R) {
+    const auto* const k = static_cast<const int64_t*>(index.data());
+    run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), 1, 64, index.mutable_data(), pointer<R>(distance),
+                              pointer<R>(codes)},
+           threads);
+    if (!sums) return;
+    run<R>(core::VqSums<R>{s.G, s.N, s.K, s.D, vx.as<R>(), nullptr, nullptr, nullptr, R(1), k, pointer<R>(counts),
+                           pointer<R>(total)},
+           threads);
+  });
+  return py::make_tuple(codes, index, distance, counts, total);
+}
+
+py::tuple vq_sums(const py::array& x, const py::array& index, int64_t K, int threads) {
+  const char* const op = "vq_sums";
+  check_call(op, threads);
+  const door::Array vx = view(op, "x", x), vi = view(op, "index", index);
+  const door::VqSizes s = door::check_index(op, "x", vx, vi, K);
+  py::array counts = empty(s.type, {s.G, K}), sums = empty(s.type, {s.G, K, s.D});
+  by_type(s.type, [&]<class R>(R) {
+    run<R>(core::VqSums<R>{s.G, s.N, K, s.D, vx.as<R>(), nullptr, nullptr, nullptr, R(1), vi.as<int64_t>(),
+                           pointer<R>(counts), pointer<R>(sums)},
+           threads);
+  });
+  return py::make_tuple(counts, sums);
+}
+
+}  // namespace
+
+void bind_vq(py::module_& m) {
+  using py::arg;
+  m.def("vq_nearest", &vq_nearest, arg("x").noconvert(), arg("codebook").noconvert(),
+        arg("mask").noconvert() = py::none(), arg("dot") = false, arg("best") = 1, arg("bits") = 64,
+        arg("distance") = false, py::kw_only(), arg("threads") = 1);
+  m.def("vq_quantize", &vq_quantize, arg("x").noconvert(), arg("codebook").noconvert(),
+        arg("mask").noconvert() = py::none(), arg("dot") = false, arg("sums") = false, py::kw_only(),
+        arg("threads") = 1);
+  m.def("vq_sums", &vq_sums, arg("x").noconvert(), arg("index").noconvert(), arg("K"), py::kw_only(),
+        arg("threads") = 1);
+}
+
+}  // namespace fastseq::python_door
