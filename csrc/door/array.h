@@ -10,10 +10,10 @@
 
 namespace fastseq::door {
 
-enum class Type { f32, f64, i64, boolean, other };
+enum class Type { f32, f64, i64, u8, boolean, other };
 
 inline const char* name_of(Type type) {
-  constexpr const char* kNames[] = {"float32", "float64", "int64", "bool", "another type"};
+  constexpr const char* kNames[] = {"float32", "float64", "int64", "uint8", "bool", "another type"};
   return kNames[static_cast<int>(type)];
 }
 

@@ -26,6 +26,7 @@ inline door::Array view(const char* op, const char* name, const py::array& array
   out.type = py::isinstance<py::array_t<float>>(array)     ? door::Type::f32
              : py::isinstance<py::array_t<double>>(array)  ? door::Type::f64
              : py::isinstance<py::array_t<int64_t>>(array) ? door::Type::i64
+             : py::isinstance<py::array_t<uint8_t>>(array) ? door::Type::u8
              : py::isinstance<py::array_t<bool>>(array)    ? door::Type::boolean
                                                            : door::Type::other;
   out.dims = static_cast<int>(array.ndim());
@@ -56,5 +57,7 @@ inline void check_call(const char* op, int threads) {
 void bind_gemm(py::module_& m);
 void bind_lstm(py::module_& m);
 void bind_vq(py::module_& m);
+void bind_vq_codes(py::module_& m);
+void bind_vq_residual(py::module_& m);
 
 }  // namespace fastseq::python_door

@@ -29,6 +29,7 @@ inline door::Array view(const char* op, const char* name, const Tensor& tensor) 
   out.type = type == ScalarType::Float    ? door::Type::f32
              : type == ScalarType::Double ? door::Type::f64
              : type == ScalarType::Long   ? door::Type::i64
+             : type == ScalarType::Byte   ? door::Type::u8
              : type == ScalarType::Bool   ? door::Type::boolean
                                           : door::Type::other;
   out.dims = static_cast<int>(tensor.dim());

@@ -2,19 +2,26 @@
 
 from fastseq.functional.lstm import Gates, Result, State, Weights, draw_seed, lstm, lstm_cell, packed_places
 from fastseq.functional.vq import Nearest, Quantized, vq_nearest, vq_quantize, vq_sums
+from fastseq.functional.vq_codes import code_bits, vq_pack, vq_unpack
+from fastseq.functional.vq_residual import Residual, vq_residual
 
 __all__ = [
     "Gates",
     "Nearest",
     "Quantized",
+    "Residual",
     "Result",
     "State",
     "Weights",
+    "code_bits",
     "draw_seed",
     "lstm",
     "lstm_cell",
     "packed_places",
     "vq_nearest",
+    "vq_pack",
     "vq_quantize",
+    "vq_residual",
     "vq_sums",
+    "vq_unpack",
 ]

@@ -37,10 +37,12 @@ def one_by_one(run: Callable[..., Any]) -> Callable[..., Any]:
     """The vmap rule that calls ``run`` once per element of the mapped dimension and stacks the results."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        outs = [
-            run(*(a if d is None else a.select(d, n).contiguous() for a, d in zip(args, in_dims, strict=True)))
-            for n in range(info.batch_size)
-        ]
+        def of(n: int, a: Any, d: Any) -> Any:
+            if isinstance(a, (list, tuple)):
+                return [of(n, *pair) for pair in zip(a, d or [None] * len(a), strict=True)]
+            return a if d is None else a.select(d, n).contiguous()
+
+        outs = [run(*(of(n, a, d) for a, d in zip(args, in_dims, strict=True))) for n in range(info.batch_size)]
         if isinstance(outs[0], Tensor):
             return torch.stack(outs), 0
         return tuple(torch.stack(v) for v in zip(*outs, strict=True)), (0,) * len(outs[0])

@@ -12,6 +12,8 @@ from fastseq.reference.vq import (
     vq_straight_through,
     vq_sums,
 )
+from fastseq.reference.vq_codes import vq_pack, vq_unpack
+from fastseq.reference.vq_residual import vq_residual, vq_residual_backward
 
 __all__ = [
     "gate_noise",
@@ -24,9 +26,13 @@ __all__ = [
     "vq_backward",
     "vq_gather",
     "vq_nearest",
+    "vq_pack",
     "vq_quantize",
+    "vq_residual",
+    "vq_residual_backward",
     "vq_rotation",
     "vq_scores",
     "vq_straight_through",
     "vq_sums",
+    "vq_unpack",
 ]

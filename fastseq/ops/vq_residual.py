@@ -1,0 +1,115 @@
+"""``fastseq::vq_residual*`` for torch. Meaning and shapes: ``fastseq.reference.vq_residual``.
+
+``vq_residual`` returns quantized [N, D], index int64 [N, M], distance [M, N], and counts and sums of all codebooks one
+after the other, [K_1 + ... + K_M] and [K_1 + ... + K_M, D], without elements where not asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from fastseq import reference
+from fastseq.ops._library import backends, fake, library, register
+from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
+from fastseq.ops.vq import GRADIENTS
+
+library.define(
+    "vq_residual(Tensor x, Tensor[] codebooks, Tensor? mask, Tensor? levels, bool sums)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "vq_residual_backward(Tensor? dquantized, Tensor? dcommitment, Tensor x, Tensor[] codebooks, Tensor index, "
+    "int gradient) -> Tensor"
+)
+
+
+@fake("vq_residual")
+def _(x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool) -> tuple[Tensor, ...]:
+    (N, D), M, K = x.shape, len(codebooks), sum(c.shape[0] for c in codebooks)
+    return (
+        x.new_empty(N, D),
+        x.new_empty(N, M, dtype=torch.int64),
+        x.new_empty(M, N),
+        x.new_empty(K if sums else 0),
+        x.new_empty((K, D) if sums else 0),
+    )
+
+
+@fake("vq_residual_backward")
+def _(dquantized: Tensor | None, dcommitment: Tensor | None, x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _reference(
+    x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool
+) -> tuple[Tensor, ...]:
+    quantized, index, distance, residuals = reference.vq_residual(x, codebooks, mask, levels)
+    counts, total = x.new_empty(0), x.new_empty(0)
+    if sums:
+        each = [reference.vq_sums(residuals[m][None], index[None, :, m], len(c)) for m, c in enumerate(codebooks)]
+        counts, total = (torch.cat([pair[n][0] for pair in each]) for n in (0, 1))
+    return quantized, index, distance, counts, total
+
+
+def _backward_reference(*args: Any) -> Tensor:
+    return reference.vq_residual_backward(*args[:5], GRADIENTS[args[5]])
+
+
+BACKENDS = {
+    "vq_residual": backends("vq_residual", _reference),
+    "vq_residual_backward": backends("vq_residual_backward", _backward_reference),
+}
+for _op in BACKENDS:
+    register(_op, BACKENDS[_op])
+
+
+class Residual(Function):
+    """Autograd of ``vq_residual`` in x. Codebooks get no gradient; copies are kept, since an EMA changes them."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, mask: Tensor | None, levels: Tensor | None, sums: bool, gradient: str, *codebooks: Tensor
+    ) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = torch.ops.fastseq.vq_residual.default(x, list(codebooks), mask, levels, sums)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.gradient, codebooks = inputs[0], inputs[4], inputs[5:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1], *output[3:])
+        ctx.save_for_backward(x, output[1], *(c.clone() for c in codebooks))
+
+    @staticmethod
+    def backward(
+        ctx: Any, dquantized: Tensor | None, _: Any, dcommitment: Tensor | None, *__: Any
+    ) -> tuple[Tensor | None, ...]:
+        x, index, *codebooks = ctx.saved_tensors
+        grads = [d if d is None else d.contiguous() for d in (dquantized, dcommitment)]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dx = reference.vq_residual_backward(*grads, x, codebooks, index, ctx.gradient)
+        else:
+            given = (*grads, x, codebooks, index, GRADIENTS.index(ctx.gradient))
+            dx = torch.ops.fastseq.vq_residual_backward.default(*given)
+        return dx, *(None,) * (4 + len(codebooks))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return one_by_one(Residual.apply)(info, in_dims, *args)
+
+
+def vq_residual(
+    x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, gradient: str
+) -> tuple[Tensor, ...]:
+    """``Residual`` where a gradient is wanted, else the operator alone."""
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode("vq_residual", x, *codebooks)
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: tuple[Tensor, ...] = apply(Residual, x, mask, levels, sums, gradient, *codebooks)
+        return out
+    out = torch.ops.fastseq.vq_residual.default(x, codebooks, mask, levels, sums)
+    return out
