@@ -6,6 +6,7 @@
 #include "core/gemm.h"
 #include "core/lstm_step.h"
 #include "core/vq.h"
+#include "core/vq_screen.h"
 
 namespace fastseq::core {
 
@@ -41,6 +42,7 @@ struct Kernels {
   Table<float> f32;
   Table<double> f64;
   void (*philox)(int64_t count, const uint32_t* counter, uint64_t key, uint32_t* words);
+  const VqScreenTable* vq_screen;  // null where there are no products of bytes
 };
 
 template <class R>

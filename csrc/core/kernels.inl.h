@@ -11,6 +11,7 @@
 #include "core/noise.inl.h"
 #include "core/lstm.inl.h"
 #include "core/vq.inl.h"
+#include "core/vq_screen.inl.h"
 
 namespace fastseq::core::FASTSEQ_ISA {
 static_assert(kTileRows <= kMostTileRows && kPanel<float> <= kMostPanelWidth);
@@ -25,6 +26,11 @@ constinit const Kernels table = {
      lstm_cell_backward<double>, lstm_noise<double>, vq_tile<double>, vq_scores<double>, vq_negate<double>,
      vq_start<double>, vq_distance<double>, vq_sum<double>, vq_rows<double>},
     philox,
+#if defined(FASTSEQ_HAS_BYTES)
+    &vq_screen_table,
+#else
+    nullptr,
+#endif
 };
 
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -52,6 +52,13 @@ inline void store_part(R* p, Vec<R> v, int64_t count) {
   __builtin_memcpy(p, &v, (size_t)count * sizeof(R));
 }
 
+#if defined(FASTSEQ_HAS_BYTES)
+inline VecU8 load_bytes(const uint8_t* p) {
+  VecU8 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+#endif
 template <class R>
 inline Int<R> load_int(const R* p) {
   Int<R> v;

@@ -37,5 +37,23 @@ inline V fused(V a, V b, V c) {
   return fma(a, b, c);
 }
 
+#define FASTSEQ_HAS_BYTES
+typedef uint8_t VecU8 __attribute__((vector_size(kVectorBytes)));
+typedef int16_t VecI16 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecWord __attribute__((vector_size(kVectorBytes)));
+// The same four bytes in every lane of 32 bits.
+inline VecU8 broadcast_word(const int8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return (VecU8)_mm256_set1_epi32(word);
+}
+// Sums of two neighbouring products of unsigned and signed bytes; they must fit 16 bits.
+inline VecI16 multiply_bytes(VecU8 a, VecU8 b) { return (VecI16)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+inline VecWord add_pairs(VecI16 a) { return (VecWord)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1)); }
+// A bit per lane of a comparison.
+inline uint32_t bits_of(VecWord v) { return (uint32_t)_mm256_movemask_ps((__m256)v); }
+// Has this value in a register here.
+inline void keep(VecI16& v) { asm volatile("" : "+x"(v)); }
+
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -74,5 +74,38 @@ inline V fused(V a, V b, V c) {
   return fma(a, b, c);
 }
 
+#define FASTSEQ_HAS_BYTES
+typedef uint8_t VecU8 __attribute__((vector_size(kVectorBytes)));
+typedef int16_t VecI16 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecWord __attribute__((vector_size(kVectorBytes)));
+// The same four bytes in every lane of 32 bits.
+inline VecU8 broadcast_word(const int8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return (VecU8)(VecWord{} + word);
+}
+#if defined(FASTSEQ_AVX512_ON_AVX2)
+inline VecI16 multiply_bytes(VecU8 a, VecU8 b) {
+  return joined<VecI16>(_mm256_maddubs_epi16(half<__m256i>(a, 0), half<__m256i>(b, 0)),
+                        _mm256_maddubs_epi16(half<__m256i>(a, 1), half<__m256i>(b, 1)));
+}
+inline VecWord add_pairs(VecI16 a) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return joined<VecWord>(_mm256_madd_epi16(half<__m256i>(a, 0), one), _mm256_madd_epi16(half<__m256i>(a, 1), one));
+}
+inline uint32_t bits_of(VecWord v) {
+  return (uint32_t)_mm256_movemask_ps(half<__m256>(v, 0)) | (uint32_t)_mm256_movemask_ps(half<__m256>(v, 1)) << 8;
+}
+inline void keep(VecI16&) {}
+#else
+// Sums of two neighbouring products of unsigned and signed bytes; they must fit 16 bits.
+inline VecI16 multiply_bytes(VecU8 a, VecU8 b) { return (VecI16)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
+inline VecWord add_pairs(VecI16 a) { return (VecWord)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi16(1)); }
+// A bit per lane of a comparison.
+inline uint32_t bits_of(VecWord v) { return _mm512_movepi32_mask((__m512i)v); }
+// Has this value in a register here.
+inline void keep(VecI16& v) { asm volatile("" : "+v"(v)); }
+#endif
+
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -23,6 +23,8 @@ struct VqShape {
   bool dot;
 };
 
+enum class Screen { never, always, automatic };
+
 //   index     [G, N, best] integers of `bits` (16, 32, 64)   out   -1 in rows that do not count
 //   distance  [G, N, best] or null                           out   squared, of row and code; 0 in rows that do not
 //   count codes     [G, N, D] or null, for best = 1                out   zeros in rows that do not count
@@ -34,6 +36,7 @@ struct VqNearest {
   void* index;
   R* distance;
   R* codes;
+  Screen screen = Screen::automatic;  // whether to go by vq_screen.h, where that can
 };
 
 // Bytes of scratch for a team of at most `most`; uninitialised, 64-byte aligned.

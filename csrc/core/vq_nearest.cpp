@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "core/isa.h"
+#include "core/vq_results.h"
 
 namespace fastseq::core {
 namespace {
@@ -17,11 +18,6 @@ namespace {
 constexpr int64_t kPanelBytes = 16 << 10;  // panels of rows that stay in the nearest cache beside a tile of codes
 constexpr int64_t kMostPanels = 32;        // of rows in a block
 constexpr int64_t kChunk = 8;              // panels of codes at a time, for few rows
-
-template <class T>
-int64_t bytes(int64_t count) {
-  return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-}
 
 // An integer of R's size: what the tile counts codes with.
 template <class R>
@@ -101,51 +97,6 @@ struct Scratch {
     total = at;
   }
 };
-
-template <class R>
-void write_index(const VqNearest<R>& a, int64_t at, int64_t k) {
-  if (a.bits == 64) {
-    static_cast<int64_t*>(a.index)[at] = k;
-  } else if (a.bits == 32) {
-    static_cast<int32_t*>(a.index)[at] = static_cast<int32_t>(k);
-  } else {
-    static_cast<int16_t*>(a.index)[at] = static_cast<int16_t>(k);
-  }
-}
-
-// Row n of group g has code k as its `rank`-th.
-template <class R>
-void finish(const VqNearest<R>& a, const Table<R>& table, int64_t g, int64_t n, int64_t rank, int64_t k) {
-  const VqShape<R>& s = a.shape;
-  const int64_t row = g * s.N + n, at = row * a.best + rank;
-  write_index(a, at, k);
-  if (!a.distance && !a.codes) return;
-  R* const copy = a.codes ? a.codes + row * s.D : nullptr;
-  const R d = table.vq_distance(s.x + row * s.D, s.codebook + (g * s.K + k) * s.D, s.D, copy);
-  if (a.distance) a.distance[at] = d;
-}
-
-// The rows that count, and what is written for the others.
-template <class R>
-void sort_rows(const VqNearest<R>& a, const Scratch<R>& scratch, Range groups) {
-  const VqShape<R>& s = a.shape;
-  for (int64_t g = groups.begin; g < groups.end; ++g) {
-    int64_t count = 0;
-    for (int64_t n = 0; n < s.N; ++n) {
-      const int64_t row = g * s.N + n;
-      if (s.mask[row]) {
-        scratch.rows[g * s.N + count++] = n;
-        continue;
-      }
-      for (int64_t r = 0; r < a.best; ++r) {
-        write_index(a, row * a.best + r, -1);
-        if (a.distance) a.distance[row * a.best + r] = R(0);
-      }
-      if (a.codes) std::fill_n(a.codes + row * s.D, s.D, R(0));
-    }
-    scratch.valid[g] = count;
-  }
-}
 
 template <class R>
 struct Call {
@@ -328,7 +279,7 @@ void body(const void* context, int rank, int size, Barrier& barrier) {
   const auto& call = *static_cast<const Call<R>*>(context);
   Lookup<R> lookup(call, rank, size);
   if (lookup.s.mask) {
-    sort_rows(*call.args, lookup.scratch, share(lookup.s.G, rank, size));
+    sort_rows(*call.args, lookup.scratch.rows, lookup.scratch.valid, share(lookup.s.G, rank, size));
     barrier.wait();
   }
   lookup.plan.few ? lookup.few(barrier) : lookup.many(barrier);
@@ -338,12 +289,18 @@ void body(const void* context, int rank, int size, Barrier& barrier) {
 
 template <class R>
 size_t vq_nearest_scratch(const VqNearest<R>& args, int most) {
+  if constexpr (sizeof(R) == sizeof(float)) {
+    if (vq_screens(args)) return vq_screen_scratch(args, most);
+  }
   const Plan<R> plan(args, table_of<R>(kernels()));
   return Scratch<R>(args, plan, most, nullptr).total;
 }
 
 template <class R>
 void vq_nearest(const VqNearest<R>& args, void* scratch, const Team& team) noexcept {
+  if constexpr (sizeof(R) == sizeof(float)) {
+    if (vq_screens(args)) return vq_screen(args, scratch, team, nullptr);
+  }
   const Call<R> call{&args, static_cast<char*>(scratch), team.most};
   const VqShape<R>& s = args.shape;
   if (s.G * s.N == 0) return;

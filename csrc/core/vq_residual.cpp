@@ -41,6 +41,7 @@ struct Scratch {
   Scratch(const VqResidual<R>& a, int most, char* base) {
     const int64_t rows = block_of(a);
     int64_t at = 0, largest = 0;
+    const bool some = true;
     const auto take = [&](int64_t size) {
       char* const p = base ? base + at : nullptr;
       at += size;
@@ -53,7 +54,8 @@ struct Scratch {
     for (int64_t m = 0; m < a.M; ++m) {
       const VqLevel<R>& level = a.level[m];
       for (const int64_t n : {rows, a.N % rows}) {  // the last block may be smaller, and need more for its size
-        const auto parts_of = lookup(a, n, level, a.x, a.mask || a.levels ? used : nullptr, index, a.distance, codes);
+        // only whether there is a mask matters for its size
+        const auto parts_of = lookup(a, n, level, a.x, a.mask || a.levels ? &some : nullptr, index, a.distance, codes);
         largest = std::max<int64_t>(largest, vq_nearest_scratch(parts_of, most));
       }
       if (level.sums) largest = std::max<int64_t>(largest, vq_sums_scratch(sums_of(a, level, a.x, index), most));

@@ -25,7 +25,8 @@ inline VqSizes check_vq(const char* op, const Array& x, const Array& codebook, c
   return s;
 }
 
-inline void check_best(const char* op, const VqSizes& s, int64_t best, int64_t bits) {
+inline void check_best(const char* op, const VqSizes& s, int64_t best, int64_t bits, int64_t screen) {
+  if (screen < 0 || screen > 2) fail(op, "screen must be 0 (never), 1 (always) or 2 (automatic), got ", screen);
   if (best < 1 || best > s.K) fail(op, "best must lie in 1 .. K = ", s.K, ", got ", best);
   if (bits != 16 && bits != 32 && bits != 64) fail(op, "bits must be 16, 32 or 64, got ", bits);
   if (bits == 16 && s.K > INT16_MAX + 1) fail(op, "an index of 16 bits cannot hold K = ", s.K, " codes");

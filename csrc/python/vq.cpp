@@ -31,20 +31,39 @@ py::array integers(const std::vector<int64_t>& size, int64_t bits) {
 }
 
 py::tuple vq_nearest(const py::array& x, const py::array& codebook, const Optional& mask, bool dot, int64_t best,
-                     int64_t bits, bool distance, int threads) {
+                     int64_t bits, bool distance, int64_t screen, int threads) {
   const char* const op = "vq_nearest";
   check_call(op, threads);
   const door::Array vx = view(op, "x", x), vc = view(op, "codebook", codebook), vm = view(op, "mask", mask);
   const door::VqSizes s = door::check_vq(op, vx, vc, vm);
-  door::check_best(op, s, best, bits);
+  door::check_best(op, s, best, bits, screen);
   py::array index = integers({s.G, s.N, best}, bits);
   py::array found = empty(s.type, distance ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
   by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), best, static_cast<int>(bits), index.mutable_data(),
-                              distance ? pointer<R>(found) : nullptr, nullptr},
+                              distance ? pointer<R>(found) : nullptr, nullptr, static_cast<core::Screen>(screen)},
            threads);
   });
   return py::make_tuple(index, found);
+}
+
+// How much the screen leaves open: panels of codes that are scored again beyond one per row, and rows that have such.
+py::tuple vq_screen_opened(const py::array& x, const py::array& codebook, bool dot, int threads) {
+  const char* const op = "vq_screen_opened";
+  check_call(op, threads);
+  const door::Array vx = view(op, "x", x), vc = view(op, "codebook", codebook), none;
+  const door::VqSizes s = door::check_vq(op, vx, vc, none);
+  std::vector<int64_t> index(s.G * s.N);
+  const core::VqNearest<float> call{
+      door::vq_shape<float>(s, vx, vc, none, dot), 1, 64, index.data(), nullptr, nullptr, core::Screen::always};
+  if (s.type != door::Type::f32 || !core::vq_screens(call)) door::fail(op, "there is no screen for this call");
+  int64_t opened[2];
+  {
+    const py::gil_scoped_release release;
+    const door::Scratch<char> scratch(core::vq_screen_scratch(call, threads));
+    core::vq_screen(call, scratch.data(), team(threads), opened);
+  }
+  return py::make_tuple(opened[0], opened[1]);
 }
 
 py::tuple vq_quantize(const py::array& x, const py::array& codebook, const Optional& mask, bool dot, bool sums,
@@ -90,7 +109,9 @@ void bind_vq(py::module_& m) {
   using py::arg;
   m.def("vq_nearest", &vq_nearest, arg("x").noconvert(), arg("codebook").noconvert(),
         arg("mask").noconvert() = py::none(), arg("dot") = false, arg("best") = 1, arg("bits") = 64,
-        arg("distance") = false, py::kw_only(), arg("threads") = 1);
+        arg("distance") = false, arg("screen") = 2, py::kw_only(), arg("threads") = 1);
+  m.def("vq_screen_opened", &vq_screen_opened, arg("x").noconvert(), arg("codebook").noconvert(), arg("dot") = false,
+        py::kw_only(), arg("threads") = 1);
   m.def("vq_quantize", &vq_quantize, arg("x").noconvert(), arg("codebook").noconvert(),
         arg("mask").noconvert() = py::none(), arg("dot") = false, arg("sums") = false, py::kw_only(),
         arg("threads") = 1);

@@ -34,17 +34,19 @@ Tensor integers(const Tensor& like, const std::vector<int64_t>& size, int64_t bi
                                                : ScalarType::Long);
 }
 
-Pair vq_nearest(Tensor x, Tensor codebook, Optional mask, bool dot, int64_t best, int64_t bits, bool distance) {
+Pair vq_nearest(Tensor x, Tensor codebook, Optional mask, bool dot, int64_t best, int64_t bits, bool distance,
+                int64_t screen) {
   const char* const op = "vq_nearest";
   check_isa(op);
   const door::Array vx = view(op, "x", x), vc = view(op, "codebook", codebook), vm = view(op, "mask", mask);
   const door::VqSizes s = door::check_vq(op, vx, vc, vm);
-  door::check_best(op, s, best, bits);
+  door::check_best(op, s, best, bits, screen);
   Tensor index = integers(x, {s.G, s.N, best}, bits);
   Tensor found = empty(x, distance ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
   by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), best, static_cast<int>(bits),
-                              index.mutable_data_ptr(), distance ? pointer<R>(found) : nullptr, nullptr});
+                              index.mutable_data_ptr(), distance ? pointer<R>(found) : nullptr, nullptr,
+                              static_cast<core::Screen>(screen)});
   });
   return {index, found};
 }

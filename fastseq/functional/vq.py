@@ -48,6 +48,7 @@ def vq_nearest(
     best: int = 1,
     return_distance: bool = False,
     index_dtype: torch.dtype = torch.int64,
+    screen: bool | None = None,
 ) -> Nearest:
     """The nearest codes of each row, without a matrix of rows by codes. Definition: ``reference.vq_nearest``.
 
@@ -62,6 +63,8 @@ def vq_nearest(
         best: how many codes, 1..K.
         return_distance: also the squared distances (of the scaled vectors for "cosine").
         index_dtype: int64, int32 or int16, which must hold K - 1.
+        screen: look at all codes in 8-bit integers first, and in float32 at those that a proven bound leaves open;
+            the index is the same. None means where that is faster; True where it is possible, False never.
 
     Returns:
         ``Nearest``; index is -1 where the mask is False. A row that is not finite gets index 0. Not differentiable.
@@ -78,7 +81,7 @@ def vq_nearest(
     if rows.K - 1 > torch.iinfo(index_dtype).max:
         _check.fail(f, "index_dtype", f"wide enough for K = {rows.K}", index_dtype)
     given = (rows.x.detach(), rows.codebook.detach(), rows.mask, rows.dot)
-    found = torch.ops.fastseq.vq_nearest(*given, best, _INDEX_DTYPES[index_dtype], return_distance)
+    found = torch.ops.fastseq.vq_nearest(*given, best, _INDEX_DTYPES[index_dtype], return_distance, _ops.SCREEN[screen])
     index, distance = (
         t.view(*rows.lead, best)[..., 0] if best == 1 else t.view(*rows.lead, best)
         for t in (found[0], found[1] if return_distance else found[0])

@@ -13,10 +13,11 @@ from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
 
 GRADIENTS = ("straight", "rotation", "codes")
+SCREEN = {False: 0, True: 1, None: 2}  # never, always where it can, where it is faster
 INDEX_BITS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 library.define(
-    "vq_nearest(Tensor x, Tensor codebook, Tensor? mask, bool dot, int best, int bits, bool distance)"
+    "vq_nearest(Tensor x, Tensor codebook, Tensor? mask, bool dot, int best, int bits, bool distance, int screen)"
     " -> (Tensor, Tensor)"
 )
 library.define(
@@ -32,7 +33,7 @@ library.define(
 
 @fake("vq_nearest")
 def _(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, best: int, bits: int, distance: bool
+    x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, best: int, bits: int, distance: bool, screen: int
 ) -> tuple[Tensor, ...]:
     G, N, _D = x.shape
     return x.new_empty(G, N, best, dtype=INDEX_BITS[bits]), x.new_empty((G, N, best) if distance else 0)
@@ -64,7 +65,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _nearest_reference(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, best: int, bits: int, distance: bool
+    x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, best: int, bits: int, distance: bool, screen: int
 ) -> tuple[Tensor, ...]:
     index = reference.vq_nearest(x, codebook, mask, dot, best)
     found = x.new_empty(0)

@@ -1,0 +1,266 @@
+// The screen of vq_screen.h, for instruction sets with products of bytes.
+#if defined(FASTSEQ_HAS_BYTES)
+namespace fastseq::core::FASTSEQ_ISA {
+namespace {
+
+constexpr int kScreenWidth = kPanel<float>;     // rows of a panel, and codes of one
+constexpr int kScreenCodes = kScreenWidth / 4;  // codes of a register tile
+
+inline float vq_length(float square) { return __builtin_sqrtf(square) * 1.0001f; }  // rounded up, whatever the sum lost
+
+float vq_norm(const float* v, int64_t D) {
+  return vq_length(vq_reduce<float>(D, [=](int64_t d) { return v[d] * v[d]; }));
+}
+
+// The largest magnitude; NaN counts as none.
+float vq_largest(const float* v, int64_t D) {
+  float most[kSums] = {};
+  int64_t d = 0;
+  for (; d + kSums <= D; d += kSums) {
+    for (int i = 0; i < kSums; ++i) {
+      const float a = __builtin_fabsf(v[d + i]);
+      most[i] = a > most[i] ? a : most[i];
+    }
+  }
+  for (; d < D; ++d) {
+    const float a = __builtin_fabsf(v[d]);
+    most[0] = a > most[0] ? a : most[0];
+  }
+  for (int i = 1; i < kSums; ++i) most[0] = most[i] > most[0] ? most[i] : most[0];
+  return most[0];
+}
+
+// Rounds a code with scale t. Returns the largest sum of one sign that a window adds up in one lane of 16 bits.
+int32_t vq_round_code(const float* c, int64_t D, float scale, int8_t* p) {
+  int32_t most = 0;
+  for (int64_t first = 0; first < D; first += kScreenWindow) {
+    int32_t up[2] = {}, down[2] = {};
+    const int64_t end = first + kScreenWindow < D ? first + kScreenWindow : D;
+    for (int64_t d = first; d < end; ++d) {
+      const float v = c[d] * scale;
+      const int32_t q = (int32_t)(v + (v < 0 ? -0.5f : 0.5f));
+      p[d] = (int8_t)q;
+      const int lane = d >> 1 & 1;
+      up[lane] += q > 0 ? q : 0;
+      down[lane] -= q < 0 ? q : 0;
+    }
+    for (int lane = 0; lane < 2; ++lane) {
+      most = up[lane] > most ? up[lane] : most;
+      most = down[lane] > most ? down[lane] : most;
+    }
+  }
+  return most;
+}
+
+// One code into place k. False where it is not finite, and so can never be taken.
+bool vq_screen_code(const VqScreenCodes& codes, const float* code, int64_t k, float* moved, float* most) {
+  const int64_t D = codes.D;
+  int8_t* const p = codes.p + k * codes.stride;
+  for (int64_t d = 0; d < D; ++d) moved[d] = code[d] - codes.mean[d];
+  const float largest = vq_largest(moved, D), length = vq_norm(moved, D);
+  float bits = 63;
+  float t = largest / bits;
+  if (!(length < 1e18f) || codes.start[k] == INFINITY) return false;
+  if (!(t > 1e-30f)) {
+    t = 0;
+    for (int64_t d = 0; d < D; ++d) p[d] = 0;
+  } else {
+    for (int32_t sum; (sum = vq_round_code(moved, D, 1 / t, p)) > kScreenWindowSum; t = largest / bits) {
+      const float fits = bits * kScreenWindowSum / (float)sum;
+      bits = fits < bits - 1 ? fits : bits - 1;
+    }
+  }
+  int32_t total = 0;
+  for (int64_t d = 0; d < D; ++d) total += p[d];
+  const float* const mean = codes.mean;
+  const float error = vq_length(vq_reduce<float>(D, [=](int64_t d) {
+    const float e = moved[d] - t * (float)p[d];
+    return e * e;
+  }));
+  double h = 0;
+  for (int64_t d = 0; d < D; ++d) {
+    h += codes.dot ? -(double)mean[d] * (double)moved[d] : 0.5 * (double)moved[d] * (double)moved[d];
+  }
+  codes.t[k] = -t;
+  codes.h[k] = (float)h;
+  codes.zero[k] = -64 * total;
+  const float found[5] = {length, error, vq_norm(code, D), __builtin_fabsf(codes.start[k]), __builtin_fabsf((float)h)};
+  for (int i = 0; i < 5; ++i) most[i] = found[i] > most[i] ? found[i] : most[i];
+  return true;
+}
+
+void vq_screen_prepare(VqScreenPrepare& a) {
+  const VqScreenCodes& codes = *a.codes;
+  constexpr int W = kScreenWidth;
+  for (float& most : a.most) most = 0;
+  for (int64_t panel = a.begin; panel < a.end; ++panel) {
+    const int64_t first = panel * W, in = codes.K - first < W ? codes.K - first : W;
+    float* const exact = codes.exact + first * codes.D;
+    pack_rows<float>({{a.codebook, codes.D, nullptr}, first, 0, in, codes.D, W, exact});
+    vq_start(exact, codes.D, codes.dot, codes.start + first);
+    for (int64_t k = first; k < first + W; ++k) {
+      for (int64_t d = 0; d < codes.stride; ++d) codes.p[k * codes.stride + d] = 0;
+      if (k < codes.K && vq_screen_code(codes, a.codebook + k * codes.D, k, a.moved, a.most)) continue;
+      for (int64_t d = 0; d < codes.stride; ++d) codes.p[k * codes.stride + d] = 0;
+      codes.t[k] = 0;
+      codes.zero[k] = 0;
+      codes.h[k] = codes.start[k] = INFINITY;
+    }
+  }
+}
+
+// One row into lane `lane`. False where it is not finite.
+bool vq_screen_row(const VqScreenRows& a, const float* x, int lane) {
+  const VqScreenCodes& codes = *a.codes;
+  const int64_t D = codes.D;
+  const float *const mean = codes.mean, *const v = a.moved;
+  for (int64_t d = 0; d < D; ++d) a.moved[d] = x[d] - mean[d];
+  const float length = vq_norm(v, D), whole = vq_norm(x, D);
+  if (!(whole < INFINITY)) return false;
+  const float s = vq_largest(v, D) / 63, inverse = s > 1e-30f ? 1 / s : 0.0f;
+  uint8_t* const q = a.q + lane * 4;
+  float miss[kSums] = {};
+  for (int64_t d = 0; d < codes.stride; d += 4) {
+    for (int i = 0; i < 4; ++i) {
+      const float w = d + i < D ? v[d + i] : 0.0f;
+      const int32_t number = (int32_t)(w * inverse + 64.5f);
+      const float e = w - s * (float)(number - 64);
+      miss[i] += e * e;
+      q[d * kScreenWidth + i] = (uint8_t)number;
+    }
+  }
+  const float error = vq_length(vq_total(miss)), rounded = length + error;
+  const float along = vq_reduce<float>(D, [=](int64_t d) { return v[d] * mean[d]; });
+  const float square = codes.mean_length * codes.mean_length;
+  a.s[lane] = s;
+  a.between[lane] = -along - (codes.dot ? square : 0.5f * square);
+  const float chain = (float)(D + 8) * (codes.most_start + whole * codes.whole);
+  const float formula = 16 * (codes.most_h + rounded * (codes.length + codes.error) + square);
+  const float moving = ((float)D / 16 + 16) * length * codes.mean_length;
+  a.margin[lane] = error * codes.length + rounded * codes.error + 0x1p-23f * (chain + formula + moving) + 1e-30f;
+  return true;
+}
+
+void vq_screen_rows(VqScreenRows& a) {
+  a.strange = 0;
+  for (int lane = 0; lane < kScreenWidth; ++lane) {
+    if (lane < a.count && vq_screen_row(a, a.x[lane], lane)) continue;
+    if (lane < a.count) a.strange |= 1u << lane;
+    for (int64_t d = 0; d < a.codes->stride; ++d) a.q[(d / 4 * kScreenWidth + lane) * 4 + d % 4] = 64;
+    a.s[lane] = a.margin[lane] = a.between[lane] = 0;
+  }
+}
+
+void vq_screen_tile(const VqScreenTile& a) {
+  constexpr int L = kLanes<float>, M = kScreenCodes, W = kScreenWidth;
+  const VqScreenCodes& codes = *a.codes;
+  const int64_t stride = codes.stride;
+  const VecF s0 = load(a.s), s1 = load(a.s + L);
+  VecF least0 = load(a.least), least1 = load(a.least + L);
+  VecI32 at0, at1;
+  __builtin_memcpy(&at0, a.at, sizeof at0);
+  __builtin_memcpy(&at1, a.at + L, sizeof at1);
+  for (int64_t panel = 0; panel < a.panels; ++panel) {
+    VecF low0 = broadcast(INFINITY), low1 = low0;
+    for (int part = 0; part < 4; ++part) {
+      const int64_t k = (a.first + panel) * W + part * M;
+      const int8_t* p = codes.p + k * stride;
+      const uint8_t* q = a.q;
+      VecI32 sum[M][2];
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = VecI32{} + codes.zero[k + i];
+      for (int64_t d = 0; d < stride; d += kScreenWindow) {
+        VecI16 acc[M][2];
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = VecI16{};
+        const int64_t end = stride - d < kScreenWindow ? stride - d : kScreenWindow;
+        for (int64_t e = 0; e < end; e += 4, p += 4, q += 2 * kVectorBytes) {
+          const VecU8 x0 = load_bytes(q), x1 = load_bytes(q + kVectorBytes);
+#pragma GCC unroll 8
+          for (int i = 0; i < M; ++i) {
+            const VecU8 c = broadcast_word(p + i * stride);
+            acc[i][0] += multiply_bytes(x0, c);
+            acc[i][1] += multiply_bytes(x1, c);
+            keep(acc[i][0]);  // else the compiler forms all products first, and spills
+            keep(acc[i][1]);
+          }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+          sum[i][0] += add_pairs(acc[i][0]);
+          sum[i][1] += add_pairs(acc[i][1]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+        const VecF t = broadcast(codes.t[k + i]), h = broadcast(codes.h[k + i]);
+        low0 = smallest(fma(t, s0 * __builtin_convertvector(sum[i][0], VecF), h), low0);
+        low1 = smallest(fma(t, s1 * __builtin_convertvector(sum[i][1], VecF), h), low1);
+      }
+    }
+    store(a.lowest + panel * W, low0);
+    store(a.lowest + panel * W + L, low1);
+    const VecI32 less0 = low0 < least0, less1 = low1 < least1, number = VecI32{} + (int32_t)(a.first + panel);
+    least0 = smallest(low0, least0);
+    least1 = smallest(low1, least1);
+    at0 = less0 ? number : at0;
+    at1 = less1 ? number : at1;
+  }
+  store(a.least, least0);
+  store(a.least + L, least1);
+  __builtin_memcpy(a.at, &at0, sizeof at0);
+  __builtin_memcpy(a.at + L, &at1, sizeof at1);
+}
+
+int64_t vq_screen_open(const VqScreenOpen& a) {
+  constexpr int L = kLanes<float>, W = kScreenWidth;
+  const VecF limit0 = load(a.limit), limit1 = load(a.limit + L);
+  int64_t count = 0;
+  for (int64_t panel = 0; panel < a.panels; ++panel) {
+    const float* const low = a.lowest + panel * W;
+    uint32_t open = bits_of(load(low) <= limit0) | bits_of(load(low + L) <= limit1) << L;
+    for (; open; open &= open - 1) {
+      const int lane = __builtin_ctz(open);
+      if (a.at[lane] != panel) a.places[count++] = (int32_t)(panel * W + lane);
+    }
+  }
+  return count;
+}
+
+void vq_pairs(VqPairs& a) {
+  constexpr int L = kLanes<float>;
+  const float *x[4], *code[4];
+  VecF acc[4][2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int from = i < a.count ? i : 0;
+    x[i] = a.x[from];
+    code[i] = a.code[from];
+    acc[i][0] = load(a.start[from]);
+    acc[i][1] = load(a.start[from] + L);
+  }
+  for (int64_t d = 0; d < a.D; ++d) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const VecF v = broadcast(-x[i][d]);
+      acc[i][0] = fused(v, load(code[i] + d * 2 * L), acc[i][0]);
+      acc[i][1] = fused(v, load(code[i] + d * 2 * L + L), acc[i][1]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const VecF most = broadcast(INFINITY), first = smallest(acc[i][0], most), second = smallest(acc[i][1], most);
+    const VecF both = smallest(first, second);
+    float least = both[0];
+    for (int l = 1; l < L; ++l) least = both[l] < least ? both[l] : least;
+    const uint32_t same = bits_of(first == broadcast(least)) | bits_of(second == broadcast(least)) << L;
+    a.score[i] = least;
+    a.lane[i] = __builtin_ctz(same);
+  }
+}
+
+constinit const VqScreenTable vq_screen_table = {vq_screen_prepare, vq_screen_rows, vq_screen_tile, vq_screen_open,
+                                                 vq_pairs};
+
+}  // namespace
+}  // namespace fastseq::core::FASTSEQ_ISA
+#endif
