@@ -12,6 +12,7 @@ namespace fastseq::core {
 namespace {
 
 constexpr int64_t kMostPanels = 4;           // of rows in a block
+constexpr int64_t kLanes = 8;                // numbers of a row: s, own, least, at, bound[4]
 constexpr int64_t kLowestBytes = 256 << 10;  // of the second cache for the lowest scores of a block
 constexpr int64_t kCodeBytes = 8 << 10;      // of the nearest cache for codes that a block meets together
 // From which sizes on it was the faster way, on Zen 3.
@@ -33,11 +34,10 @@ struct Plan {
 struct Scratch {
   // of one codebook
   int8_t* p;
-  float *t, *h, *exact, *start, *mean;
+  float *t, *h, *exact, *start, *mean, *bound;
   int32_t* zero;
   // of all threads
   float* partial;  // [most, D + 1]
-  float* most_of;  // [most, 5]
   int64_t *rows, *valid;
   // of each thread
   float* moved;
@@ -64,7 +64,7 @@ struct Scratch {
     mean = floats(s.D);
     zero = reinterpret_cast<int32_t*>(floats(plan.padded));
     partial = floats(most * (s.D + 1));
-    most_of = floats(most * 5);
+    bound = floats(plan.code_panels * 4);
     rows = reinterpret_cast<int64_t*>(take(s.mask ? bytes<int64_t>(s.G * s.N) : 0));
     valid = reinterpret_cast<int64_t*>(take(bytes<int64_t>(s.G)));
     opened = reinterpret_cast<int64_t*>(take(bytes<int64_t>(2 * most)));
@@ -76,7 +76,7 @@ struct Scratch {
       own(moved, bytes<float>(s.D));
       own(q, bytes<uint8_t>(plan.width * plan.stride) * plan.row_panels);
       own(lowest, bytes<float>(plan.padded * plan.width) * plan.row_panels);
-      own(lanes, bytes<float>(5 * plan.width) * plan.row_panels);
+      own(lanes, bytes<float>(kLanes * plan.width) * plan.row_panels);
       own(places, bytes<int32_t>(plan.padded * plan.width));
     }
     total = at;
@@ -101,24 +101,8 @@ class Screened {
         scratch(a, plan, call.most, rank, call.scratch),
         rank(rank),
         size(size) {
-    codes = {s.K,
-             s.D,
-             plan.stride,
-             plan.code_panels,
-             s.dot,
-             scratch.p,
-             scratch.t,
-             scratch.h,
-             scratch.zero,
-             scratch.exact,
-             scratch.start,
-             scratch.mean,
-             0,
-             0,
-             0,
-             0,
-             0,
-             0};
+    codes = {s.K,       s.D,          plan.stride,   plan.code_panels, s.dot,        scratch.p, scratch.t,
+             scratch.h, scratch.zero, scratch.exact, scratch.start,    scratch.mean, 0,         scratch.bound};
     scratch.opened[2 * rank] = scratch.opened[2 * rank + 1] = 0;
   }
 
@@ -156,39 +140,34 @@ class Screened {
   void prepare(int64_t g, Barrier& barrier) {
     mean(g, barrier);
     const Range mine = share(plan.code_panels, rank, size);
-    VqScreenPrepare part{s.codebook + g * s.K * s.D, &codes, mine.begin, mine.end, scratch.moved, {}};
+    VqScreenPrepare part{s.codebook + g * s.K * s.D, &codes, mine.begin, mine.end, scratch.moved};
     screen.prepare(part);
-    std::copy_n(part.most, 5, scratch.most_of + 5 * rank);
     barrier.wait();
-    float most[5] = {};
-    for (int i = 0; i < 5 * size; ++i) most[i % 5] = std::max(most[i % 5], scratch.most_of[i]);
-    codes.length = most[0], codes.error = most[1], codes.whole = most[2];
-    codes.most_start = most[3], codes.most_h = most[4];
   }
 
   void block(int64_t g, int64_t first) {
     const int64_t W = plan.width, count = std::min(rows(g) - first, plan.row_panels * W);
     const int64_t panels = (count + W - 1) / W;
     const int64_t q_step = bytes<uint8_t>(W * plan.stride), low_step = bytes<float>(plan.padded * W) / sizeof(float);
-    const int64_t lane_step = bytes<float>(5 * W) / sizeof(float);
+    const int64_t lane_step = bytes<float>(kLanes * W) / sizeof(float);
     const float* x[kMostPanels * kMostPanelWidth];
     uint32_t strange[kMostPanels];
     for (int64_t i = 0; i < count; ++i) x[i] = s.x + (g * s.N + row(g, first + i)) * s.D;
     for (int64_t r = 0; r < panels; ++r) {
-      float* const lane = scratch.lanes + r * lane_step;  // s, margin, between, least, at
+      float* const lane = scratch.lanes + r * lane_step;
       VqScreenRows part{
-          &codes,       x + r * W, std::min(W, count - r * W), scratch.moved, scratch.q + r * q_step, lane, lane + W,
-          lane + 2 * W, 0};
+          &codes,   x + r * W, std::min(W, count - r * W), scratch.moved, scratch.q + r * q_step, lane, lane + 4 * W,
+          lane + W, 0};
       screen.rows(part);
       strange[r] = part.strange;
-      std::fill_n(lane + 3 * W, W, kInfinity);
-      std::fill_n(reinterpret_cast<int32_t*>(lane + 4 * W), W, 0);
+      std::fill_n(lane + 2 * W, W, kInfinity);
+      std::fill_n(reinterpret_cast<int32_t*>(lane + 3 * W), W, 0);
     }
     for (int64_t p = 0; p < plan.code_panels; p += plan.together) {
       for (int64_t r = 0; r < panels; ++r) {
         float* const lane = scratch.lanes + r * lane_step;
         screen.tile({&codes, p, std::min(plan.together, plan.code_panels - p), scratch.q + r * q_step, lane,
-                     scratch.lowest + r * low_step + p * W, lane + 3 * W, reinterpret_cast<int32_t*>(lane + 4 * W)});
+                     scratch.lowest + r * low_step + p * W, lane + 2 * W, reinterpret_cast<int32_t*>(lane + 3 * W)});
       }
     }
     for (int64_t r = 0; r < panels; ++r) {
@@ -201,22 +180,21 @@ class Screened {
   void rescore(int64_t g, int64_t first, int64_t count, const float* const* x, uint32_t strange, const float* lane,
                const float* lowest) {
     const int64_t W = plan.width;
-    const float *margin = lane + W, *between = lane + 2 * W;
-    const auto* const at = reinterpret_cast<const int32_t*>(lane + 4 * W);
-    float best[kMostPanelWidth], limit[kMostPanelWidth];
+    const auto* const at = reinterpret_cast<const int32_t*>(lane + 3 * W);
+    float best[kMostPanelWidth], score[kMostPanelWidth];
     int64_t index[kMostPanelWidth];
     std::fill_n(best, W, kInfinity);
+    std::fill_n(score, W, -kInfinity);
     std::fill_n(index, W, int64_t(0));
     int64_t places = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (!(strange >> i & 1)) scratch.places[places++] = static_cast<int32_t>(at[i] * W + i);
     }
     pairs(places, x, best, index);
-    for (int64_t i = 0; i < W; ++i) {
-      const float apart = best[i] - between[i];
-      limit[i] = i >= count || (strange >> i & 1) ? -kInfinity : std::isfinite(apart) ? apart + margin[i] : kInfinity;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(strange >> i & 1)) score[i] = std::max(best[i], std::numeric_limits<float>::lowest());
     }
-    places = screen.open({lowest, limit, at, plan.code_panels, scratch.places});
+    places = screen.open({&codes, lowest, lane + 4 * W, lane + W, score, at, scratch.places});
     pairs(places, x, best, index);
     scratch.opened[2 * rank] += places;
     uint32_t open = 0;

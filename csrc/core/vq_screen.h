@@ -30,16 +30,14 @@ struct VqScreenCodes {
   float* start;   // [panels * panel_width]     as in vq.h
   float* mean;    // [D]
   float mean_length;
-  // largest of the codes: |c'|, |c' - t*p|, |c|, start, |h|
-  float length, error, whole, most_start, most_h;
+  float* bound;  // [panels][4]   per panel: |c'|, |c' - t*p|, and what stands with |x| and alone in the bound
 };
-// Fills panels [begin, end) from the codes, and returns their five largest in `most`.
+// Fills panels [begin, end) from the codes.
 struct VqScreenPrepare {
   const float* codebook;
   const VqScreenCodes* codes;
   int64_t begin, end;
   float* moved;  // [D] scratch
-  float most[5];
 };
 
 // A panel of rows, prepared.
@@ -50,8 +48,8 @@ struct VqScreenRows {
   float* moved;      // [D] scratch
   uint8_t* q;        // [stride / 4][panel_width][4]  out
   float* s;          // [panel_width]  out
-  float* margin;     // [panel_width]  out   what s' and its rounded form can differ by, all told
-  float* between;    // [panel_width]  out   score minus s'
+  float* bound;      // [4][panel_width]  out   what multiplies the bound of a panel of codes; the last: score minus s'
+  float* own;        // [panel_width]  out   what the row adds to the bound
   uint32_t strange;  // out   a bit per row that is not finite
 };
 
@@ -65,13 +63,14 @@ struct VqScreenTile {
   int32_t* at;    // [panel_width]  in/out   its panel
 };
 
-// The places panel * panel_width + lane where lowest [panels][panel_width] is not above limit [panel_width] and the
-// panel is not `at` [panel_width]. Returns their number.
+// The places panel * panel_width + lane of panels of codes other than at[lane] with a code whose score may be as low as
+// score[lane]. Returns their number.
 struct VqScreenOpen {
-  const float *lowest, *limit;
-  const int32_t* at;
-  int64_t panels;
-  int32_t* places;  // out
+  const VqScreenCodes* codes;
+  const float *lowest, *bound, *own;  // [panels][panel_width], and of VqScreenRows
+  const float* score;                 // [panel_width]; -inf: none
+  const int32_t* at;                  // [panel_width]
+  int32_t* places;                    // out
 };
 
 // `count` (1 .. 4) pairs of a row and a panel of codes: the smallest score as in vq.h, and its lane, the first of

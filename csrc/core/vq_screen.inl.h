@@ -52,15 +52,15 @@ int32_t vq_round_code(const float* c, int64_t D, float scale, int8_t* p) {
   return most;
 }
 
-// One code into place k. False where it is not finite, and so can never be taken.
-bool vq_screen_code(const VqScreenCodes& codes, const float* code, int64_t k, float* moved, float* most) {
+// One code into place k, and into the bound of its panel. False where its scores have to be formed anyway.
+bool vq_screen_code(const VqScreenCodes& codes, const float* code, int64_t k, float* moved, float* bound) {
   const int64_t D = codes.D;
   int8_t* const p = codes.p + k * codes.stride;
   for (int64_t d = 0; d < D; ++d) moved[d] = code[d] - codes.mean[d];
   const float largest = vq_largest(moved, D), length = vq_norm(moved, D);
   float bits = 63;
   float t = largest / bits;
-  if (!(length < 1e18f) || codes.start[k] == INFINITY) return false;
+  if (!(length < 1e18f) || !(codes.start[k] < 1e36f)) return false;
   if (!(t > 1e-30f)) {
     t = 0;
     for (int64_t d = 0; d < D; ++d) p[d] = 0;
@@ -84,27 +84,32 @@ bool vq_screen_code(const VqScreenCodes& codes, const float* code, int64_t k, fl
   codes.t[k] = -t;
   codes.h[k] = (float)h;
   codes.zero[k] = -64 * total;
-  const float found[5] = {length, error, vq_norm(code, D), __builtin_fabsf(codes.start[k]), __builtin_fabsf((float)h)};
-  for (int i = 0; i < 5; ++i) most[i] = found[i] > most[i] ? found[i] : most[i];
+  const float u = 0x1p-23f, steps = (float)(D + 8), start = __builtin_fabsf(codes.start[k]);
+  const float alone = u * (steps * start + 16 * __builtin_fabsf((float)h));
+  const float found[4] = {length, error, u * steps * vq_norm(code, D), alone};
+  for (int i = 0; i < 4; ++i) bound[i] = found[i] > bound[i] ? found[i] : bound[i];
   return true;
 }
 
 void vq_screen_prepare(VqScreenPrepare& a) {
   const VqScreenCodes& codes = *a.codes;
   constexpr int W = kScreenWidth;
-  for (float& most : a.most) most = 0;
   for (int64_t panel = a.begin; panel < a.end; ++panel) {
     const int64_t first = panel * W, in = codes.K - first < W ? codes.K - first : W;
     float* const exact = codes.exact + first * codes.D;
     pack_rows<float>({{a.codebook, codes.D, nullptr}, first, 0, in, codes.D, W, exact});
     vq_start(exact, codes.D, codes.dot, codes.start + first);
+    float* const bound = codes.bound + panel * 4;
+    for (int i = 0; i < 4; ++i) bound[i] = 0;
     for (int64_t k = first; k < first + W; ++k) {
       for (int64_t d = 0; d < codes.stride; ++d) codes.p[k * codes.stride + d] = 0;
-      if (k < codes.K && vq_screen_code(codes, a.codebook + k * codes.D, k, a.moved, a.most)) continue;
+      const bool never = k >= codes.K || codes.start[k] == INFINITY;
+      if (!never && vq_screen_code(codes, a.codebook + k * codes.D, k, a.moved, bound)) continue;
       for (int64_t d = 0; d < codes.stride; ++d) codes.p[k * codes.stride + d] = 0;
       codes.t[k] = 0;
       codes.zero[k] = 0;
-      codes.h[k] = codes.start[k] = INFINITY;
+      codes.h[k] = never ? INFINITY : -INFINITY;
+      if (never) codes.start[k] = INFINITY;
     }
   }
 }
@@ -116,7 +121,10 @@ bool vq_screen_row(const VqScreenRows& a, const float* x, int lane) {
   const float *const mean = codes.mean, *const v = a.moved;
   for (int64_t d = 0; d < D; ++d) a.moved[d] = x[d] - mean[d];
   const float length = vq_norm(v, D), whole = vq_norm(x, D);
-  if (!(whole < INFINITY)) return false;
+  if (!(whole < 1e18f)) {
+    a.own[lane] = INFINITY;  // everything stays open, unless the row is not finite at all
+    return vq_reduce<float>(D, [=](int64_t d) { return x[d] * 0.0f; }) == 0.0f;
+  }
   const float s = vq_largest(v, D) / 63, inverse = s > 1e-30f ? 1 / s : 0.0f;
   uint8_t* const q = a.q + lane * 4;
   float miss[kSums] = {};
@@ -133,21 +141,23 @@ bool vq_screen_row(const VqScreenRows& a, const float* x, int lane) {
   const float along = vq_reduce<float>(D, [=](int64_t d) { return v[d] * mean[d]; });
   const float square = codes.mean_length * codes.mean_length;
   a.s[lane] = s;
-  a.between[lane] = -along - (codes.dot ? square : 0.5f * square);
-  const float chain = (float)(D + 8) * (codes.most_start + whole * codes.whole);
-  const float formula = 16 * (codes.most_h + rounded * (codes.length + codes.error) + square);
-  const float moving = ((float)D / 16 + 16) * length * codes.mean_length;
-  a.margin[lane] = error * codes.length + rounded * codes.error + 0x1p-23f * (chain + formula + moving) + 1e-30f;
+  const float u = 0x1p-23f, moving = ((float)D / 16 + 16) * length * codes.mean_length + 16 * square;
+  float* const bound = a.bound + lane;
+  bound[0] = error + u * 16 * rounded;
+  bound[kScreenWidth] = rounded * (1 + u * 16);
+  bound[2 * kScreenWidth] = whole;
+  bound[3 * kScreenWidth] = -along - (codes.dot ? square : 0.5f * square);
+  a.own[lane] = u * moving + 1e-30f;
   return true;
 }
 
 void vq_screen_rows(VqScreenRows& a) {
   a.strange = 0;
   for (int lane = 0; lane < kScreenWidth; ++lane) {
-    if (lane < a.count && vq_screen_row(a, a.x[lane], lane)) continue;
-    if (lane < a.count) a.strange |= 1u << lane;
     for (int64_t d = 0; d < a.codes->stride; ++d) a.q[(d / 4 * kScreenWidth + lane) * 4 + d % 4] = 64;
-    a.s[lane] = a.margin[lane] = a.between[lane] = 0;
+    for (int i = 0; i < 4; ++i) a.bound[i * kScreenWidth + lane] = 0;
+    a.s[lane] = a.own[lane] = 0;
+    if (lane < a.count && !vq_screen_row(a, a.x[lane], lane)) a.strange |= 1u << lane;
   }
 }
 
@@ -214,14 +224,20 @@ void vq_screen_tile(const VqScreenTile& a) {
 
 int64_t vq_screen_open(const VqScreenOpen& a) {
   constexpr int L = kLanes<float>, W = kScreenWidth;
-  const VecF limit0 = load(a.limit), limit1 = load(a.limit + L);
   int64_t count = 0;
-  for (int64_t panel = 0; panel < a.panels; ++panel) {
-    const float* const low = a.lowest + panel * W;
-    uint32_t open = bits_of(load(low) <= limit0) | bits_of(load(low + L) <= limit1) << L;
-    for (; open; open &= open - 1) {
-      const int lane = __builtin_ctz(open);
-      if (a.at[lane] != panel) a.places[count++] = (int32_t)(panel * W + lane);
+  for (int j = 0; j < 2; ++j) {
+    const float* const row = a.bound + j * L;
+    const VecF error = load(row), rounded = load(row + W), whole = load(row + 2 * W);
+    const VecF score = load(a.score + j * L) - load(row + 3 * W) + load(a.own + j * L);
+    for (int64_t panel = 0; panel < a.codes->panels; ++panel) {
+      const float* const code = a.codes->bound + panel * 4;
+      VecF limit = fma(error, broadcast(code[0]), score + broadcast(code[3]));
+      limit = fma(rounded, broadcast(code[1]), fma(whole, broadcast(code[2]), limit));
+      uint32_t open = bits_of(~(load(a.lowest + panel * W + j * L) > limit));  // NaN leaves open
+      for (; open; open &= open - 1) {
+        const int lane = __builtin_ctz(open) + j * L;
+        if (a.at[lane] != panel && a.score[lane] > -INFINITY) a.places[count++] = (int32_t)(panel * W + lane);
+      }
     }
   }
   return count;
