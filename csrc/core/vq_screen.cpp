@@ -61,7 +61,7 @@ struct Scratch {
     h = floats(plan.padded);
     exact = floats(plan.padded * s.D);
     start = floats(plan.padded);
-    mean = floats(s.D);
+    mean = floats(round_up(s.D));
     zero = reinterpret_cast<int32_t*>(floats(plan.padded));
     partial = floats(most * (s.D + 1));
     bound = floats(plan.code_panels * 4);
@@ -73,7 +73,7 @@ struct Scratch {
         char* const place = take(size);
         if (thread == rank) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(place);
       };
-      own(moved, bytes<float>(s.D));
+      own(moved, bytes<float>(round_up(s.D)));
       own(q, bytes<uint8_t>(plan.width * plan.stride) * plan.row_panels);
       own(lowest, bytes<float>(plan.padded * plan.width) * plan.row_panels);
       own(lanes, bytes<float>(kLanes * plan.width) * plan.row_panels);
@@ -123,18 +123,20 @@ class Screened {
     }
     barrier.wait();
     if (rank == 0) {
-      float count = 0, square = 0;
+      float count = 0;
+      double square = 0;
       for (int t = 0; t < size; ++t) count += scratch.partial[t * (D + 1) + D];
+      std::fill_n(scratch.mean, round_up(D), 0.0f);
       for (int64_t d = 0; d < D; ++d) {
         float sum = 0;
         for (int t = 0; t < size; ++t) sum += scratch.partial[t * (D + 1) + d];
         scratch.mean[d] = count > 0 && std::abs(sum) < 1e18f ? sum / count : 0.0f;
-        square += scratch.mean[d] * scratch.mean[d];
+        square += double(scratch.mean[d]) * scratch.mean[d];
       }
-      scratch.partial[0] = std::sqrt(square) * 1.001f;
+      scratch.partial[0] = static_cast<float>(square);
     }
     barrier.wait();
-    codes.mean_length = scratch.partial[0];
+    codes.mean_square = scratch.partial[0];
   }
 
   void prepare(int64_t g, Barrier& barrier) {

@@ -29,7 +29,7 @@ struct VqScreenCodes {
   float* exact;   // [panels][D][panel_width]   the codes themselves
   float* start;   // [panels * panel_width]     as in vq.h
   float* mean;    // [D]
-  float mean_length;
+  float mean_square;
   float* bound;  // [panels][4]   per panel: |c'|, |c' - t*p|, and what stands with |x| and alone in the bound
 };
 // Fills panels [begin, end) from the codes.
@@ -37,7 +37,7 @@ struct VqScreenPrepare {
   const float* codebook;
   const VqScreenCodes* codes;
   int64_t begin, end;
-  float* moved;  // [D] scratch
+  float* moved;  // [D, up to the next 16] scratch
 };
 
 // A panel of rows, prepared.

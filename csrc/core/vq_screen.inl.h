@@ -114,50 +114,77 @@ void vq_screen_prepare(VqScreenPrepare& a) {
   }
 }
 
+inline float vq_sum_lanes(VecF v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes<float>; ++i) sum += v[i];
+  return sum;
+}
+
+// What a row is like once the mean is taken off, into moved [stride].
+struct ScreenRow {
+  float length, whole, along, largest;
+};
+ScreenRow vq_screen_move(const VqScreenRows& a, const float* x) {
+  constexpr int L = kLanes<float>;
+  const int64_t D = a.codes->D;
+  VecF length = {}, whole = {}, along = {}, largest = {};
+  for (int64_t d = 0; d < D; d += L) {
+    const VecF mean = load(a.codes->mean + d), v = D - d < L ? load_part(x + d, D - d) : load(x + d), moved = v - mean;
+    store(a.moved + d, moved);
+    length = fma(moved, moved, length);
+    whole = fma(v, v, whole);
+    along = fma(moved, mean, along);
+    largest = ::fastseq::core::FASTSEQ_ISA::largest(largest, moved < 0 ? -moved : moved);
+  }
+  float most = 0;
+  for (int i = 0; i < L; ++i) most = largest[i] > most ? largest[i] : most;
+  return {vq_length(vq_sum_lanes(length)), vq_length(vq_sum_lanes(whole)), vq_sum_lanes(along), most};
+}
+
 // One row into lane `lane`. False where it is not finite.
 bool vq_screen_row(const VqScreenRows& a, const float* x, int lane) {
+  constexpr int L = kLanes<float>;
+  typedef uint8_t Numbers __attribute__((vector_size(L)));
   const VqScreenCodes& codes = *a.codes;
-  const int64_t D = codes.D;
-  const float *const mean = codes.mean, *const v = a.moved;
-  for (int64_t d = 0; d < D; ++d) a.moved[d] = x[d] - mean[d];
-  const float length = vq_norm(v, D), whole = vq_norm(x, D);
-  if (!(whole < 1e18f)) {
+  const ScreenRow row = vq_screen_move(a, x);
+  if (!(row.whole < 1e18f)) {
     a.own[lane] = INFINITY;  // everything stays open, unless the row is not finite at all
-    return vq_reduce<float>(D, [=](int64_t d) { return x[d] * 0.0f; }) == 0.0f;
+    return vq_reduce<float>(codes.D, [=](int64_t d) { return x[d] * 0.0f; }) == 0.0f;
   }
-  const float s = vq_largest(v, D) / 63, inverse = s > 1e-30f ? 1 / s : 0.0f;
-  uint8_t* const q = a.q + lane * 4;
-  float miss[kSums] = {};
-  for (int64_t d = 0; d < codes.stride; d += 4) {
-    for (int i = 0; i < 4; ++i) {
-      const float w = d + i < D ? v[d + i] : 0.0f;
-      const int32_t number = (int32_t)(w * inverse + 64.5f);
-      const float e = w - s * (float)(number - 64);
-      miss[i] += e * e;
-      q[d * kScreenWidth + i] = (uint8_t)number;
+  const float s = row.largest / 63, inverse = s > 1e-30f ? 1 / s : 0.0f;
+  uint8_t* q = a.q + lane * 4;
+  VecF miss = {};
+  for (int64_t d = 0; d < codes.stride; d += L) {
+    const VecF v = load(a.moved + d);
+    const VecI32 number = __builtin_convertvector(fma(v, broadcast(inverse), broadcast(64.5f)), VecI32);
+    const VecF e = v - broadcast(s) * __builtin_convertvector(number - 64, VecF);
+    miss = fma(e, e, miss);
+    const Numbers numbers = __builtin_convertvector(number, Numbers);
+    for (int64_t i = 0; i < L && d + i < codes.stride; i += 4, q += 4 * kScreenWidth) {
+      __builtin_memcpy(q, (const char*)&numbers + i, 4);
     }
   }
-  const float error = vq_length(vq_total(miss)), rounded = length + error;
-  const float along = vq_reduce<float>(D, [=](int64_t d) { return v[d] * mean[d]; });
-  const float square = codes.mean_length * codes.mean_length;
-  a.s[lane] = s;
-  const float u = 0x1p-23f, moving = ((float)D / 16 + 16) * length * codes.mean_length + 16 * square;
+  const float error = vq_length(vq_sum_lanes(miss)), rounded = row.length + error;
+  const float u = 0x1p-23f, steps = (float)codes.D / L + 16;
   float* const bound = a.bound + lane;
   bound[0] = error + u * 16 * rounded;
   bound[kScreenWidth] = rounded * (1 + u * 16);
-  bound[2 * kScreenWidth] = whole;
-  bound[3 * kScreenWidth] = -along - (codes.dot ? square : 0.5f * square);
-  a.own[lane] = u * moving + 1e-30f;
+  bound[2 * kScreenWidth] = row.whole;
+  bound[3 * kScreenWidth] = -row.along - (codes.dot ? 1.0f : 0.5f) * codes.mean_square;
+  a.s[lane] = s;
+  a.own[lane] = u * (steps * row.length * vq_length(codes.mean_square) + 16 * codes.mean_square) + 1e-30f;
   return true;
 }
 
 void vq_screen_rows(VqScreenRows& a) {
   a.strange = 0;
   for (int lane = 0; lane < kScreenWidth; ++lane) {
-    for (int64_t d = 0; d < a.codes->stride; ++d) a.q[(d / 4 * kScreenWidth + lane) * 4 + d % 4] = 64;
-    for (int i = 0; i < 4; ++i) a.bound[i * kScreenWidth + lane] = 0;
     a.s[lane] = a.own[lane] = 0;
-    if (lane < a.count && !vq_screen_row(a, a.x[lane], lane)) a.strange |= 1u << lane;
+    for (int i = 0; i < 4; ++i) a.bound[i * kScreenWidth + lane] = 0;
+    const bool finite = lane < a.count && vq_screen_row(a, a.x[lane], lane);
+    if (finite && a.own[lane] < INFINITY) continue;
+    if (lane < a.count && !finite) a.strange |= 1u << lane;
+    for (int64_t d = 0; d < a.codes->stride; ++d) a.q[(d / 4 * kScreenWidth + lane) * 4 + d % 4] = 64;
   }
 }
 
