@@ -35,9 +35,17 @@ struct VqNearest {
   int bits;
   void* index;
   R* distance;
+  R* score;
   R* codes;
   Screen screen = Screen::automatic;  // whether to go by vq_screen.h, where that can
+  const R* prepared = nullptr;
 };
+
+// The codes [G, K, D] in panels, and where their scores start: what a lookup of few rows would spend its time on.
+template <class R>
+size_t vq_prepared_size(const VqShape<R>& shape);
+template <class R>
+void vq_prepare(const VqShape<R>& shape, R* prepared) noexcept;
 
 // Bytes of scratch for a team of at most `most`; uninitialised, 64-byte aligned.
 template <class R>

@@ -62,16 +62,29 @@ uint32_t vq_negate(R* panel, int64_t D) {
   return strange;
 }
 
+// As many numbers of R as a vector has doubles, made doubles.
+inline VecD widen(const float* p) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, VecD);
+}
+inline VecD widen(const double* p) { return load(p); }
+
 // Start of the scores of the codes of a panel, [panel_width].
 template <class R>
 void vq_start(const R* panel, int64_t D, bool dot, R* start) {
-  constexpr int W = 2 * kLanes<R>;
-  double sum[W] = {};
+  constexpr int W = 2 * kLanes<R>, L = kLanes<double>;
+  VecD sum[W / L] = {};
   for (int64_t d = 0; d < D; ++d) {
-    for (int i = 0; i < W; ++i) sum[i] += (double)panel[d * W + i] * (double)panel[d * W + i];
+#pragma GCC unroll 4
+    for (int j = 0; j < W / L; ++j) {
+      const VecD c = widen(panel + d * W + j * L);
+      sum[j] += c * c;
+    }
   }
   for (int i = 0; i < W; ++i) {
-    const R half = (R)(0.5 * sum[i]);
+    const R half = (R)(0.5 * sum[i / L][i % L]);
     start[i] = !(half < (R)INFINITY) ? (R)INFINITY : dot ? R(0) : half;
   }
 }

@@ -106,6 +106,13 @@ struct Call {
 };
 
 template <class R>
+void transpose_codes(const VqShape<R>& s, const Table<R>& table, int64_t g, int64_t panel, R* out, R* start) {
+  const int64_t width = table.panel_width, k = panel * width;
+  table.pack_rows({{s.codebook + g * s.K * s.D, s.D, nullptr}, k, 0, std::min(width, s.K - k), s.D, width, out});
+  table.vq_start(out, s.D, s.dot, start);
+}
+
+template <class R>
 class Lookup {
  public:
   using Count = typename Counter<R>::Type;
@@ -118,23 +125,23 @@ class Lookup {
         rank(rank),
         size(size) {
     local = scratch.local + rank * scratch.local_bytes;
+    starts = a.prepared ? a.prepared + s.G * plan.code_panels * plan.width * s.D : scratch.start;
   }
 
   int64_t rows(int64_t g) const { return s.mask ? scratch.valid[g] : s.N; }
   int64_t row(int64_t g, int64_t i) const { return s.mask ? scratch.rows[g * s.N + i] : i; }
   const R* code(int64_t g, int64_t k) const { return s.codebook + (g * s.K + k) * s.D; }
-  R* start(int64_t g, int64_t panel) const { return scratch.start + (g * plan.code_panels + panel) * plan.width; }
+  const R* start(int64_t g, int64_t panel) const { return starts + (g * plan.code_panels + panel) * plan.width; }
 
+  // Panel of codes, and where their scores start.
   void transpose(int64_t g, int64_t panel, R* out) const {
-    const int64_t k = panel * plan.width;
-    table.pack_rows({{code(g, 0), s.D, nullptr}, k, 0, std::min(plan.width, s.K - k), s.D, plan.width, out});
-    table.vq_start(out, s.D, s.dot, start(g, panel));
+    transpose_codes(s, table, g, panel, out, scratch.start + (g * plan.code_panels + panel) * plan.width);
   }
 
   void many(Barrier& barrier) {
     const Blocks b = blocks_of(a, plan, size);
     const Range mine = share(s.G * plan.code_panels, rank, size);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
+    for (int64_t i = mine.begin; i < mine.end && !a.prepared; ++i) {
       transpose(i / plan.code_panels, i % plan.code_panels, reinterpret_cast<R*>(local));
     }
     barrier.wait();
@@ -176,7 +183,7 @@ class Lookup {
       const int64_t n = row(g, first + i);
       const bool finite = !(strange[i / width] >> (i % width) & 1);
       if (b.parts == 1) {
-        finish(a, table, g, n, 0, finite ? index[i] : 0);
+        finish(a, table, g, n, 0, finite ? index[i] : 0, finite ? best[i] : std::numeric_limits<R>::infinity());
       } else {
         const int64_t at = (part * s.G + g) * s.N + n;
         scratch.part_best[at] = finite ? best[i] : std::numeric_limits<R>::infinity();
@@ -188,7 +195,7 @@ class Lookup {
   // Each thread has panels of codes of its own, and all rows.
   void few(Barrier& barrier) {
     const int64_t K = s.K, width = plan.width;
-    R* const codes = reinterpret_cast<R*>(local);
+    R* const own = reinterpret_cast<R*>(local);
     R* const scores = reinterpret_cast<R*>(local + bytes<R>(kChunk * width * s.D));
     const Range mine = share(plan.code_panels, rank, size);
     for (int64_t g = 0; g < s.G; ++g) {
@@ -197,7 +204,8 @@ class Lookup {
       std::fill_n(scratch.part_k + lists, s.N * a.best, K);
       for (int64_t p = mine.begin; p < mine.end; p += kChunk) {
         const int64_t panels = std::min(kChunk, mine.end - p);
-        for (int64_t i = 0; i < panels; ++i) transpose(g, p + i, codes + i * width * s.D);
+        for (int64_t i = 0; i < panels && !a.prepared; ++i) transpose(g, p + i, own + i * width * s.D);
+        const R* const codes = a.prepared ? a.prepared + (g * plan.code_panels + p) * width * s.D : own;
         const int64_t first = p * width, count = std::min(panels * width, K - first);
         for (int64_t n = 0; n < rows(g); n += plan.tile) {
           const R* x[kMostTileRows];
@@ -254,7 +262,8 @@ class Lookup {
           }
         }
         const bool strange = plan.few && !finite(s.x + (g * s.N + n) * s.D);
-        for (int64_t r = 0; r < best; ++r) finish(a, table, g, n, r, strange ? r : k[r]);
+        for (int64_t r = 0; r < best; ++r)
+          finish(a, table, g, n, r, strange ? r : k[r], strange ? std::numeric_limits<R>::infinity() : list[r]);
       }
     }
   }
@@ -272,6 +281,7 @@ class Lookup {
   const Scratch<R> scratch;
   const int rank, size;
   char* local;
+  const R* starts;  // [G, code_panels * width]
 };
 
 template <class R>
@@ -307,6 +317,26 @@ void vq_nearest(const VqNearest<R>& args, void* scratch, const Team& team) noexc
   team.run(team_size(double(s.G) * s.N * s.K * s.D, team.most), body<R>, &call);
 }
 
+template <class R>
+size_t vq_prepared_size(const VqShape<R>& s) {
+  const int64_t width = table_of<R>(kernels()).panel_width;
+  return s.G * ((s.K + width - 1) / width) * width * (s.D + 1);
+}
+
+template <class R>
+void vq_prepare(const VqShape<R>& s, R* prepared) noexcept {
+  const Table<R>& table = table_of<R>(kernels());
+  const int64_t width = table.panel_width, panels = (s.K + width - 1) / width;
+  R* const start = prepared + s.G * panels * width * s.D;
+  for (int64_t i = 0; i < s.G * panels; ++i) {
+    transpose_codes(s, table, i / panels, i % panels, prepared + i * width * s.D, start + i * width);
+  }
+}
+
+template size_t vq_prepared_size(const VqShape<float>&);
+template size_t vq_prepared_size(const VqShape<double>&);
+template void vq_prepare(const VqShape<float>&, float*) noexcept;
+template void vq_prepare(const VqShape<double>&, double*) noexcept;
 template size_t vq_nearest_scratch(const VqNearest<float>&, int);
 template size_t vq_nearest_scratch(const VqNearest<double>&, int);
 template void vq_nearest(const VqNearest<float>&, void*, const Team&) noexcept;

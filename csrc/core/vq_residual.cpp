@@ -22,7 +22,7 @@ int64_t block_of(const VqResidual<R>& a) {
 template <class R>
 VqNearest<R> lookup(const VqResidual<R>& a, int64_t rows, const VqLevel<R>& level, const R* rest, const bool* used,
                     int64_t* index, R* distance, R* codes) {
-  return {{1, rows, level.K, a.D, rest, level.codebook, used, false}, 1, 64, index, distance, codes};
+  return {{1, rows, level.K, a.D, rest, level.codebook, used, false}, 1, 64, index, distance, nullptr, codes};
 }
 
 template <class R>

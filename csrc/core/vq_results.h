@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "core/isa.h"
 #include "core/parallel.h"
@@ -26,12 +27,13 @@ void write_index(const VqNearest<R>& a, int64_t at, int64_t k) {
   }
 }
 
-// Row n of group g has code k as its `rank`-th.
+// Row n of group g has code k, with that score, as its `rank`-th.
 template <class R>
-void finish(const VqNearest<R>& a, const Table<R>& table, int64_t g, int64_t n, int64_t rank, int64_t k) {
+void finish(const VqNearest<R>& a, const Table<R>& table, int64_t g, int64_t n, int64_t rank, int64_t k, R score) {
   const VqShape<R>& s = a.shape;
   const int64_t row = g * s.N + n, at = row * a.best + rank;
   write_index(a, at, k);
+  if (a.score) a.score[at] = score;
   if (!a.distance && !a.codes) return;
   R* const copy = a.codes ? a.codes + row * s.D : nullptr;
   const R d = table.vq_distance(s.x + row * s.D, s.codebook + (g * s.K + k) * s.D, s.D, copy);
@@ -53,6 +55,7 @@ void sort_rows(const VqNearest<R>& a, int64_t* valid_rows, int64_t* valid, Range
       for (int64_t r = 0; r < a.best; ++r) {
         write_index(a, row * a.best + r, -1);
         if (a.distance) a.distance[row * a.best + r] = R(0);
+        if (a.score) a.score[row * a.best + r] = std::numeric_limits<R>::infinity();
       }
       if (a.codes) std::fill_n(a.codes + row * s.D, s.D, R(0));
     }

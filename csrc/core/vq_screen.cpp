@@ -202,7 +202,7 @@ class Screened {
     uint32_t open = 0;
     for (int64_t i = 0; i < places; ++i) open |= uint32_t(1) << (scratch.places[i] % W);
     scratch.opened[2 * rank + 1] += __builtin_popcount(open);
-    for (int64_t i = 0; i < count; ++i) finish(a, table, g, row(g, first + i), 0, index[i]);
+    for (int64_t i = 0; i < count; ++i) finish(a, table, g, row(g, first + i), 0, index[i], best[i]);
   }
 
   void pairs(int64_t count, const float* const* x, float* best, int64_t* index) const {

@@ -31,7 +31,7 @@ py::array integers(const std::vector<int64_t>& size, int64_t bits) {
 }
 
 py::tuple vq_nearest(const py::array& x, const py::array& codebook, const Optional& mask, bool dot, int64_t best,
-                     int64_t bits, bool distance, int64_t screen, int threads) {
+                     int64_t bits, bool distance, bool score, int64_t screen, int threads) {
   const char* const op = "vq_nearest";
   check_call(op, threads);
   const door::Array vx = view(op, "x", x), vc = view(op, "codebook", codebook), vm = view(op, "mask", mask);
@@ -39,12 +39,14 @@ py::tuple vq_nearest(const py::array& x, const py::array& codebook, const Option
   door::check_best(op, s, best, bits, screen);
   py::array index = integers({s.G, s.N, best}, bits);
   py::array found = empty(s.type, distance ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
+  py::array scores = empty(s.type, score ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
   by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), best, static_cast<int>(bits), index.mutable_data(),
-                              distance ? pointer<R>(found) : nullptr, nullptr, static_cast<core::Screen>(screen)},
+                              distance ? pointer<R>(found) : nullptr, score ? pointer<R>(scores) : nullptr, nullptr,
+                              static_cast<core::Screen>(screen)},
            threads);
   });
-  return py::make_tuple(index, found);
+  return py::make_tuple(index, found, scores);
 }
 
 // How much the screen leaves open: panels of codes that are scored again beyond one per row, and rows that have such.
@@ -54,8 +56,14 @@ py::tuple vq_screen_opened(const py::array& x, const py::array& codebook, bool d
   const door::Array vx = view(op, "x", x), vc = view(op, "codebook", codebook), none;
   const door::VqSizes s = door::check_vq(op, vx, vc, none);
   std::vector<int64_t> index(s.G * s.N);
-  const core::VqNearest<float> call{
-      door::vq_shape<float>(s, vx, vc, none, dot), 1, 64, index.data(), nullptr, nullptr, core::Screen::always};
+  const core::VqNearest<float> call{door::vq_shape<float>(s, vx, vc, none, dot),
+                                    1,
+                                    64,
+                                    index.data(),
+                                    nullptr,
+                                    nullptr,
+                                    nullptr,
+                                    core::Screen::always};
   if (s.type != door::Type::f32 || !core::vq_screens(call)) door::fail(op, "there is no screen for this call");
   int64_t opened[2];
   {
@@ -65,6 +73,53 @@ py::tuple vq_screen_opened(const py::array& x, const py::array& codebook, bool d
   }
   return py::make_tuple(opened[0], opened[1]);
 }
+
+// A codebook that stays prepared from call to call, for lookups of few rows.
+class Codebook {
+ public:
+  Codebook(const py::array& codebook, bool dot) : codebook_(codebook), dot_(dot) {
+    const char* const op = "Codebook";
+    check_call(op, 1);
+    codes_ = view(op, "codebook", codebook_);
+    door::expect_dims(op, "codebook", codes_, "[G, K, D]", 3);
+    door::Array none = codes_;
+    none.size[1] = 0;
+    sizes_ = door::check_vq(op, none, codes_, door::Array{});
+    by_type(sizes_.type, [&]<class R>(R) {
+      const core::VqShape<R> shape = door::vq_shape<R>(sizes_, door::Array{}, codes_, door::Array{}, dot_);
+      prepared_ = py::array_t<R>(static_cast<py::ssize_t>(core::vq_prepared_size(shape)));
+      core::vq_prepare(shape, pointer<R>(prepared_));
+    });
+  }
+
+  py::tuple nearest(const py::array& x, int64_t best, int64_t bits, bool distance, int threads) const {
+    const char* const op = "Codebook.nearest";
+    check_call(op, threads);
+    const door::Array vx = view(op, "x", x), none;
+    const door::VqSizes s = door::check_vq(op, vx, codes_, none);
+    door::check_best(op, s, best, bits, 2);
+    py::array index = integers({s.G, s.N, best}, bits);
+    py::array found = empty(s.type, distance ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
+    by_type(s.type, [&]<class R>(R) {
+      core::VqNearest<R> call{door::vq_shape<R>(s, vx, codes_, none, dot_),
+                              best,
+                              static_cast<int>(bits),
+                              index.mutable_data(),
+                              distance ? pointer<R>(found) : nullptr,
+                              nullptr,
+                              nullptr};
+      call.prepared = static_cast<const R*>(prepared_.data());
+      run<R>(call, threads);
+    });
+    return py::make_tuple(index, found);
+  }
+
+ private:
+  py::array codebook_, prepared_;
+  door::Array codes_;
+  door::VqSizes sizes_{};
+  bool dot_;
+};
 
 py::tuple vq_quantize(const py::array& x, const py::array& codebook, const Optional& mask, bool dot, bool sums,
                       int threads) {
@@ -79,7 +134,7 @@ py::tuple vq_quantize(const py::array& x, const py::array& codebook, const Optio
   by_type(s.type, [&]<class R>(R) {
     const auto* const k = static_cast<const int64_t*>(index.data());
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), 1, 64, index.mutable_data(), pointer<R>(distance),
-                              pointer<R>(codes)},
+                              nullptr, pointer<R>(codes)},
            threads);
     if (!sums) return;
     run<R>(core::VqSums<R>{s.G, s.N, s.K, s.D, vx.as<R>(), nullptr, nullptr, nullptr, R(1), k, pointer<R>(counts),
@@ -107,9 +162,13 @@ py::tuple vq_sums(const py::array& x, const py::array& index, int64_t K, int thr
 
 void bind_vq(py::module_& m) {
   using py::arg;
+  py::class_<Codebook>(m, "Codebook")
+      .def(py::init<const py::array&, bool>(), arg("codebook").noconvert(), arg("dot") = false)
+      .def("nearest", &Codebook::nearest, arg("x").noconvert(), arg("best") = 1, arg("bits") = 64,
+           arg("distance") = false, py::kw_only(), arg("threads") = 1);
   m.def("vq_nearest", &vq_nearest, arg("x").noconvert(), arg("codebook").noconvert(),
         arg("mask").noconvert() = py::none(), arg("dot") = false, arg("best") = 1, arg("bits") = 64,
-        arg("distance") = false, arg("screen") = 2, py::kw_only(), arg("threads") = 1);
+        arg("distance") = false, arg("score") = false, arg("screen") = 2, py::kw_only(), arg("threads") = 1);
   m.def("vq_screen_opened", &vq_screen_opened, arg("x").noconvert(), arg("codebook").noconvert(), arg("dot") = false,
         py::kw_only(), arg("threads") = 1);
   m.def("vq_quantize", &vq_quantize, arg("x").noconvert(), arg("codebook").noconvert(),

@@ -5,6 +5,7 @@
 namespace fastseq::torch_door {
 namespace {
 
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Pair = std::tuple<Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -34,8 +35,8 @@ Tensor integers(const Tensor& like, const std::vector<int64_t>& size, int64_t bi
                                                : ScalarType::Long);
 }
 
-Pair vq_nearest(Tensor x, Tensor codebook, Optional mask, bool dot, int64_t best, int64_t bits, bool distance,
-                int64_t screen) {
+Three vq_nearest(Tensor x, Tensor codebook, Optional mask, bool dot, int64_t best, int64_t bits, bool distance,
+                 bool score, int64_t screen) {
   const char* const op = "vq_nearest";
   check_isa(op);
   const door::Array vx = view(op, "x", x), vc = view(op, "codebook", codebook), vm = view(op, "mask", mask);
@@ -43,12 +44,13 @@ Pair vq_nearest(Tensor x, Tensor codebook, Optional mask, bool dot, int64_t best
   door::check_best(op, s, best, bits, screen);
   Tensor index = integers(x, {s.G, s.N, best}, bits);
   Tensor found = empty(x, distance ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
+  Tensor scores = empty(x, score ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
   by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), best, static_cast<int>(bits),
-                              index.mutable_data_ptr(), distance ? pointer<R>(found) : nullptr, nullptr,
-                              static_cast<core::Screen>(screen)});
+                              index.mutable_data_ptr(), distance ? pointer<R>(found) : nullptr,
+                              score ? pointer<R>(scores) : nullptr, nullptr, static_cast<core::Screen>(screen)});
   });
-  return {index, found};
+  return {index, found, scores};
 }
 
 Five vq_quantize(Tensor x, Tensor codebook, Optional mask, bool dot, bool sums) {
@@ -61,7 +63,7 @@ Five vq_quantize(Tensor x, Tensor codebook, Optional mask, bool dot, bool sums) 
   Tensor total = empty(x, sums ? std::vector<int64_t>{s.G, s.K, s.D} : std::vector<int64_t>{0});
   by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), 1, 64, index.mutable_data_ptr(),
-                              pointer<R>(distance), pointer<R>(codes)});
+                              pointer<R>(distance), nullptr, pointer<R>(codes)});
     if (!sums) return;
     run<R>(core::VqSums<R>{s.G, s.N, s.K, s.D, vx.as<R>(), nullptr, nullptr, nullptr, R(1), pointer<int64_t>(index),
                            pointer<R>(counts), pointer<R>(total)});

@@ -26,6 +26,7 @@ class Nearest(NamedTuple):
 
     index: Tensor  # [..., N]
     distance: Tensor | None  # [..., N], squared
+    score: Tensor | None  # [..., N], what the index is the smallest of, see ``reference.vq_scores``
 
 
 class Quantized(NamedTuple):
@@ -47,6 +48,7 @@ def vq_nearest(
     mask: Tensor | None = None,
     best: int = 1,
     return_distance: bool = False,
+    return_score: bool = False,
     index_dtype: torch.dtype = torch.int64,
     screen: bool | None = None,
 ) -> Nearest:
@@ -62,6 +64,8 @@ def vq_nearest(
         mask: bool, the shape of x without D (and without G, if it is the same for all): the rows that count.
         best: how many codes, 1..K.
         return_distance: also the squared distances (of the scaled vectors for "cosine").
+        return_score: also the scores, by which lookups in parts of a codebook can be merged; +inf where the mask is
+            False or the row is not finite. float32 or float64.
         index_dtype: int64, int32 or int16, which must hold K - 1.
         screen: look at all codes in 8-bit integers first, and in float32 at those that a proven bound leaves open;
             the index is the same. None means where that is faster; True where it is possible, False never.
@@ -81,12 +85,15 @@ def vq_nearest(
     if rows.K - 1 > torch.iinfo(index_dtype).max:
         _check.fail(f, "index_dtype", f"wide enough for K = {rows.K}", index_dtype)
     given = (rows.x.detach(), rows.codebook.detach(), rows.mask, rows.dot)
-    found = torch.ops.fastseq.vq_nearest(*given, best, _INDEX_DTYPES[index_dtype], return_distance, _ops.SCREEN[screen])
-    index, distance = (
-        t.view(*rows.lead, best)[..., 0] if best == 1 else t.view(*rows.lead, best)
-        for t in (found[0], found[1] if return_distance else found[0])
+    bits = _INDEX_DTYPES[index_dtype]
+    flags = (return_distance, return_score, _ops.SCREEN[screen])
+    index, distance, score = torch.ops.fastseq.vq_nearest(*given, best, bits, *flags)
+    shape = rows.lead if best == 1 else (*rows.lead, best)
+    return Nearest(
+        index.view(shape),
+        distance.view(shape).to(rows.dtype) if return_distance else None,
+        score.view(shape) if return_score else None,
     )
-    return Nearest(index, distance.to(rows.dtype) if return_distance else None)
 
 
 def vq_quantize(

@@ -17,8 +17,8 @@ SCREEN = {False: 0, True: 1, None: 2}  # never, always where it can, where it is
 INDEX_BITS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 library.define(
-    "vq_nearest(Tensor x, Tensor codebook, Tensor? mask, bool dot, int best, int bits, bool distance, int screen)"
-    " -> (Tensor, Tensor)"
+    "vq_nearest(Tensor x, Tensor codebook, Tensor? mask, bool dot, int best, int bits, bool distance, bool score, "
+    "int screen) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
     "vq_quantize(Tensor x, Tensor codebook, Tensor? mask, bool dot, bool sums)"
@@ -33,10 +33,22 @@ library.define(
 
 @fake("vq_nearest")
 def _(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, best: int, bits: int, distance: bool, screen: int
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    dot: bool,
+    best: int,
+    bits: int,
+    distance: bool,
+    score: bool,
+    screen: int,
 ) -> tuple[Tensor, ...]:
-    G, N, _D = x.shape
-    return x.new_empty(G, N, best, dtype=INDEX_BITS[bits]), x.new_empty((G, N, best) if distance else 0)
+    size = (x.shape[0], x.shape[1], best)
+    return (
+        x.new_empty(size, dtype=INDEX_BITS[bits]),
+        x.new_empty(size if distance else 0),
+        x.new_empty(size if score else 0),
+    )
 
 
 @fake("vq_quantize")
@@ -65,14 +77,27 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _nearest_reference(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, best: int, bits: int, distance: bool, screen: int
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    dot: bool,
+    best: int,
+    bits: int,
+    distance: bool,
+    score: bool,
+    screen: int,
 ) -> tuple[Tensor, ...]:
     index = reference.vq_nearest(x, codebook, mask, dot, best)
-    found = x.new_empty(0)
+    codes = reference.vq_gather(codebook, index.flatten(1)).view(*index.shape, -1)
+    apart = scores = x.new_empty(0)
     if distance:
-        codes = reference.vq_gather(codebook, index.flatten(1)).view(*index.shape, -1)
-        found = torch.where(index >= 0, (x[:, :, None] - codes).square().sum(-1), 0.0)
-    return index.to(INDEX_BITS[bits]), found
+        apart = torch.where(index >= 0, (x[:, :, None] - codes).square().sum(-1), 0.0)
+    if score:
+        rows = x[:, :, None].expand_as(codes).reshape(-1, 1, x.shape[2])
+        scores = reference.vq_scores(rows, codes.reshape(-1, 1, x.shape[2]), dot).view(index.shape)
+        counts = (index >= 0) & rows.isfinite().all(-1).view(index.shape) & ~scores.isnan()
+        scores = torch.where(counts, scores, torch.inf)
+    return index.to(INDEX_BITS[bits]), apart, scores.clone()
 
 
 def _quantize_reference(x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, sums: bool) -> tuple[Tensor, ...]:
