@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import ROOT
 
@@ -28,7 +29,12 @@ def _rows(folder: Path, arguments: list[str], target: Path) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in target.read_text().splitlines()]
-    return {f"{r['table']} {r['case']} {r['threads']} threads {r['label']}": r["ms"] for r in rows if "ms" in r}
+    return {_name(row): row["ms"] for row in rows if "ms" in row}
+
+
+def _name(row: dict[str, Any]) -> str:
+    kind = " ".join(dict.fromkeys((row["table"], row["mode"])))
+    return f"{kind} {row['case']} {row['threads']} threads {row['label']}"
 
 
 def compare(ref: str, arguments: list[str]) -> None:

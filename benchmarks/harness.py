@@ -16,7 +16,6 @@ import random
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
 BLOCK_SECONDS = 0.03  # short calls repeat until they fill this; their median is the sample of the round
 SETTLE_SECONDS = 0.25  # longest wait for the worker threads of the provider before
+
+
+ABSENT = "not installed: ", "cannot run: "  # how the reason begins where a provider was not judged
+
+
+class CannotRun(Exception):
+    """A provider that this machine or installation cannot run; the message is the reason."""
 
 
 class Ratio(NamedTuple):
@@ -208,11 +214,27 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def provenance(thread_count: int) -> dict[str, Any]:
-    """What every row of one run shares. Results do not make the tree unclean: writing them is what a run does."""
+def backend(op: str, backends: Sequence[Any]) -> str:
+    """Which of the ``backends`` of an operator runs on CPU, with the instruction set of the compiled one."""
+    from fastseq.ops._select import choose
+
+    name = choose(op, tuple(backends), torch.zeros(1)).name
+    if name != "cpu":
+        return name
+    from fastseq import _core
+
+    return f"cpu-{_core.isa()}"
+
+
+def provenance(thread_count: int, packages: Sequence[str]) -> dict[str, Any]:
+    """What every row of one run shares. Results do not make the tree unclean: writing them is what a run does.
+
+    Args:
+        packages: the distributions of the rivals, whose versions are noted.
+    """
     status = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     versions = {}
-    for package in ("onnxruntime", "openvino"):
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
@@ -237,35 +259,34 @@ def gated(
     little worse than the definition would escape the comparison.
 
     Args:
-        operator: a module with ``setup(case, provider, threads)``, ``budgets(case, noise)``, ``GRADIENTS`` and OURS;
-            for ``measure`` also NAME, ``describe(provider)`` and ``every(case, provider)``.
+        operator: a module with ``setup(case, provider, threads)``, ``judge(case, provider, work)`` (the verdict of the
+            gate, and what else the outputs tell, for the row) and OURS; for ``measure`` also NAME,
+            ``describe(provider)``, ``every(case, provider)`` and ``flops(case, provider)``.
 
     Returns:
-        provider -> work, and provider -> reason.
+        provider -> (work, what else its outputs tell), and provider -> reason.
     """
     works, reasons = {}, {}
-    without_noise: dict[str, Budget] = {}
     for provider in providers:
         try:
             work = operator.setup(case, provider, thread_count)
         except ModuleNotFoundError as error:
-            reasons[provider] = f"not installed: {error.name}"
+            reasons[provider] = f"{ABSENT[0]}{error.name}"
             continue
-        noise = work.noise()
-        if noise is None:
-            without_noise = without_noise or operator.budgets(case, None)
-        budgets = without_noise if noise is None else operator.budgets(case, noise)
-        verdict = gate(work.outputs(), budgets, operator.GRADIENTS)
+        except CannotRun as error:
+            reasons[provider] = f"{ABSENT[1]}{error}"
+            continue
+        verdict, facts = operator.judge(case, provider, work)
         if verdict != "passed":
             reasons[provider] = verdict
         if verdict == "passed" or provider.name not in operator.OURS:
-            works[provider] = work
+            works[provider] = work, facts
     return works, reasons
 
 
-def limits(case: Any, seconds: float, thread_count: int) -> dict[str, float]:
+def limits(case: Any, flops: float, seconds: float, thread_count: int) -> dict[str, float]:
     """Operations and bytes per second of one time, and their fractions of what the machine can do."""
-    gflops, gb_s = case.flops / seconds / 1e9, case.bytes_read / seconds / 1e9
+    gflops, gb_s = flops / seconds / 1e9, case.bytes_read / seconds / 1e9
     found = {"gflops": round(gflops, 2), "gb_s": round(gb_s, 2)}
     with contextlib.suppress(peak.NoCompiler):
         found["fma_of_peak"] = round(gflops / peak.fma_peak(thread_count), 4)
@@ -280,14 +301,18 @@ def measure(
     thread_count: int,
     rounds: int | None = None,
     seconds: float = 8.0,
-    with_memory: bool = False,
+    memory: Callable[[Any], dict[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per provider: the gate, then times, ratios to the others, and fractions of the machine's limits."""
+    """One row per provider: the gate, then times, ratios to the others, and fractions of the machine's limits.
+
+    Args:
+        memory: what to write down of the memory of a work, or None.
+    """
     with threads(thread_count):
         works, reasons = gated(operator, case, providers, thread_count)
         every = {provider.label: operator.every(case, provider) for provider in works}
-        used = {p.label: memory(work.run, work.leaves) if with_memory else {} for p, work in works.items()}
-        samples = interleave({provider.label: work.run for provider, work in works.items()}, rounds, seconds, every)
+        used = {p.label: memory(work) if memory else {} for p, (work, _) in works.items()}
+        samples = interleave({p.label: work.run for p, (work, _) in works.items()}, rounds, seconds, every)
     rows = []
     for provider in providers:
         row: dict[str, Any] = {
@@ -308,54 +333,13 @@ def measure(
         row |= {
             **ms,
             "reps": len(own),
-            **limits(case, quantile(own, 0.5), thread_count),
+            **limits(case, operator.flops(case, provider), quantile(own, 0.5), thread_count),
             **used[provider.label],
+            **works[provider][1],
             "gate": reasons.get(provider, "passed"),
         }
-        rows.append({**row, "ratios": {label: [round(v, 4) for v in found] for label, found in others.items()}})
+        rows.append({**row, "ratios": {label: [float(f"{v:.5g}") for v in found] for label, found in others.items()}})
     return rows
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Torch's profiler writes a line to file descriptor 2 at each start and stop, whatever its log level."""
-    sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
-def memory(run: Callable[[], object], leaves: Sequence[Tensor]) -> dict[str, float]:
-    """Megabytes of one training step: what autograd holds between forward and backward, and the largest total.
-
-    Args:
-        run: forward and backward. leaves: input and parameters, which are there anyway and do not count.
-    """
-    given = {leaf.untyped_storage().data_ptr() for leaf in leaves}
-    held: dict[int, Tensor] = {}  # keeps the tensors, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    saved = sum(t.untyped_storage().nbytes() for address, t in held.items() if address not in given)
-    held.clear()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak_bytes = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak_bytes = max(peak_bytes, total)
-    return {"saved_mb": round(saved / 1e6, 3), "peak_mb": round(peak_bytes / 1e6, 3)}
 
 
 def _fma_peak(thread_count: int) -> float | None:

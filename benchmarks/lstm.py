@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from benchmarks import lstm_onnx
+from benchmarks import harness, lstm_onnx
 from benchmarks.harness import Budget, relative_error
 
 NAME = "lstm"
 OURS = ("fastseq", "recompute")  # the other providers are rivals
+PACKAGES = ("onnxruntime", "openvino")  # whose versions each row notes
 TAU = 0.9
 SEED = 7  # of torch's generator when outputs are collected for the gate
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -284,17 +285,14 @@ def every(case: Case, provider: Provider) -> int:
     return 2 if provider.name in ("loop", "compile") and case.flops > 1e10 else 1
 
 
+def flops(case: Case, provider: Provider) -> int:
+    return case.flops
+
+
 def backend() -> str:
-    """Which backend of the operator runs on CPU, with the instruction set of the compiled one."""
     from fastseq.ops import lstm
-    from fastseq.ops._select import choose
 
-    name = choose("lstm_forward", lstm.BACKENDS["lstm_forward"], torch.zeros(1)).name
-    if name != "cpu":
-        return name
-    from fastseq import _core
-
-    return f"cpu-{_core.isa()}"
+    return harness.backend("lstm_forward", lstm.BACKENDS["lstm_forward"])
 
 
 def setup(case: Case, provider: Provider, threads: int) -> Work:
@@ -304,6 +302,18 @@ def setup(case: Case, provider: Provider, threads: int) -> Work:
         ModuleNotFoundError: when the provider's package is not installed.
     """
     return PROVIDERS[provider.name](case, provider, threads)
+
+
+def judge(case: Case, provider: Provider, work: Work) -> tuple[str, dict[str, Any]]:
+    """The verdict of the gate; there is nothing else to tell."""
+    noise = work.noise()
+    held_against = _budgets_without_noise(case) if noise is None else budgets(case, noise)
+    return harness.gate(work.outputs(), held_against, GRADIENTS), {}
+
+
+@functools.lru_cache(maxsize=1)
+def _budgets_without_noise(case: Case) -> dict[str, Budget]:
+    return budgets(case, None)
 
 
 def budgets(case: Case, noise: Tensor | None) -> dict[str, Budget]:

@@ -38,7 +38,7 @@ def test_speed(benchmark, case: Case, provider: Provider) -> None:
     works, reasons = harness.gated(lstm, case, [provider], THREADS)
     assert provider in works, reasons
     benchmark.group = f"{case.mode} {case.name}"
-    benchmark(works[provider].run)
+    benchmark(works[provider][0].run)
 
 
 def test_gate_refuses_a_small_error() -> None:

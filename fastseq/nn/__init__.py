@@ -1,13 +1,53 @@
-"""Modules: ``LSTM`` and ``LSTMCell``, drop-in for those of ``torch.nn``."""
+"""Modules: drop-ins for the LSTMs of ``torch.nn`` and for the layers of vector-quantize-pytorch, and their recipes."""
 
 try:
     import torch as _torch
 except ImportError as error:
     raise ImportError("fastseq.nn needs torch: install it, then fastseq with --no-build-isolation") from error
 
+from fastseq.nn.codebook_optim import codebook_parameter_groups, reset_codebook_moments
+from fastseq.nn.factorized_residual_vq import FactorizedResidualVQ
+from fastseq.nn.fsq import FSQ
+from fastseq.nn.grouped_residual_vq import GroupedResidualVQ
+from fastseq.nn.kmeans import kmeans
 from fastseq.nn.lstm import LSTM
 from fastseq.nn.lstm_cell import LSTMCell
+from fastseq.nn.reinit import AfterWarmup, Reinit, Spaced, attach, next_epoch
+from fastseq.nn.reservoir import Reservoir
+from fastseq.nn.residual_vq import ResidualVQ
+from fastseq.nn.row_quantizer import LossBreakdown
+from fastseq.nn.sharded_codebook import ShardedCodebook
+from fastseq.nn.sim_vq import SimVQ
+from fastseq.nn.split_residual_vq import SplitResidualVQ
+from fastseq.nn.usage import CodebookUsage, Usage, bits_per_dimension
+from fastseq.nn.vector_quantize import VectorQuantize
+from fastseq.nn.vq_loading import load_codebooks
 
-__all__ = ["LSTM", "LSTMCell"]
+__all__ = [
+    "FSQ",
+    "LSTM",
+    "AfterWarmup",
+    "CodebookUsage",
+    "FactorizedResidualVQ",
+    "GroupedResidualVQ",
+    "LSTMCell",
+    "LossBreakdown",
+    "Reinit",
+    "Reservoir",
+    "ResidualVQ",
+    "ShardedCodebook",
+    "SimVQ",
+    "Spaced",
+    "SplitResidualVQ",
+    "Usage",
+    "VectorQuantize",
+    "attach",
+    "bits_per_dimension",
+    "codebook_parameter_groups",
+    "kmeans",
+    "load_codebooks",
+    "next_epoch",
+    "reset_codebook_moments",
+]
 
 del _torch

@@ -88,7 +88,7 @@ def _nearest_reference(
     screen: int,
 ) -> tuple[Tensor, ...]:
     index = reference.vq_nearest(x, codebook, mask, dot, best)
-    codes = reference.vq_gather(codebook, index.flatten(1)).view(*index.shape, -1)
+    codes = reference.vq_gather(codebook, index.flatten(1)).view(*index.shape, codebook.shape[2])
     apart = scores = x.new_empty(0)
     if distance:
         apart = torch.where(index >= 0, (x[:, :, None] - codes).square().sum(-1), 0.0)
