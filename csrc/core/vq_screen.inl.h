@@ -6,7 +6,8 @@ namespace {
 constexpr int kScreenWidth = kPanel<float>;     // rows of a panel, and codes of one
 constexpr int kScreenCodes = kScreenWidth / 4;  // codes of a register tile
 
-inline float vq_length(float square) { return __builtin_sqrtf(square) * 1.0001f; }  // rounded up, whatever the sum lost
+// Rounded up by more than what the sum lost to rounding, and to numbers whose squares are too small.
+inline float vq_length(float square) { return __builtin_sqrtf(square) * 1.0001f + 1e-17f; }
 
 float vq_norm(const float* v, int64_t D) {
   return vq_length(vq_reduce<float>(D, [=](int64_t d) { return v[d] * v[d]; }));

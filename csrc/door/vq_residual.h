@@ -1,6 +1,7 @@
 // Checks of the arguments of the residual quantizer, for both doors.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "core/vq_residual.h"
@@ -31,6 +32,33 @@ inline VqResidualSizes check_residual(const char* op, const Array& x, const std:
   if (mask.given()) expect(op, "mask", mask, Type::boolean, "[N]", {s.N});
   if (levels.given()) expect(op, "levels", levels, Type::i64, "[N]", {s.N});
   return s;
+}
+
+// Codebooks that stand one after the other in codes [K, D].
+inline std::vector<Array> split(const char* op, const Array& codes, const std::vector<int64_t>& sizes) {
+  expect_dims(op, "codes", codes, "[K, D]", 2);
+  const Type type = float_type(op, "codes", codes);
+  expect(op, "codes", codes, type, "[K, D]", {codes.size[0], codes.size[1]});
+  std::vector<Array> found;
+  int64_t first = 0;
+  for (const int64_t K : sizes) {
+    if (K < 1 || K > codes.size[0] - first) fail(op, "sizes must be those of the codebooks in codes, got ", K);
+    Array part = codes;
+    part.size[0] = K;
+    const int64_t bytes = first * codes.size[1] * (type == Type::f32 ? 4 : 8);
+    part.data = static_cast<const char*>(codes.data) + bytes;
+    found.push_back(part);
+    first += K;
+  }
+  if (first != codes.size[0]) fail(op, "sizes must sum to the rows of codes = ", codes.size[0], ", got ", first);
+  return found;
+}
+
+template <class R>
+void join(const std::vector<Array>& codebooks, R* out) {
+  for (const Array& codebook : codebooks) {
+    out = std::copy_n(codebook.as<R>(), codebook.size[0] * codebook.size[1], out);
+  }
 }
 
 inline void check_residual_backward(const char* op, const VqResidualSizes& s, const std::vector<Array>& codebooks,

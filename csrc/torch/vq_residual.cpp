@@ -6,7 +6,7 @@
 namespace fastseq::torch_door {
 namespace {
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 std::vector<door::Array> view_all(const char* op, const std::vector<Tensor>& codebooks) {
   std::vector<door::Array> found;
@@ -14,7 +14,7 @@ std::vector<door::Array> view_all(const char* op, const std::vector<Tensor>& cod
   return found;
 }
 
-Five vq_residual(Tensor x, std::vector<Tensor> codebooks, Optional mask, Optional levels, bool sums) {
+Six vq_residual(Tensor x, std::vector<Tensor> codebooks, Optional mask, Optional levels, bool sums, bool keep) {
   const char* const op = "vq_residual";
   check_isa(op);
   const door::Array vx = view(op, "x", x), vm = view(op, "mask", mask), vl = view(op, "levels", levels);
@@ -24,7 +24,9 @@ Five vq_residual(Tensor x, std::vector<Tensor> codebooks, Optional mask, Optiona
   Tensor index = torch::stable::new_empty(x, std::vector<int64_t>{s.N, s.M}, ScalarType::Long);
   Tensor counts = empty(x, {sums ? s.K : 0});
   Tensor total = empty(x, sums ? std::vector<int64_t>{s.K, s.D} : std::vector<int64_t>{0});
+  Tensor kept = empty(x, keep ? std::vector<int64_t>{s.K, s.D} : std::vector<int64_t>{0});
   const auto go = [&]<class R>(R) {
+    if (keep) door::join<R>(books, pointer<R>(kept));
     const auto level =
         door::residual_levels<R>(s, books, sums ? pointer<R>(counts) : nullptr, sums ? pointer<R>(total) : nullptr);
     const core::VqResidual<R> call{s.N,
@@ -42,24 +44,24 @@ Five vq_residual(Tensor x, std::vector<Tensor> codebooks, Optional mask, Optiona
     core::vq_residual(call, scratch.data(), t);
   };
   s.type == door::Type::f32 ? go(float()) : go(double());
-  return {quantized, index, distance, counts, total};
+  return {quantized, index, distance, counts, total, kept};
 }
 
-Tensor vq_residual_backward(Optional dquantized, Optional dcommitment, Tensor x, std::vector<Tensor> codebooks,
-                            Tensor index, int64_t gradient) {
+Tensor vq_residual_backward(Optional dquantized, Optional dcommitment, Tensor x, Tensor codes,
+                            std::vector<int64_t> sizes, Tensor index, int64_t gradient) {
   const char* const op = "vq_residual_backward";
   check_isa(op);
   const door::Array vx = view(op, "x", x), vi = view(op, "index", index), none;
   const door::Array vq = view(op, "dquantized", dquantized), vd = view(op, "dcommitment", dcommitment);
-  const std::vector<door::Array> books = view_all(op, codebooks);
+  const std::vector<door::Array> books = door::split(op, view(op, "codes", codes), sizes);
   const door::VqResidualSizes s = door::check_residual(op, vx, books, none, none);
   door::check_residual_backward(op, s, books, vq, vd, vi, gradient);
   Tensor dx = empty(x, {s.N, s.D});
   const auto go = [&]<class R>(R) {
-    std::vector<const R*> codes;
-    for (const door::Array& book : books) codes.push_back(book.as<R>());
-    const core::VqResidualRows<R> call{s.N,           s.D,           s.M,          vq.as<R>(),
-                                       vd.as<R>(),    vx.as<R>(),    codes.data(), vi.as<int64_t>(),
+    std::vector<const R*> book;
+    for (const door::Array& b : books) book.push_back(b.as<R>());
+    const core::VqResidualRows<R> call{s.N,           s.D,           s.M,         vq.as<R>(),
+                                       vd.as<R>(),    vx.as<R>(),    book.data(), vi.as<int64_t>(),
                                        gradient == 1, pointer<R>(dx)};
     const core::Team t = team();
     const door::Scratch<char> scratch(core::vq_residual_rows_scratch(call, t.most));

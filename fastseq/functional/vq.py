@@ -24,7 +24,7 @@ METRICS = ("l2", "dot", "cosine")
 class Nearest(NamedTuple):
     """What ``vq_nearest`` returns; with ``best`` > 1 each has a last dimension of that size."""
 
-    index: Tensor  # [..., N]
+    index: Tensor  # type: ignore[assignment]  # [..., N]
     distance: Tensor | None  # [..., N], squared
     score: Tensor | None  # [..., N], what the index is the smallest of, see ``reference.vq_scores``
 
@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
     """What ``vq_quantize`` returns, shaped as x without its last dimension unless said otherwise."""
 
     quantized: Tensor  # [..., N, D], the codes
-    index: Tensor  # int64, -1 where the mask is False
+    index: Tensor  # type: ignore[assignment]  # int64, -1 where the mask is False
     commitment: Tensor  # squared distance of row and code, gradient to x; 0 where the mask is False
     codebook_error: Tensor  # the same numbers, gradient to the codebook
     counts: Tensor | None  # [K] or [G, K], rows per code
@@ -85,6 +85,8 @@ def vq_nearest(
     if rows.K - 1 > torch.iinfo(index_dtype).max:
         _check.fail(f, "index_dtype", f"wide enough for K = {rows.K}", index_dtype)
     given = (rows.x.detach(), rows.codebook.detach(), rows.mask, rows.dot)
+    if screen is not None and not isinstance(screen, bool):
+        _check.fail(f, "screen", "True, False or None", repr(screen))
     bits = _INDEX_DTYPES[index_dtype]
     flags = (return_distance, return_score, _ops.SCREEN[screen])
     index, distance, score = torch.ops.fastseq.vq_nearest(*given, best, bits, *flags)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastseq import _check
 from fastseq.ops import vq_residual as _ops
+from fastseq.ops.vq import GRADIENTS
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -18,7 +19,7 @@ class Residual(NamedTuple):
     """What ``vq_residual`` returns."""
 
     quantized: Tensor  # [N, D], the sum of the codes in the order of the levels
-    index: Tensor  # int64 [N, M], -1 where a level is not used
+    index: Tensor  # type: ignore[assignment]  # int64 [N, M], -1 where a level is not used
     commitment: Tensor  # [M, N], squared distance of what is left and its code; gradient to x; 0 where not used
     counts: list[Tensor] | None  # M of [K_m], rows per code
     sums: list[Tensor] | None  # M of [K_m, D], sum of what was left of the rows of each code
@@ -49,7 +50,7 @@ def vq_residual(
         ArgumentError: naming the argument.
     """
     f = "vq_residual"
-    _check.one_of(f, "gradient", gradient, _ops.GRADIENTS[:2])
+    _check.one_of(f, "gradient", gradient, GRADIENTS[:2])
     if x.dim() != 2 or x.shape[1] < 1:
         _check.fail(f, "x", "[N, D] with D >= 1", list(x.shape))
     if not len(codebooks):
@@ -62,10 +63,10 @@ def vq_residual(
     for m, c in enumerate(codebooks):
         if c.dim() != 2 or c.shape[0] < 1 or c.shape[1] != x.shape[1]:
             _check.fail(f, f"codebooks[{m}]", f"[K, D] = [K, {x.shape[1]}] with K >= 1", list(c.shape))
-    for name, t in (("mask", mask), ("levels", levels)):
-        if t is not None:
-            _check.shape(f, name, t, "N", x.shape[0])
-            _check.device(f, name, t, x.device)
+    for name, given in (("mask", mask), ("levels", levels)):
+        if given is not None:
+            _check.shape(f, name, given, "N", x.shape[0])
+            _check.device(f, name, given, x.device)
     if mask is not None:
         _check.dtype(f, "mask", mask, torch.bool)
     if levels is not None and (levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool):

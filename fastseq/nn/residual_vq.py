@@ -1,4 +1,4 @@
-"""``ResidualVQ`` and ``GroupedResidualVQ``: as the classes of these names in vector-quantize-pytorch."""
+"""``ResidualVQ``: vectors become sums of codes, one of each level, as in vector-quantize-pytorch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ResidualVQ(nn.Module):
         codebook_dim: of the codes; None means ``dim``; else the input is projected to it and back.
         shared_codebook: one codebook for all levels, updated once per forward.
         diveq: the codebooks learn from the gradient of the output, which keeps the length of the error and a noisy
-            direction (Vali and Backstrom, "DiVeQ"). Sets ``learnable_codebook``, and no commitment loss.
+            direction (Vali et al. 2025, "DiVeQ"). Sets ``learnable_codebook``, and no commitment loss.
         heads: 1.
         quantize_dropout: in training use a random number of levels (Zeghidour et al. 2021), the same for the whole
             batch and, under ``torch.distributed``, on all ranks, as long as these call the module equally often.
@@ -272,6 +272,8 @@ class ResidualVQ(nn.Module):
             found = one_by_one(inside, self._levels(n), request, self.quant_grad_frac, targets)
         else:
             found = self._quantize(inside, self._levels(n), request, beam_size)
+        if self.shared_codebook and learns(self._quantizers()[0], request):
+            self._update_shared(found, request)
         quantized = self._layout.leave(self._finish(found.quantized, inside, given, mask), places)
         if indices is not None:
             return quantized, torch.stack(found.losses).sum()
@@ -309,7 +311,7 @@ class ResidualVQ(nn.Module):
         Args:
             B: number of samples. device: where the numbers are wanted.
             seed: of the draw; None: the next of torch's default generator, or under ``torch.distributed`` the number
-                of this call, which is the same on all ranks without a message between them.
+                of this call, which is the same on all ranks without a message between them (not in a graph).
 
         Returns:
             One number, or with dropout per sample (and in a graph that is compiled) int64 [B]; None without dropout.
@@ -368,11 +370,9 @@ class ResidualVQ(nn.Module):
             found = beam_search(x, levels, request, self.quant_grad_frac, beam)
             learn_from(found, levels, request)
         elif why_not_at_once(levels, request, self.quant_grad_frac, self.shared_codebook) is None:
-            return all_at_once(x, levels, request, self._learning(levels, request))
+            found = all_at_once(x, levels, request, self._learning(levels, request))
         else:
             found = one_by_one(x, levels, request, self.quant_grad_frac)
-        if self.shared_codebook and learns(levels[0].layer, request):
-            self._update_shared(found, request)
         return found
 
     def _learning(self, levels: list[Level], request: Request) -> list[VectorQuantize]:

@@ -204,7 +204,7 @@ class RowQuantizer(nn.Module):
         loss = commitment = diversity = orthogonal = zero
         optimized = zero if optimized is None else optimized
         distance = out.commitment
-        if self.learnable_codebook and not call.frozen:
+        if self.learnable_codebook:
             distance = distance + (out.codebook_error - out.codebook_error.detach())
         if call.topk is not None and (self.has_commitment_loss or not self.training):
             commitment = distance / rows.shape[-1]

@@ -109,7 +109,8 @@ def _quantize_reference(x: Tensor, codebook: Tensor, mask: Tensor | None, dot: b
 
 def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     need_x, need_codebook = args[8:]
-    dx, dcodebook = reference.vq_backward(*args[:7], GRADIENTS[args[7]])
+    given: Any = (*args[:7], GRADIENTS[args[7]])
+    dx, dcodebook = reference.vq_backward(*given)
     return dx if need_x else dx.new_empty(0), dcodebook if need_codebook else dx.new_empty(0)
 
 
@@ -152,9 +153,10 @@ class VQ(Function):
     ) -> tuple[Tensor | None, ...]:
         x, codes, index = ctx.saved_tensors
         need_x, need_codebook = ctx.needs_input_grad[:2]
-        grads = [d if d is None else d.contiguous() for d in (dcodes, dcommitment, derror)]
+        grads: Any = [d if d is None else d.contiguous() for d in (dcodes, dcommitment, derror)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, dcodebook = reference.vq_backward(*grads, x, codes, index, ctx.K, ctx.gradient)
+            definition: Any = (*grads, x, codes, index, ctx.K, ctx.gradient)
+            dx, dcodebook = reference.vq_backward(*definition)
         else:
             gradient = GRADIENTS.index(ctx.gradient)
             given = (*grads, x, codes, index, ctx.K, gradient, need_x, need_codebook)

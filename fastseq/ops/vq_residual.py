@@ -1,7 +1,8 @@
 """``fastseq::vq_residual*`` for torch. Meaning and shapes: ``fastseq.reference.vq_residual``.
 
-``vq_residual`` returns quantized [N, D], index int64 [N, M], distance [M, N], and counts and sums of all codebooks one
-after the other, [K_1 + ... + K_M] and [K_1 + ... + K_M, D], without elements where not asked for.
+``vq_residual`` returns quantized [N, D], index int64 [N, M], distance [M, N], and of all codebooks, one after the
+other: counts [K_1 + ... + K_M], sums [K_1 + ... + K_M, D] and the codes themselves, copied for a backward that comes
+when they have changed; without elements where not asked for.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
 from fastseq.ops.vq import GRADIENTS
 
 library.define(
-    "vq_residual(Tensor x, Tensor[] codebooks, Tensor? mask, Tensor? levels, bool sums)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "vq_residual(Tensor x, Tensor[] codebooks, Tensor? mask, Tensor? levels, bool sums, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "vq_residual_backward(Tensor? dquantized, Tensor? dcommitment, Tensor x, Tensor[] codebooks, Tensor index, "
+    "vq_residual_backward(Tensor? dquantized, Tensor? dcommitment, Tensor x, Tensor codes, int[] sizes, Tensor index, "
     "int gradient) -> Tensor"
 )
 
 
 @fake("vq_residual")
-def _(x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, keep: bool
+) -> tuple[Tensor, ...]:
     (N, D), M, K = x.shape, len(codebooks), sum(c.shape[0] for c in codebooks)
     return (
         x.new_empty(N, D),
@@ -36,6 +39,7 @@ def _(x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | 
         x.new_empty(M, N),
         x.new_empty(K if sums else 0),
         x.new_empty((K, D) if sums else 0),
+        x.new_empty((K, D) if keep else 0),
     )
 
 
@@ -45,18 +49,20 @@ def _(dquantized: Tensor | None, dcommitment: Tensor | None, x: Tensor, *args: A
 
 
 def _reference(
-    x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool
+    x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, keep: bool
 ) -> tuple[Tensor, ...]:
     quantized, index, distance, residuals = reference.vq_residual(x, codebooks, mask, levels)
     counts, total = x.new_empty(0), x.new_empty(0)
     if sums:
         each = [reference.vq_sums(residuals[m][None], index[None, :, m], len(c)) for m, c in enumerate(codebooks)]
         counts, total = (torch.cat([pair[n][0] for pair in each]) for n in (0, 1))
-    return quantized, index, distance, counts, total
+    return quantized, index, distance, counts, total, torch.cat(codebooks) if keep else x.new_empty(0)
 
 
 def _backward_reference(*args: Any) -> Tensor:
-    return reference.vq_residual_backward(*args[:5], GRADIENTS[args[5]])
+    dquantized, dcommitment, x, codes, sizes, index, gradient = args
+    given = (dquantized, dcommitment, x, codes.split(list(sizes)), index, GRADIENTS[gradient])
+    return reference.vq_residual_backward(*given)
 
 
 BACKENDS = {
@@ -68,34 +74,36 @@ for _op in BACKENDS:
 
 
 class Residual(Function):
-    """Autograd of ``vq_residual`` in x. Codebooks get no gradient; copies are kept, since an EMA changes them."""
+    """Autograd of ``vq_residual`` in x. Codebooks get no gradient."""
 
     @staticmethod
     def forward(
         x: Tensor, mask: Tensor | None, levels: Tensor | None, sums: bool, gradient: str, *codebooks: Tensor
     ) -> tuple[Tensor, ...]:
-        out: tuple[Tensor, ...] = torch.ops.fastseq.vq_residual.default(x, list(codebooks), mask, levels, sums)
+        out: tuple[Tensor, ...] = torch.ops.fastseq.vq_residual.default(x, list(codebooks), mask, levels, sums, True)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.gradient, codebooks = inputs[0], inputs[4], inputs[5:]
+        x, ctx.gradient = inputs[0], inputs[4]
+        ctx.sizes = [c.shape[0] for c in inputs[5:]]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1], *output[3:])
-        ctx.save_for_backward(x, output[1], *(c.clone() for c in codebooks))
+        ctx.save_for_backward(x, output[1], output[5])
 
     @staticmethod
     def backward(
         ctx: Any, dquantized: Tensor | None, _: Any, dcommitment: Tensor | None, *__: Any
     ) -> tuple[Tensor | None, ...]:
-        x, index, *codebooks = ctx.saved_tensors
-        grads = [d if d is None else d.contiguous() for d in (dquantized, dcommitment)]
+        x, index, codes = ctx.saved_tensors
+        grads: Any = [d if d is None else d.contiguous() for d in (dquantized, dcommitment)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx = reference.vq_residual_backward(*grads, x, codebooks, index, ctx.gradient)
+            definition: Any = (*grads, x, codes.split(ctx.sizes), index, ctx.gradient)
+            dx = reference.vq_residual_backward(*definition)
         else:
-            given = (*grads, x, codebooks, index, GRADIENTS.index(ctx.gradient))
+            given = (*grads, x, codes, ctx.sizes, index, GRADIENTS.index(ctx.gradient))
             dx = torch.ops.fastseq.vq_residual_backward.default(*given)
-        return dx, *(None,) * (4 + len(codebooks))
+        return dx, *(None,) * (4 + len(ctx.sizes))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -105,11 +113,11 @@ class Residual(Function):
 def vq_residual(
     x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, gradient: str
 ) -> tuple[Tensor, ...]:
-    """``Residual`` where a gradient is wanted, else the operator alone."""
+    """``Residual`` where a gradient is wanted, else the operator alone: its results but for the copied codes."""
     if forward_ad._current_level >= 0:
         refuse_forward_mode("vq_residual", x, *codebooks)
     if torch.is_grad_enabled() and x.requires_grad:
         out: tuple[Tensor, ...] = apply(Residual, x, mask, levels, sums, gradient, *codebooks)
-        return out
-    out = torch.ops.fastseq.vq_residual.default(x, codebooks, mask, levels, sums)
-    return out
+    else:
+        out = torch.ops.fastseq.vq_residual.default(x, codebooks, mask, levels, sums, False)
+    return out[:5]

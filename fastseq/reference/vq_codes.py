@@ -19,7 +19,8 @@ def vq_pack(index: Tensor, bits: int) -> Tensor:
     places = torch.arange(bits, device=index.device)
     stream = (index[..., None] >> places & 1).flatten(1)
     stream = F.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (stream << torch.arange(8, device=index.device)).sum(-1).to(torch.uint8)
+    packed: Tensor = (stream << torch.arange(8, device=index.device)).sum(-1)
+    return packed.to(torch.uint8)
 
 
 def vq_unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -29,4 +30,5 @@ def vq_unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         line = int(stream[:, count * bits :].any(1).nonzero()[0])
         raise ValueError(f"vq_unpack: packed is corrupted: bits after the last code of line {line} are not zero")
     stream = stream[:, : count * bits].unflatten(1, (count, bits)) if count else stream.new_zeros(len(packed), 0, bits)
-    return (stream << torch.arange(bits, device=packed.device)).sum(-1)
+    index: Tensor = (stream << torch.arange(bits, device=packed.device)).sum(-1)
+    return index

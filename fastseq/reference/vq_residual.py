@@ -61,7 +61,8 @@ def vq_residual_backward(
     for m, codebook in enumerate(codebooks):
         used = index[:, m]
         codes = torch.where((used >= 0)[:, None], codebook[used.clamp_min(0)], 0.0)
-        d = (None if g is None else g[None] for g in (dquantized, None if dcommitment is None else dcommitment[m]))
-        dx = dx + vq_backward(*d, None, rest[None], codes[None], used[None], len(codebook), gradient)[0][0]
+        given = dquantized, None if dcommitment is None else dcommitment[m]
+        d, dd = (None if g is None else g[None] for g in given)
+        dx = dx + vq_backward(d, dd, None, rest[None], codes[None], used[None], len(codebook), gradient)[0][0]
         rest = rest - codes
     return dx

@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "directional": {"directional_reparam": True, "threshold_ema_dead_code": 1e-9},
     "affine": {"affine_param": True},
     "affine, dead codes": {"affine_param": True, "threshold_ema_dead_code": 2},
+    "bridge": {"vq_bridge": nn.Softplus(), "threshold_ema_dead_code": 2},
     "k-means": {"kmeans_init": True},
 }
 

@@ -246,6 +246,9 @@ def test_a_shared_codebook_stays_shared() -> None:
     rvq(x, mask=MASK)
     assert len({id(layer._codebook) for layer in rvq.layers}) == 1
     assert (rvq.codebooks == rvq.codebooks[0]).all()
+    before = rvq.codebooks.clone()
+    rvq(x, indices=torch.zeros(B, N, M, dtype=torch.int64))
+    assert not torch.equal(rvq.codebooks, before)
     optimizer = make(shared_codebook=True, **LEARNED, in_place_codebook_optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     before = optimizer.codebooks.detach().clone()
     optimizer(x)

@@ -89,6 +89,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "beam at evaluation": ({**BEAM, "eval_beam_size": 2}, {}),
     "beam of one": ({"beam_size": 1}, {}),
 }
+EVALUATED = (  # those that evaluation does not take as another one
+    *(
+        "plain",
+        "projected",
+        "one dimension",
+        "sizes",
+        "masked, projected",
+        "masked, input returned",
+        "all codes, sizes",
+    ),
+    *("cosine", "learned, share", "shared, masked", "sampled", "implicit, masked", "implicit, sizes", "dropout"),
+    *("beam", "beam, masked", "beam, weights", "beam of the call", "beam at evaluation", "beam of one"),
+)
 SHAPES = {"rows": (B, N, D), "single": (B, D), "image": (B, D, D, D)}  # theirs takes images of these sizes alone
 GROUPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
@@ -151,13 +164,18 @@ def assert_equal_steps(theirs: Any, ours: Any, shape: tuple[int, ...], arguments
     torch.testing.assert_close(ours.codebooks, theirs.codebooks, **CLOSE)
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_residual(case: str, training: bool) -> None:
+def test_training(case: str) -> None:
     options, arguments = CASES[case]
-    theirs, ours = pair(ResidualVQ, training, **options)
+    theirs, ours = pair(ResidualVQ, True, **options)
     assert_equal_states(theirs, ours)
     assert_equal_steps(theirs, ours, SHAPES["rows"], arguments)
+
+
+@pytest.mark.parametrize("case", EVALUATED)
+def test_evaluation(case: str) -> None:
+    options, arguments = CASES[case]
+    assert_equal_steps(*pair(ResidualVQ, False, **options), SHAPES["rows"], arguments)
 
 
 def test_diveq() -> None:

@@ -165,6 +165,21 @@ def test_padding_changes_nothing(name: str, training: bool) -> None:
     assert all(r.isfinite().all() for r in results[0])
 
 
+@pytest.mark.parametrize("name", [n for n in OPTIONS if n not in ("sampled", "directional", "k-means")])
+def test_padding_is_as_if_it_were_not_there(name: str) -> None:
+    x = torch.randn(B, 7, D)
+    longer = torch.cat([x, torch.randn(B, T - 7, D)], dim=1)
+
+    def step(x: Tensor, lens: Tensor | None = None) -> tuple[Tensor, ...]:
+        vq = make(**OPTIONS[name]).to(x.dtype)
+        quantized, _, loss = vq(x.requires_grad_(), lens=lens)
+        (dx,) = torch.autograd.grad(quantized.square().sum() + loss, x)
+        return loss, quantized[:, :7], dx[:, :7], vq._codebook.cluster_size, vq._codebook.embed_avg
+
+    got = step(longer, torch.full((B,), 7))
+    assert_within_budget("loss quantized dx cluster_size embed_avg", got, step, (x,), GRADIENTS)
+
+
 def test_padding_keeps_the_input_where_asked() -> None:
     vq = make(return_zeros_for_masked_padding=False)
     x, lens = torch.randn(B, T, D), torch.tensor([T, 4, 0])

@@ -28,6 +28,15 @@ def test_a_frozen_codebook_stays(options: dict[str, Any]) -> None:
     assert changed == (vq.ema_update or "threshold_ema_dead_code" in options)
 
 
+def test_a_frozen_codebook_gets_no_gradient() -> None:
+    for options in ({}, {"route_gradients_to_input": False}):
+        vq = make(**LEARNED, **options)
+        for frozen in (True, False):
+            quantized, _, loss = vq(torch.randn(B, T, D, requires_grad=True), freeze_codebook=frozen)
+            (quantized.sum() + loss).backward()
+            assert (vq._codebook.embed.grad is None) == frozen
+
+
 def test_evaluation_changes_nothing() -> None:
     for name, options in OPTIONS.items():
         if name != "k-means":
@@ -64,6 +73,10 @@ def test_kmeans_happens_once() -> None:
     other.load_state_dict(vq.state_dict())
     other(torch.randn(1, 50, D), freeze_codebook=True)
     assert_same_bits(names_of(vq), state(other), before)
+    vq.load_state_dict(make(kmeans_init=True).state_dict())
+    assert not vq._codebook.ready and not vq.codebook.any()
+    vq(x[None])
+    assert vq._codebook.initted and vq.codebook.any()
     set_from_outside = make(kmeans_init=True)
     set_from_outside._codebook.initted.fill_(True)
     set_from_outside(x[None], freeze_codebook=True)
