@@ -11,25 +11,12 @@
 
 #include "core/isa.h"
 #include "core/vq_results.h"
+#include "core/vq_rows.h"
 
 namespace fastseq::core {
 namespace {
 
-constexpr int64_t kPanelBytes = 16 << 10;  // panels of rows that stay in the nearest cache beside a tile of codes
-constexpr int64_t kMostPanels = 32;        // of rows in a block
-constexpr int64_t kChunk = 8;              // panels of codes at a time, for few rows
-
-// An integer of R's size: what the tile counts codes with.
-template <class R>
-struct Counter;
-template <>
-struct Counter<float> {
-  using Type = int32_t;
-};
-template <>
-struct Counter<double> {
-  using Type = int64_t;
-};
+constexpr int64_t kChunk = 8;  // panels of codes at a time, for few rows
 
 template <class R>
 struct Plan {
@@ -40,7 +27,7 @@ struct Plan {
     tile = table.tile_rows;
     code_panels = (a.shape.K + width - 1) / width;
     few = a.best > 1 || a.shape.N <= width / 4;
-    panels = std::clamp<int64_t>(kPanelBytes / (a.shape.D * width * static_cast<int64_t>(sizeof(R))), 1, kMostPanels);
+    panels = RowBlock<R>::most_panels(table, a.shape.D);
     most_rows = a.shape.G * a.shape.N;
   }
 };
@@ -62,7 +49,6 @@ Blocks blocks_of(const VqNearest<R>& a, const Plan<R>& plan, int size) {
 
 template <class R>
 struct Scratch {
-  using Count = typename Counter<R>::Type;
   R* start;         // [G, code_panels * width]
   int64_t* rows;    // [G, N] numbers of the rows that count, where there is a mask
   int64_t* valid;   // [G] how many
@@ -89,8 +75,7 @@ struct Scratch {
     const int64_t parts = plan.few ? most : most > 1 && block < 2 * most ? 2 * most : 0;
     part_best = reinterpret_cast<R*>(take(bytes<R>(parts * plan.most_rows * a.best)));
     part_k = reinterpret_cast<int64_t*>(take(bytes<int64_t>(parts * plan.most_rows * a.best)));
-    const int64_t lanes = plan.panels * plan.width;
-    const int64_t many = bytes<R>(std::max(lanes, plan.width) * s.D) + bytes<R>(lanes) + bytes<Count>(lanes);
+    const int64_t many = RowBlock<R>::memory(table_of<R>(kernels()), s.D);
     const int64_t few = bytes<R>(kChunk * plan.width * s.D) + bytes<R>(plan.tile * kChunk * plan.width);
     local_bytes = plan.few ? few : many;
     local = take(most * local_bytes);
@@ -106,16 +91,8 @@ struct Call {
 };
 
 template <class R>
-void transpose_codes(const VqShape<R>& s, const Table<R>& table, int64_t g, int64_t panel, R* out, R* start) {
-  const int64_t width = table.panel_width, k = panel * width;
-  table.pack_rows({{s.codebook + g * s.K * s.D, s.D, nullptr}, k, 0, std::min(width, s.K - k), s.D, width, out});
-  table.vq_start(out, s.D, s.dot, start);
-}
-
-template <class R>
 class Lookup {
  public:
-  using Count = typename Counter<R>::Type;
   Lookup(const Call<R>& call, int rank, int size)
       : a(*call.args),
         s(a.shape),
@@ -135,7 +112,8 @@ class Lookup {
 
   // Panel of codes, and where their scores start.
   void transpose(int64_t g, int64_t panel, R* out) const {
-    transpose_codes(s, table, g, panel, out, scratch.start + (g * plan.code_panels + panel) * plan.width);
+    R* const start = scratch.start + (g * plan.code_panels + panel) * plan.width;
+    transpose_codes(table, code(g, 0), s.K, s.D, s.dot, panel, out, start);
   }
 
   void many(Barrier& barrier) {
@@ -156,38 +134,19 @@ class Lookup {
   }
 
   void block_of_rows(const Blocks& b, int64_t g, int64_t block, int64_t part) {
-    const int64_t width = plan.width, first = block * b.panels * width;
-    const int64_t count = std::min(rows(g) - first, b.panels * width);
+    const int64_t first = block * b.panels * plan.width, count = std::min(rows(g) - first, b.panels * plan.width);
     if (count <= 0) return;
-    const int64_t panels = (count + width - 1) / width, lanes = panels * width;
-    R* const x = reinterpret_cast<R*>(local);
-    R* const best = reinterpret_cast<R*>(local + bytes<R>(std::max(plan.panels, int64_t(1)) * width * s.D));
-    Count* const index = reinterpret_cast<Count*>(reinterpret_cast<char*>(best) + bytes<R>(plan.panels * width));
-    uint32_t strange[kMostPanels];
-    for (int64_t p = 0; p < panels; ++p) {
-      const R* lines[kMostPanelWidth];
-      const int64_t in = std::min(width, count - p * width);
-      for (int64_t i = 0; i < in; ++i) lines[i] = s.x + (g * s.N + row(g, first + p * width + i)) * s.D;
-      table.pack_rows({{nullptr, 0, lines}, 0, 0, in, s.D, width, x + p * width * s.D});
-      strange[p] = table.vq_negate(x + p * width * s.D, s.D);
-    }
-    std::fill_n(best, lanes, std::numeric_limits<R>::infinity());
-    std::fill_n(index, lanes, Count(0));
+    RowBlock<R> lanes(table, s.D, local);
+    lanes.load(count, [&](int64_t i) { return s.x + (g * s.N + row(g, first + i)) * s.D; });
     const Range tiles = share((s.K + plan.tile - 1) / plan.tile, static_cast<int>(part), static_cast<int>(b.parts));
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      const int64_t k = t * plan.tile;
-      table.vq_tile({std::min(plan.tile, s.K - k), s.D, panels, code(g, k), s.D, start(g, 0) + k, k, x, best,
-                     reinterpret_cast<R*>(index)});
-    }
+    lanes.meet(code(g, 0), start(g, 0), tiles.begin * plan.tile, std::min(tiles.end * plan.tile, s.K));
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = row(g, first + i);
-      const bool finite = !(strange[i / width] >> (i % width) & 1);
+      const int64_t n = row(g, first + i), at = (part * s.G + g) * s.N + n;
       if (b.parts == 1) {
-        finish(a, table, g, n, 0, finite ? index[i] : 0, finite ? best[i] : std::numeric_limits<R>::infinity());
+        finish(a, table, g, n, 0, lanes.index(i), lanes.score(i));
       } else {
-        const int64_t at = (part * s.G + g) * s.N + n;
-        scratch.part_best[at] = finite ? best[i] : std::numeric_limits<R>::infinity();
-        scratch.part_k[at] = finite ? index[i] : 0;
+        scratch.part_best[at] = lanes.score(i);
+        scratch.part_k[at] = lanes.index(i);
       }
     }
   }
@@ -329,7 +288,8 @@ void vq_prepare(const VqShape<R>& s, R* prepared) noexcept {
   const int64_t width = table.panel_width, panels = (s.K + width - 1) / width;
   R* const start = prepared + s.G * panels * width * s.D;
   for (int64_t i = 0; i < s.G * panels; ++i) {
-    transpose_codes(s, table, i / panels, i % panels, prepared + i * width * s.D, start + i * width);
+    const R* const codebook = s.codebook + i / panels * s.K * s.D;
+    transpose_codes(table, codebook, s.K, s.D, s.dot, i % panels, prepared + i * width * s.D, start + i * width);
   }
 }
 

@@ -5,88 +5,134 @@
 #include <utility>
 
 #include "core/isa.h"
+#include "core/vq_rows.h"
 
 namespace fastseq::core {
 namespace {
 
-constexpr int64_t kBlockRows = 4096;  // rows that go through all levels together
-
-int64_t bytes(int64_t count, size_t size) { return (count * static_cast<int64_t>(size) + 63) / 64 * 64; }
-
 template <class R>
-int64_t block_of(const VqResidual<R>& a) {
-  const bool sums = a.M && a.level[0].sums;
-  return sums ? a.N : std::min(a.N, kBlockRows);
+int64_t codes_of(const VqResidual<R>& a) {
+  int64_t K = 0;
+  for (int64_t m = 0; m < a.M; ++m) K += a.level[m].K;
+  return K;
+}
+template <class R>
+bool wants_sums(const VqResidual<R>& a) {
+  return a.M && a.level[0].sums;
 }
 
+// The sums of all levels at once: M * N rows, and the codes of the levels one after the other.
 template <class R>
-VqNearest<R> lookup(const VqResidual<R>& a, int64_t rows, const VqLevel<R>& level, const R* rest, const bool* used,
-                    int64_t* index, R* distance, R* codes) {
-  return {{1, rows, level.K, a.D, rest, level.codebook, used, false}, 1, 64, index, distance, nullptr, codes};
+VqSums<R> sums_of(const VqResidual<R>& a, const R* rest, const int64_t* index, int64_t K) {
+  return {1, a.M * a.N, K, a.D, rest, nullptr, nullptr, nullptr, R(1), index, a.level[0].counts, a.level[0].sums};
 }
 
-template <class R>
-VqSums<R> sums_of(const VqResidual<R>& a, const VqLevel<R>& level, const R* rest, const int64_t* index) {
-  return {1, a.N, level.K, a.D, rest, nullptr, nullptr, nullptr, R(1), index, level.counts, level.sums};
-}
-
-// What is left of the rows, the codes of a level, its index, which rows use it, and scratch of the parts.
 template <class R>
 struct Scratch {
-  R *rest, *codes;
-  int64_t* index;
-  bool* used;
-  char* parts;
-  int64_t total;
+  R* start;             // of the codes of each level, from starts(m) on
+  R* rest;              // [M, N, D] what is left before each level, where sums are wanted
+  int64_t* code;        // [M, N] number of the code among those of all levels, or -1
+  char *parts, *local;  // of the sums, and of each thread
+  int64_t local_bytes, total;
   Scratch(const VqResidual<R>& a, int most, char* base) {
-    const int64_t rows = block_of(a);
-    int64_t at = 0, largest = 0;
-    const bool some = true;
+    const Table<R>& table = table_of<R>(kernels());
+    int64_t at = 0;
     const auto take = [&](int64_t size) {
       char* const p = base ? base + at : nullptr;
       at += size;
       return p;
     };
-    rest = reinterpret_cast<R*>(take(bytes(rows * a.D, sizeof(R))));
-    codes = reinterpret_cast<R*>(take(bytes(rows * a.D, sizeof(R))));
-    index = reinterpret_cast<int64_t*>(take(bytes(rows, sizeof(int64_t))));
-    used = reinterpret_cast<bool*>(take(bytes(rows, 1)));
-    for (int64_t m = 0; m < a.M; ++m) {
-      const VqLevel<R>& level = a.level[m];
-      for (const int64_t n : {rows, a.N % rows}) {  // the last block may be smaller, and need more for its size
-        // only whether there is a mask matters for its size
-        const auto parts_of = lookup(a, n, level, a.x, a.mask || a.levels ? &some : nullptr, index, a.distance, codes);
-        largest = std::max<int64_t>(largest, vq_nearest_scratch(parts_of, most));
-      }
-      if (level.sums) largest = std::max<int64_t>(largest, vq_sums_scratch(sums_of(a, level, a.x, index), most));
-    }
-    parts = take(largest);
+    const int64_t K = codes_of(a), rows = wants_sums(a) ? a.M * a.N : 0;
+    start = reinterpret_cast<R*>(take(bytes<R>(K + a.M * table.panel_width)));
+    rest = reinterpret_cast<R*>(take(bytes<R>(rows * a.D)));
+    code = reinterpret_cast<int64_t*>(take(bytes<int64_t>(rows)));
+    parts = take(rows ? vq_sums_scratch(sums_of(a, rest, code, K), most) : 0);
+    const int64_t lanes = RowBlock<R>::most_panels(table, a.D) * table.panel_width;
+    local_bytes = RowBlock<R>::memory(table, a.D) + bytes<R>(lanes * a.D);
+    local = take(most * local_bytes);
     total = at;
   }
 };
 
-// Takes the codes off what is left, and adds them up.
 template <class R>
-struct Step {
+struct Call {
   const VqResidual<R>* args;
   const Scratch<R>* scratch;
-  int64_t first, rows, m;
 };
+
+// Where the starts of the codes of level m begin: each level has whole panels.
 template <class R>
-void step_body(const void* context, int rank, int size, Barrier&) {
-  const auto& s = *static_cast<const Step<R>*>(context);
-  const VqResidual<R>& a = *s.args;
-  const Range mine = share(s.rows, rank, size);
-  R* const out = a.quantized + s.first * a.D;
-  R* __restrict const rest = s.scratch->rest;
-  const R* __restrict const codes = s.scratch->codes;
-  for (int64_t i = mine.begin * a.D; i < mine.end * a.D; ++i) rest[i] -= codes[i];
-  if (s.m) {
-    for (int64_t i = mine.begin * a.D; i < mine.end * a.D; ++i) out[i] += codes[i];
-  } else {
-    std::copy(codes + mine.begin * a.D, codes + mine.end * a.D, out + mine.begin * a.D);
+int64_t starts(const VqResidual<R>& a, int64_t m, int64_t width) {
+  int64_t at = 0;
+  for (int64_t i = 0; i < m; ++i) at += (a.level[i].K + width - 1) / width * width;
+  return at;
+}
+
+// Rows [first, first + count) through all levels. Level m finds those that use it in front.
+template <class R>
+void block(const VqResidual<R>& a, const Scratch<R>& s, const Table<R>& table, char* local, int64_t first,
+           int64_t count) {
+  const int64_t D = a.D;
+  RowBlock<R> lanes(table, D, local);
+  R* const rest = reinterpret_cast<R*>(local + RowBlock<R>::memory(table, D));
+  std::memcpy(rest, a.x + first * D, count * D * sizeof(R));
+  std::fill_n(a.quantized + first * D, count * D, R(0));
+  int64_t used[kMostRowPanels * kMostPanelWidth], offset = 0;
+  for (int64_t m = 0; m < a.M; ++m) {
+    const VqLevel<R>& level = a.level[m];
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = first + i;
+      if (wants_sums(a)) std::memcpy(s.rest + (m * a.N + n) * D, rest + i * D, D * sizeof(R));
+      if ((!a.mask || a.mask[n]) && (!a.levels || m < a.levels[n])) {
+        used[rows++] = i;
+        continue;
+      }
+      a.index[n * a.M + m] = -1;
+      a.distance[m * a.N + n] = R(0);
+      if (wants_sums(a)) s.code[m * a.N + n] = -1;
+    }
+    lanes.load(rows, [&](int64_t i) { return rest + used[i] * D; });
+    lanes.meet(level.codebook, s.start + starts(a, m, table.panel_width), 0, rows ? level.K : 0);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t n = first + used[i], k = lanes.index(i);
+      R* const left = rest + used[i] * D;
+      R* const sum = a.quantized + n * D;
+      const R* const code = level.codebook + k * D;
+      a.index[n * a.M + m] = k;
+      a.distance[m * a.N + n] = table.vq_distance(left, code, D, nullptr);
+      if (wants_sums(a)) s.code[m * a.N + n] = offset + k;
+      for (int64_t d = 0; d < D; ++d) {
+        left[d] -= code[d];
+        sum[d] += code[d];
+      }
+    }
+    offset += level.K;
   }
-  for (int64_t i = mine.begin; i < mine.end; ++i) a.index[(s.first + i) * a.M + s.m] = s.scratch->index[i];
+}
+
+template <class R>
+void body(const void* context, int rank, int size, Barrier& barrier) {
+  const auto& call = *static_cast<const Call<R>*>(context);
+  const VqResidual<R>& a = *call.args;
+  const Scratch<R>& s = *call.scratch;
+  const Table<R>& table = table_of<R>(kernels());
+  const int64_t width = table.panel_width;
+  char* const local = s.local + rank * s.local_bytes;
+  for (int64_t m = 0; m < a.M; ++m) {
+    const Range mine = share((a.level[m].K + width - 1) / width, rank, size);
+    R* const start = s.start + starts(a, m, width);
+    for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+      transpose_codes(table, a.level[m].codebook, a.level[m].K, a.D, false, panel, reinterpret_cast<R*>(local),
+                      start + panel * width);
+    }
+  }
+  barrier.wait();
+  const int64_t panels = (a.N + width - 1) / width;
+  const int64_t rows = width * std::clamp<int64_t>(panels / (4 * size), 1, RowBlock<R>::most_panels(table, a.D));
+  for (int64_t item; (item = barrier.draw()) * rows < a.N;) {
+    block(a, s, table, local, item * rows, std::min(rows, a.N - item * rows));
+  }
 }
 
 template <class R>
@@ -124,36 +170,16 @@ void rows_body(const void* context, int rank, int size, Barrier&) {
 
 template <class R>
 size_t vq_residual_scratch(const VqResidual<R>& a, int most) {
-  return a.N ? Scratch<R>(a, most, nullptr).total : 0;
+  return Scratch<R>(a, most, nullptr).total;
 }
 
 template <class R>
 void vq_residual(const VqResidual<R>& a, void* memory, const Team& team) noexcept {
-  if (a.N == 0) {
-    for (int64_t m = 0; m < a.M; ++m) {
-      if (!a.level[m].sums) continue;
-      std::fill_n(a.level[m].counts, a.level[m].K, R(0));
-      std::fill_n(a.level[m].sums, a.level[m].K * a.D, R(0));
-    }
-    return;
-  }
   const Scratch<R> s(a, team.most, static_cast<char*>(memory));
-  const int64_t block = block_of(a);
-  for (int64_t first = 0; first < a.N; first += block) {
-    const int64_t rows = std::min(block, a.N - first);
-    std::memcpy(s.rest, a.x + first * a.D, rows * a.D * sizeof(R));
-    for (int64_t m = 0; m < a.M; ++m) {
-      for (int64_t i = 0; i < rows; ++i) {
-        s.used[i] = (!a.mask || a.mask[first + i]) && (!a.levels || m < a.levels[first + i]);
-      }
-      const bool* const used = a.mask || a.levels ? s.used : nullptr;
-      vq_nearest(lookup(a, rows, a.level[m], s.rest, used, s.index, a.distance + m * a.N + first, s.codes), s.parts,
-                 team);
-      if (a.level[m].sums) vq_sums(sums_of(a, a.level[m], s.rest, s.index), s.parts, team);
-      const Step<R> step{&a, &s, first, rows, m};
-      team.run(team_size(double(rows) * a.D, team.most), step_body<R>, &step);
-    }
-  }
+  const int64_t K = codes_of(a);
+  const Call<R> call{&a, &s};
+  if (a.N) team.run(team_size(double(a.N) * K * a.D, team.most), body<R>, &call);
+  if (wants_sums(a)) vq_sums(sums_of(a, s.rest, s.code, K), s.parts, team);
 }
 
 template <class R>

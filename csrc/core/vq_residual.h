@@ -1,6 +1,5 @@
 // Residual vector quantization: level m looks up what the codes of the levels before it left of each row, with the
-// scores of vq.h. A block of rows goes through all levels before the next one, unless sums are wanted, whose order must
-// not depend on blocks.
+// scores of vq.h. A block of rows goes through all levels while it stays in the nearest cache.
 #pragma once
 
 #include "core/vq.h"
@@ -11,8 +10,10 @@ template <class R>
 struct VqLevel {
   int64_t K;
   const R* codebook;  // [K, D]  in
-  R* counts;          // [K] or null  out
-  R* sums;            // [K, D] or null  out   of what was left of the rows before this level
+  // of the rows that were given each code, as left before this level; those of the levels follow one another in memory,
+  // and are null for all or none
+  R* counts;  // [K]  out
+  R* sums;    // [K, D]  out
 };
 
 //   x          [N, D]  in

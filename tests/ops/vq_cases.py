@@ -14,7 +14,7 @@ from fastseq import reference
 from fastseq.ops.vq import BACKENDS as VQ
 from fastseq.ops.vq_codes import BACKENDS as CODES
 from fastseq.ops.vq_residual import BACKENDS as RESIDUAL
-from tests.core.constants import constant
+from tests.core.constants import PANEL_WIDTH, constant
 from tests.ops import lstm_cases
 
 BACKENDS = {**VQ, **CODES, **RESIDUAL}
@@ -24,7 +24,7 @@ SCREENS = (0, 1, 2)  # never, always, automatic
 SCREEN_MOST_D = constant("vq_screen.h", "kScreenMostD")
 SCREEN_WINDOW = constant("vq_screen.h", "kScreenWindow")
 SUM_BLOCK = constant("vq.h", "kSumBlock")  # rows of a code that are one chain of additions
-RESIDUAL_BLOCK = constant("vq_residual.cpp", "kBlockRows")  # rows that go through all levels together
+BLOCK_ROWS = 32 * PANEL_WIDTH  # no block of rows that a thread works on is larger
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -209,7 +209,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> tup
 def normals(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normal numbers."""
     generator = torch.Generator().manual_seed(1000 * seed + 19)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=dtype)
 
 
 def places(G: int, N: int, K: int, masked: bool = True, seed: int = 0) -> Tensor:
@@ -218,9 +218,7 @@ def places(G: int, N: int, K: int, masked: bool = True, seed: int = 0) -> Tensor
     return torch.randint(-1 if masked else 0, K, (G, N), generator=generator)
 
 
-def cases(
-    N: Any, K: Any, D: Any, G: Any = None, kinds: tuple[str, ...] = tuple(k for k in KINDS if "tiny" not in k)
-) -> st.SearchStrategy[Case]:
+def cases(N: Any, K: Any, D: Any, G: Any = None, kinds: tuple[str, ...] = tuple(KINDS)) -> st.SearchStrategy[Case]:
     """Cases of drawn sizes, of every kind."""
     return st.builds(
         Case,
