@@ -22,7 +22,7 @@ _ROWS_PER_CODE = 2  # in the reservoir, at least
 def options(recipe: str) -> dict[str, Any]:
     """Arguments beside the sizes that ``VectorQuantize`` of fastseq and of vector-quantize-pytorch share."""
     plain = {"commitment_weight": COMMITMENT, "rotation_trick": False}
-    return plain if recipe == AVERAGES else {**plain, "learnable_codebook": True}
+    return plain if recipe == AVERAGES else {**plain, "learnable_codebook": True, "ema_update": False}
 
 
 def reservoir_size(K: int) -> int:

@@ -126,15 +126,13 @@ def vq_quantize(
     rows = _Rows("vq_quantize", x, codebook, metric, mask)
     out = _ops.vq(rows.x, rows.codebook, rows.mask, rows.dot, sums, gradient)
     quantized, index, commitment, error, counts, total = out
-    groups = codebook.shape[:-2]
-    return Quantized(
-        quantized.view(*rows.lead, x.shape[-1]).to(rows.dtype),
-        index.view(rows.lead),
-        commitment.view(rows.lead),
-        error.view(rows.lead),
-        counts.view(*groups, rows.K) if sums else None,
-        total.view(*groups, rows.K, x.shape[-1]) if sums else None,
-    )
+    if rows.lead != index.shape:
+        quantized = quantized.view(x.shape)
+        index, commitment, error = (t.view(rows.lead) for t in (index, commitment, error))
+    if codebook.dim() == 2 and sums:
+        counts, total = counts[0], total[0]
+    quantized = quantized if quantized.dtype is rows.dtype else quantized.to(rows.dtype)
+    return Quantized(quantized, index, commitment, error, counts if sums else None, total if sums else None)
 
 
 def vq_sums(x: Tensor, index: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -183,13 +181,15 @@ class _Rows:
             if t.dtype not in _COMPUTED:
                 _check.fail(f, name, "float32, float64, bfloat16 or float16", t.dtype)
         _check.device(f, "codebook", codebook, x.device)
-        computed = torch.promote_types(_COMPUTED[x.dtype], _COMPUTED[codebook.dtype])
         self.dtype, self.lead, self.K, self.dot = x.dtype, x.shape[:-1], K, metric != "l2"
-        x, codebook = x.to(computed), codebook.to(computed)
+        computed = torch.promote_types(_COMPUTED[x.dtype], _COMPUTED[codebook.dtype])
+        if x.dtype is not computed or codebook.dtype is not computed:
+            x, codebook = x.to(computed), codebook.to(computed)
         if metric == "cosine":
             x, codebook = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
-        self.x = x.reshape(G, -1, D) if x.numel() else x.reshape(G, x.shape[:-1].numel() // G, D)
-        self.x, self.codebook = self.x.contiguous(), codebook.reshape(G, K, D).contiguous()
+        if codebook.dim() == 2 or x.dim() != 3:
+            x = x.reshape(G, -1, D) if x.numel() else x.reshape(G, x.shape[:-1].numel() // G, D)
+        self.x, self.codebook = x.contiguous(), codebook.reshape(G, K, D).contiguous()
         self.mask: Tensor | None = None
         if mask is not None:
             _check.dtype(f, "mask", mask, torch.bool)

@@ -336,7 +336,9 @@ class VectorQuantize(RowQuantizer):
 
     def _finish(self, out: Quantized, x: Tensor, places: Places, call: Call) -> tuple[Tensor, Tensor]:
         """Codes and indices as the caller gets them; x: [B, T, dim], as it was given."""
-        quantized: Tensor = self.project_out(self._heads.join(out.quantized, call.B, call.T).to(x.dtype))
+        quantized: Tensor = self._heads.join(out.quantized, call.B, call.T)
+        if self.has_projections:
+            quantized = self.project_out(quantized.to(x.dtype))
         if call.mask is not None:
             counted, other = call.mask[..., None], torch.zeros_like(x) if self.return_zeros_for_masked_padding else x
             if call.topk is not None:
