@@ -89,7 +89,7 @@ void vq_rows(const VqRows<R>& args, const Team& team) noexcept;
 
 // ---- what an instruction set provides; see isa.h ----
 
-// `codes` (1 .. tile_rows) against panels of rows. A panel is [D][panel_width]: rows negated, one per lane.
+// Some codes against panels of rows. A panel is [D][panel_width]: rows negated, one per lane.
 template <class R>
 struct VqTile {
   int64_t codes, D, panels;

@@ -3,41 +3,65 @@
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
-template <class R, int M>
-void vq_tile_body(const VqTile<R>& t) {
+// The best score so far of each lane of two vectors, and its code.
+template <class R>
+struct VqBest {
+  Vec<R> score[2];
+  Int<R> code[2];
+};
+
+// M codes from number `first` on against a panel of rows. D is the number of dimensions where that is known, else 0.
+template <class R, int M, int D>
+inline __attribute__((always_inline)) void vq_meet(const VqTile<R>& t, int64_t k, const R* x, VqBest<R>& best) {
   constexpr int L = kLanes<R>;
-  const R *code[M], *x = t.x;
+  const R* code[M];
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) code[i] = t.code + i * t.stride;
-  R *best = t.best, *index = t.index;
-  for (int64_t p = 0; p < t.panels; ++p, best += 2 * L, index += 2 * L) {
-    Vec<R> acc[M][2];
+  for (int i = 0; i < M; ++i) code[i] = t.code + (k + i) * t.stride;
+  Vec<R> acc[M][2];
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = broadcast(t.start[i]);
-    for (int64_t d = 0; d < t.D; ++d, x += 2 * L) {
-      const Vec<R> x0 = load(x), x1 = load(x + L);
+  for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = broadcast(t.start[k + i]);
+  for (int64_t d = 0, end = D ? D : t.D; d < end; ++d, x += 2 * L) {
+    const Vec<R> x0 = load(x), x1 = load(x + L);
 #pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        const Vec<R> c = broadcast(code[i][d]);
-        acc[i][0] = fused(c, x0, acc[i][0]);
-        acc[i][1] = fused(c, x1, acc[i][1]);
-      }
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      Vec<R> b = load(best + j * L);
-      Int<R> k = load_int<R>(index + j * L), number = Int<R>{} + (typename Simd<R>::Scalar)t.first;
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        const Int<R> less = acc[i][j] < b;
-        b = less ? acc[i][j] : b;
-        k = less ? number : k;
-        number += 1;
-      }
-      store(best + j * L, b);
-      store_int<R>(index + j * L, k);
+    for (int i = 0; i < M; ++i) {
+      const Vec<R> c = broadcast(code[i][d]);
+      acc[i][0] = fused(c, x0, acc[i][0]);
+      acc[i][1] = fused(c, x1, acc[i][1]);
     }
   }
+  Int<R> number = Int<R>{} + (typename Simd<R>::Scalar)(t.first + k);
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const Int<R> less = acc[i][j] < best.score[j];
+      best.score[j] = less ? acc[i][j] : best.score[j];
+      best.code[j] = less ? number : best.code[j];
+    }
+    number += 1;
+  }
+}
+
+template <class R, int D>
+void vq_tile_body(const VqTile<R>& t) {
+  constexpr int L = kLanes<R>, M = kTileRows;
+  for (int64_t p = 0; p < t.panels; ++p) {
+    R *const score = t.best + p * 2 * L, *const code = t.index + p * 2 * L;
+    const R* const x = t.x + p * 2 * L * t.D;
+    VqBest<R> best{{load(score), load(score + L)}, {load_int<R>(code), load_int<R>(code + L)}};
+    int64_t k = 0;
+    for (; k + M <= t.codes; k += M) vq_meet<R, M, D>(t, k, x, best);
+    for (; k < t.codes; ++k) vq_meet<R, 1, D>(t, k, x, best);
+    store(score, best.score[0]);
+    store(score + L, best.score[1]);
+    store_int<R>(code, best.code[0]);
+    store_int<R>(code + L, best.code[1]);
+  }
+}
+
+template <class R>
+void vq_tile(const VqTile<R>& t) {
+  t.D == 8 ? vq_tile_body<R, 8>(t) : vq_tile_body<R, 0>(t);
 }
 
 // Rows negated in place, one lane each; lanes with a number that is not finite become zeros. Returns a bit per lane.
@@ -141,7 +165,6 @@ void vq_scores_rows(const VqScores<R>& t) {
 
 template <class R, int... M>
 struct VqTable {
-  static constexpr void (*tile[])(const VqTile<R>&) = {nullptr, vq_tile_body<R, M>...};
   static constexpr void (*scores[])(const VqScores<R>&) = {nullptr, vq_scores_rows<R, M>...};
 };
 template <class R, int Rows>
@@ -153,10 +176,6 @@ struct VqTableOf<R, 6> : VqTable<R, 1, 2, 3, 4, 5, 6> {};
 template <class R>
 struct VqTableOf<R, 12> : VqTable<R, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> {};
 
-template <class R>
-void vq_tile(const VqTile<R>& t) {
-  VqTableOf<R, kTileRows>::tile[t.codes](t);
-}
 template <class R>
 void vq_scores(const VqScores<R>& t) {
   VqTableOf<R, kTileRows>::scores[t.rows](t);

@@ -13,6 +13,7 @@
 namespace fastseq::core {
 
 constexpr int64_t kRowPanelBytes = 16 << 10;  // of the nearest cache, beside a tile of codes
+constexpr int64_t kCodeBytes = 16 << 10;      // of codes that a panel meets at once
 constexpr int64_t kMostRowPanels = 32;
 
 // An integer of R's size: what the tile counts codes with.
@@ -66,9 +67,11 @@ class RowBlock {
 
   // Codes [begin, end) of codebook [K, D]; start [K].
   void meet(const R* codebook, const R* start, int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; k += table_.tile_rows) {
-      table_.vq_tile({std::min<int64_t>(table_.tile_rows, end - k), D_, panels_, codebook + k * D_, D_, start + k, k,
-                      x_, best_, reinterpret_cast<R*>(index_)});
+    const int64_t most = std::max<int64_t>(1, kCodeBytes / (D_ * static_cast<int64_t>(sizeof(R)) * table_.tile_rows));
+    const int64_t together = most * table_.tile_rows;
+    for (int64_t k = begin; k < end; k += together) {
+      table_.vq_tile({std::min(together, end - k), D_, panels_, codebook + k * D_, D_, start + k, k, x_, best_,
+                      reinterpret_cast<R*>(index_)});
     }
   }
 

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kMostPanels = 4;           // of rows in a block
 constexpr int64_t kLanes = 8;                // numbers of a row: s, own, least, at, bound[4]
 constexpr int64_t kLowestBytes = 256 << 10;  // of the second cache for the lowest scores of a block
-constexpr int64_t kCodeBytes = 8 << 10;      // of the nearest cache for codes that a block meets together
+constexpr int64_t kScreenBytes = 8 << 10;    // of the nearest cache for codes that a block meets together
 // From which sizes on it was the faster way, on Zen 3.
 constexpr int64_t kLeastD = 32, kLeastK = 512, kLeastN = 1024;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -27,7 +27,7 @@ struct Plan {
     code_panels = (a.shape.K + width - 1) / width;
     padded = code_panels * width;
     row_panels = std::clamp<int64_t>(kLowestBytes / (padded * static_cast<int64_t>(sizeof(float))), 1, kMostPanels);
-    together = std::clamp<int64_t>(kCodeBytes / (width * stride), 1, code_panels);
+    together = std::clamp<int64_t>(kScreenBytes / (width * stride), 1, code_panels);
   }
 };
 
