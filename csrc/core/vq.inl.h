@@ -44,7 +44,8 @@ inline __attribute__((always_inline)) void vq_meet(const VqTile<R>& t, int64_t k
 
 template <class R, int D>
 void vq_tile_body(const VqTile<R>& t) {
-  constexpr int L = kLanes<R>, M = kTileRows;
+  // where all D steps are written out, more codes would not stay in registers
+  constexpr int L = kLanes<R>, M = D ? kTileRows * 2 / 3 : kTileRows;
   for (int64_t p = 0; p < t.panels; ++p) {
     R *const score = t.best + p * 2 * L, *const code = t.index + p * 2 * L;
     const R* const x = t.x + p * 2 * L * t.D;
@@ -61,7 +62,7 @@ void vq_tile_body(const VqTile<R>& t) {
 
 template <class R>
 void vq_tile(const VqTile<R>& t) {
-  t.D == 8 ? vq_tile_body<R, 8>(t) : vq_tile_body<R, 0>(t);
+  t.D == 8 ? vq_tile_body<R, 8>(t) : t.D == 16 ? vq_tile_body<R, 16>(t) : vq_tile_body<R, 0>(t);
 }
 
 // Rows negated in place, one lane each; lanes with a number that is not finite become zeros. Returns a bit per lane.

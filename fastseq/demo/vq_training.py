@@ -160,8 +160,9 @@ def train_all(
     end = time.perf_counter() + wall
     rows = patches(photographs.training, setting.side)
     kinds = [(recipe, K) for K in sizes for recipe in vq_autoencoder.RECIPES]
-    per_run = wall / (len(seeds) * len(kinds))
-    seconds = max(0.4 * per_run, per_run - (setting.rounds + 3) * _seconds_of_evaluation(sizes, setting, photographs))
+    evaluation = _seconds_of_evaluation(sizes, setting, photographs)
+    per_run = (end - time.perf_counter()) / (len(seeds) * len(kinds))
+    seconds = max(0.4 * per_run, 0.95 * per_run - (setting.rounds + 2) * evaluation)
     done: list[Runner] = []
     begin = time.perf_counter()
     for k, seed in enumerate(seeds):
@@ -194,7 +195,7 @@ def _seconds_of_evaluation(sizes: Sequence[int], setting: Setting, photographs: 
     """Mean over the codebook sizes, of models that have made a few steps: nothing is slow for being the first time."""
     rows, spent = patches(photographs.training, setting.side), []
     for K in sizes:
-        for recipe in vq_autoencoder.RECIPES:
+        for recipe in (vq_autoencoder.ROBUST, vq_autoencoder.GRADIENT, vq_autoencoder.AVERAGES):
             first = runner(recipe, K, 0, setting, photographs.training)
             for _ in range(3):
                 first.step(0.0)
