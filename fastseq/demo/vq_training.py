@@ -103,9 +103,7 @@ def train_step(model: PatchAutoencoder, optimiser: torch.optim.Optimizer, x: Ten
     optimiser.step()
 
 
-def autoencoder(
-    setting: Setting, seed: int, quantizer: Callable[[], nn.Module] | None = None
-) -> PatchAutoencoder:
+def autoencoder(setting: Setting, seed: int, quantizer: Callable[[], nn.Module] | None = None) -> PatchAutoencoder:
     """Equal seeds give equal first weights of the network, whatever the quantizer, which is drawn after it."""
     torch.manual_seed(seed)
     model = PatchAutoencoder(3 * setting.side**2, setting.hidden, setting.D)

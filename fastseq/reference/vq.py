@@ -149,7 +149,7 @@ def vq_backward(
         x, codes: [G, N, D]. index: [G, N].
 
     Returns:
-        dx [G, N, D] and dcodebook [G, K, D].
+        dx [G, N, D] and dcodebook [G, K, D]; what is held fixed is so in their derivatives too.
     """
     dx, dcodes = torch.zeros_like(x), torch.zeros_like(x)
     valid = (index >= 0)[..., None]
@@ -162,7 +162,7 @@ def vq_backward(
             d = scale * (d - 2 * w * (d * w).sum(-1, keepdim=True) + 2 * u * (d * v).sum(-1, keepdim=True))
         dx = dx + torch.where(valid, d, 0.0)
     if dcommitment is not None:
-        dx = dx + torch.where(valid, 2 * dcommitment[..., None] * (x - codes), 0.0)
+        dx = dx + torch.where(valid, 2 * dcommitment[..., None] * (x - codes.detach()), 0.0)
     if dcodebook_error is not None:
-        dcodes = dcodes + 2 * dcodebook_error[..., None] * (codes - x)
+        dcodes = dcodes + 2 * dcodebook_error[..., None] * (codes - x.detach())
     return dx, vq_sums(dcodes, index, K)[1]
