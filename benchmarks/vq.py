@@ -52,8 +52,8 @@ def _fastseq_numpy(case: Case, provider: Provider, threads: int) -> Work:
     from fastseq import _core
 
     given = inputs(case)
-    x, codebook = given.x[None].numpy(), given.codebooks.numpy()
-    return _lookup(lambda: _core.vq_nearest(x, codebook, threads=threads)[0])
+    x, codebook = given.x[None].numpy(), _core.Codebook(given.codebooks.numpy())  # prepared, as the index of faiss is
+    return _lookup(lambda: codebook.nearest(x, threads=threads)[0])
 
 
 def _faiss(case: Case, provider: Provider, threads: int) -> Work:

@@ -9,7 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_DEMO_NEEDS = ("matplotlib", "rich", "torch")
+_DEMO_NEEDS = {  # module -> distribution
+    "matplotlib": "matplotlib",
+    "PIL": "pillow",
+    "rich": "rich",
+    "sklearn": "scikit-learn",
+    "torch": "torch",
+}
 
 
 class CommandError(Exception):
@@ -51,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: Any) -> None:
     from fastseq import demo
 
-    parser = commands.add_parser("demo", help="train on real text, print what was measured and write a report")
+    parser = commands.add_parser("demo", help="train on real data, print what was measured and write a report")
     parser.add_argument(
         "name", nargs="?", metavar="NAME", choices=demo.names(), help=f"one of {', '.join(demo.names())}; default: all"
     )
@@ -70,7 +76,7 @@ def _seed(text: str) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    missing = [name for name in _DEMO_NEEDS if find_spec(name) is None]
+    missing = [name for module, name in _DEMO_NEEDS.items() if find_spec(module) is None]
     if missing:
         extras = "demo,torch" if "torch" in missing else "demo"
         raise CommandError(f"needs {' and '.join(missing)}: pip install fastseq-kernels[{extras}]")
@@ -82,9 +88,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     from fastseq.demo import facts, report, terminal
 
     console = Console()
-    seconds = demo.QUICK_SECONDS if arguments.quick else demo.FULL_SECONDS
     with terminal.progress(console) as progress:
-        chapters = demo.run([arguments.name] if arguments.name else demo.names(), seconds, arguments.seed, progress)
+        names = [arguments.name] if arguments.name else demo.names()
+        chapters = demo.run(names, arguments.quick, arguments.seed, progress)
     known = facts.collect(arguments.seed)
     terminal.show(console, known, chapters)
     try:

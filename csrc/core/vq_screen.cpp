@@ -1,4 +1,6 @@
-// Blocks of rows, drawn by the threads, meet all codes as integers; what that leaves open is scored in float32.
+// Blocks of rows, drawn by the threads, meet all codes as integers; what that leaves open is scored in float32. Where
+// that is much, as for rows that are about as near to many codes, the screen costs more than it saves: then, unless it
+// was asked for, most blocks go the way of vq_nearest.cpp, and only now and then one tries again.
 #include "core/vq_screen.h"
 
 #include <algorithm>
@@ -7,6 +9,7 @@
 
 #include "core/isa.h"
 #include "core/vq_results.h"
+#include "core/vq_rows.h"
 
 namespace fastseq::core {
 namespace {
@@ -17,6 +20,10 @@ constexpr int64_t kLowestBytes = 256 << 10;  // of the second cache for the lowe
 constexpr int64_t kScreenBytes = 8 << 10;    // of the nearest cache for codes that a block meets together
 // From which sizes on it was the faster way, on Zen 3.
 constexpr int64_t kLeastD = 32, kLeastK = 512, kLeastN = 1024;
+// A panel of codes scored for one row takes about 2.5 times its share of a lookup without the screen, which itself
+// takes about half of that lookup (Zen 3): it stops to pay when more than this share of the panels stays open.
+constexpr double kMostOpen = 0.2;
+constexpr int64_t kTryAgain = 32;  // blocks
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Plan {
@@ -44,6 +51,7 @@ struct Scratch {
   uint8_t* q;
   float *lowest, *lanes;
   int32_t* places;
+  char* lanes_of_rows;
   int64_t* opened;
   int64_t total;
 
@@ -78,6 +86,7 @@ struct Scratch {
       own(lowest, bytes<float>(plan.padded * plan.width) * plan.row_panels);
       own(lanes, bytes<float>(kLanes * plan.width) * plan.row_panels);
       own(places, bytes<int32_t>(plan.padded * plan.width));
+      own(lanes_of_rows, RowBlock<float>::memory(kernels().f32, s.D));
     }
     total = at;
   }
@@ -145,6 +154,33 @@ class Screened {
     VqScreenPrepare part{s.codebook + g * s.K * s.D, &codes, mine.begin, mine.end, scratch.moved};
     screen.prepare(part);
     barrier.wait();
+  }
+
+  // One block, whichever way has been the better one lately.
+  void either(int64_t g, int64_t first) {
+    const bool asked = a.screen == core::Screen::always;
+    if (!asked && !pays && blocks_without < kTryAgain) {
+      ++blocks_without;
+      return unscreened(g, first);
+    }
+    const int64_t before = scratch.opened[2 * rank], count = std::min(rows(g) - first, plan.row_panels * plan.width);
+    block(g, first);
+    pays = static_cast<double>(scratch.opened[2 * rank] - before) <= kMostOpen * count * plan.code_panels;
+    blocks_without = 0;
+  }
+
+  void unscreened(int64_t g, int64_t first) {
+    const int64_t end = first + std::min(rows(g) - first, plan.row_panels * plan.width);
+    RowBlock<float> lanes(table, s.D, scratch.lanes_of_rows);
+    const int64_t most = RowBlock<float>::most_panels(table, s.D) * plan.width;
+    for (int64_t count; first < end; first += count) {
+      count = std::min(most, end - first);
+      lanes.load(count, [&](int64_t i) { return s.x + (g * s.N + row(g, first + i)) * s.D; });
+      lanes.meet(s.codebook + g * s.K * s.D, codes.start, 0, s.K);
+      for (int64_t i = 0; i < count; ++i) {
+        finish(a, table, g, row(g, first + i), 0, lanes.index(i), lanes.score(i));
+      }
+    }
   }
 
   void block(int64_t g, int64_t first) {
@@ -235,6 +271,8 @@ class Screened {
   const Scratch scratch;
   const int rank, size;
   VqScreenCodes codes;
+  bool pays = true;            // of the last block that was screened
+  int64_t blocks_without = 0;  // since then
 };
 
 void body(const void* context, int rank, int size, Barrier& barrier) {
@@ -248,7 +286,7 @@ void body(const void* context, int rank, int size, Barrier& barrier) {
   for (int64_t g = 0; g < s.G; ++g) {
     screen.prepare(g, barrier);
     const int64_t step = screen.plan.row_panels * screen.plan.width;
-    for (int64_t item; (item = barrier.draw()) * step < screen.rows(g);) screen.block(g, item * step);
+    for (int64_t item; (item = barrier.draw()) * step < screen.rows(g);) screen.either(g, item * step);
     barrier.wait();
   }
   if (rank == 0 && call.opened) {

@@ -1,7 +1,8 @@
 """The demonstrations behind ``fastseq demo``: one file in ``fastseq/demo/chapters`` per chapter.
 
-A chapter is a module with ``TITLE`` (a heading) and ``run(budget) -> list[Section]``. Its file name is the NAME that
-``fastseq demo NAME`` takes; adding the file is all the registration there is.
+A chapter is a module with ``TITLE`` (a heading), ``FULL_SECONDS`` and ``QUICK_SECONDS`` (that it aims for) and
+``run(budget) -> list[Section]``. Its file name is the NAME that ``fastseq demo NAME`` takes; adding the file is all the
+registration there is. All chapters together leave room below six minutes for `make demo`, and below one for --quick.
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ from types import ModuleType
 from fastseq.demo.report import Chapter
 
 Progress = Callable[[str, float, str], None]  # stage, fraction done in [0, 1], a short remark
-
-FULL_SECONDS = 210.0  # for all chapters together: leaves `make demo` room below six minutes
-QUICK_SECONDS = 36.0  # leaves room below one minute for a slow machine
 
 
 def _silent(stage: str, fraction: float, remark: str) -> None:
@@ -63,16 +61,17 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.chapters.{name}")
 
 
-def run(chosen: Iterable[str], seconds: float, seed: int = 0, progress: Progress = _silent) -> list[Chapter]:
-    """Run chapters one after the other, each with an equal part of the time that is left.
+def run(chosen: Iterable[str], quick: bool, seed: int = 0, progress: Progress = _silent) -> list[Chapter]:
+    """Run chapters one after the other; what one has left over or overdrawn, the next ones get or lack.
 
     Args:
-        chosen: chapter names. seconds: for all of them together. seed, progress: as in ``Budget``.
+        chosen: chapter names. quick: take their ``QUICK_SECONDS``. seed, progress: as in ``Budget``.
     """
     modules = [load(name) for name in chosen]
-    end = time.perf_counter() + seconds
+    shares = [float(module.QUICK_SECONDS if quick else module.FULL_SECONDS) for module in modules]
+    end = time.perf_counter() + sum(shares)
     chapters = []
     for k, module in enumerate(modules):
-        part = max(0.0, end - time.perf_counter()) / (len(modules) - k)
+        part = max(0.0, end - time.perf_counter()) * shares[k] / sum(shares[k:])
         chapters.append(Chapter(module.TITLE, module.run(Budget(part, seed, progress))))
     return chapters

@@ -19,6 +19,7 @@ COLOURS = {"orange": "#d9822b", "blue": "#3a8fd9", "green": "#35a06f", "violet":
 
 Series = Mapping[str, tuple[str, Sequence[float], Sequence[float]]]  # label -> (colour, x, y)
 Panel = tuple[str, Mapping[str, tuple[str, Sequence[float]]]]  # title, label -> (colour, height per bin)
+Bands = Mapping[str, tuple[str, Sequence[float], Sequence[float], Sequence[float]]]  # colour, x, y, half the width
 HeatRow = tuple[str, NDArray[np.float32]]  # label, [rows, characters] in [0, 1]
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
@@ -92,6 +93,28 @@ def curves(panels: Sequence[tuple[str, str, Series]]) -> str:
         return _inline(figure)
 
 
+def bands(panels: Sequence[tuple[str, str, str, Bands]]) -> str:
+    """Lines with bands around them, side by side.
+
+    Args:
+        panels: (title, x label, y label, label -> series) each.
+    """
+    with _figure(9, 3.6) as figure:
+        for k, (title, x_label, y_label, series) in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), k + 1)
+            for label, (colour, x, y, half) in series.items():
+                axes.plot(x, y, color=colour, label=label, linewidth=1.8, marker="o", markersize=2.5)
+                axes.fill_between(x, np.subtract(y, half), np.add(y, half), color=colour, alpha=0.25, linewidth=0)
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel(x_label)
+            axes.set_ylabel(y_label)
+            axes.set_xlim(left=0)
+            axes.grid(True)
+            if k == 0:
+                axes.legend()
+        return _inline(figure)
+
+
 def bars(x_label: str, values: Mapping[str, tuple[str, float]]) -> str:
     """Horizontal bars, one per label, each with its value at the end.
 
@@ -128,6 +151,27 @@ def histograms(panels: Sequence[Panel], columns: int = 2) -> str:
         for axes in grid[-1]:
             axes.set_xlabel("gate")
         grid.flat[0].legend()
+        return _inline(figure)
+
+
+def images(rows: Sequence[tuple[str, Sequence[tuple[str, NDArray[np.uint8]]]]]) -> str:
+    """Images in a grid, pixel by pixel.
+
+    Args:
+        rows: label, and (title, [H, W, 3]) of each image in the row; as many in each row.
+    """
+    columns = len(rows[0][1])
+    shape = rows[0][1][0][1].shape
+    with _figure(9, (9 / columns * shape[0] / shape[1] + 0.3) * len(rows)) as figure:
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for line, (label, shown) in zip(grid, rows, strict=True):
+            for axes, (title, pixels) in zip(line, shown, strict=True):
+                axes.imshow(pixels, interpolation="none")
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.spines[:].set_visible(False)
+                axes.set_title(title, fontsize=10)
+            line[0].set_ylabel(label)
         return _inline(figure)
 
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 import fastseq.nn
 
-GRADIENT, AVERAGES, ROBUST = "plain (gradient)", "plain (moving averages)", "robust recipe"
+GRADIENT, AVERAGES, ROBUST = "plain by gradient", "plain by averages", "robust recipe"
 RECIPES = (GRADIENT, AVERAGES, ROBUST)
 
 COMMITMENT = 0.25  # that of van den Oord et al. 2017 and of Lancucki et al. 2020
 MULTIPLIER = 10.0  # of the codebook's learning rate in the recipe
-WARM_UP = 2  # the epoch from which the recipe quantizes; it makes new codes then and in the next two
+FIRST, LAST = 2, 4  # the epochs at whose start the recipe makes new codes; before the first it does not quantize
 LLOYD = 3  # rounds of k-means
 _ROWS_PER_CODE = 2  # in the reservoir, at least
 
@@ -30,11 +30,16 @@ def reservoir_size(K: int) -> int:
     return max(4096, _ROWS_PER_CODE * K)
 
 
+def least_rows(recipe: str, K: int, epoch: int) -> int:
+    """Rows that an epoch must have, however slow the machine: as many as the next new codes are made from."""
+    return reservoir_size(K) if recipe == ROBUST and FIRST <= epoch + 1 <= LAST else 1
+
+
 def quantizer(recipe: str, dim: int, K: int) -> nn.Module:
     """A ``fastseq.nn.VectorQuantize`` of K codes of ``dim`` numbers."""
     own: dict[str, Any] = {}
     if recipe == ROBUST:
-        schedule = fastseq.nn.AfterWarmup(from_epoch=WARM_UP, max_epoch=WARM_UP + 1)
+        schedule = fastseq.nn.AfterWarmup(from_epoch=FIRST, max_epoch=LAST - 1)
         reinit = fastseq.nn.Reinit(schedule, reservoir_size=reservoir_size(K), iterations=LLOYD)
         own = {"batch_norm": "codes", "reinit": reinit}
     return fastseq.nn.VectorQuantize(dim, K, **options(recipe), **own)
@@ -76,3 +81,9 @@ class PatchAutoencoder(nn.Module):
             return self.decoder(z), None, x.new_zeros(())
         quantized, index, loss = self.quantizer(z)
         return self.decoder(quantized), index, loss
+
+    def patches_of_codes(self) -> Tensor:
+        """What the decoder makes of every code: [K, width]."""
+        assert self.quantizer is not None
+        patches: Tensor = self.decoder(self.quantizer.codebook)
+        return patches

@@ -1,4 +1,4 @@
-"""Milliseconds per training step of one autoencoder with three quantizers: ours, vector-quantize-pytorch's, and none."""
+"""Milliseconds per training step of one autoencoder: ours, vector-quantize-pytorch's and no quantizer."""
 
 from __future__ import annotations
 

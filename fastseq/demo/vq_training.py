@@ -16,6 +16,7 @@ from fastseq.demo import vq_autoencoder
 from fastseq.demo.vq_autoencoder import PatchAutoencoder
 from fastseq.demo.vq_photographs import Patches, Photographs, patches
 
+Kind = tuple[str, int]  # recipe and K
 Report = Callable[[float, str], None]  # fraction done, remark
 
 
@@ -59,8 +60,7 @@ class Runner:
     batches: Patches
     steps: list[float] = field(default_factory=list)  # seconds of each training step
     curve: list[Measured | None] = field(default_factory=list)  # after each round; None before it quantizes
-    training: Measured | None = None  # at the end
-    held_out: Measured | None = None
+    held_out: Measured = field(init=False)  # at the end
 
     def __post_init__(self) -> None:
         self.rates = [group["lr"] for group in self.optimiser.param_groups]
@@ -88,6 +88,12 @@ class Runner:
         while clock < until or len(self.steps) - first < least:
             self.step(min(1.0, clock / seconds))
             clock += self.steps[-1]
+
+    @property
+    def end(self) -> Measured:
+        """The last of the curve."""
+        assert self.curve[-1] is not None
+        return self.curve[-1]
 
     @property
     def quantizes(self) -> bool:
@@ -145,20 +151,19 @@ class Trained:
 
 
 def train_all(
-    sizes: Sequence[int], seeds: Sequence[int], setting: Setting, photographs: Photographs, wall: float, report: Report
+    kinds: Sequence[Kind], seeds: Sequence[int], setting: Setting, photographs: Photographs, wall: float, report: Report
 ) -> Trained:
-    """Train every recipe at every codebook size for every seed; each run for the same time on its own clock.
+    """Train every kind for every seed; each run for the same time on its own clock.
 
     Of one seed all take turns, and the first of a round is another one each time, so that whatever else the machine
     does falls on all of them. Seeds come one after the other; if time runs out, the last ones are left out.
 
     Args:
-        sizes: of codebooks. wall: seconds for all runs and their evaluations, which are on no clock.
+        wall: seconds for all runs and their evaluations, which are on no clock.
     """
     end = time.perf_counter() + wall
-    rows = patches(photographs.training, setting.side)
-    kinds = [(recipe, K) for K in sizes for recipe in vq_autoencoder.RECIPES]
-    evaluation = _seconds_of_evaluation(sizes, setting, photographs)
+    rows, unseen = (patches(image, setting.side) for image in (photographs.training, photographs.held_out))
+    evaluation = _seconds_of_evaluation(kinds, setting, photographs)
     per_run = (end - time.perf_counter()) / (len(seeds) * len(kinds))
     seconds = max(0.4 * per_run, 0.95 * per_run - (setting.rounds + 2) * evaluation)
     done: list[Runner] = []
@@ -171,8 +176,7 @@ def train_all(
         runners = [runner(recipe, K, seed, setting, photographs.training) for recipe, K in kinds]
         _train(runners, rows, seconds, setting, lambda part, note, k=k: report((k + part) / len(seeds), note))  # type: ignore[misc]
         for r in runners:
-            r.training = measure(r.model, rows, r.K)
-            r.held_out = measure(r.model, patches(photographs.held_out, setting.side), r.K)
+            r.held_out = measure(r.model, unseen, r.K)
         done += runners
     report(1.0, "")
     return Trained(done, list(seeds), seconds, False)
@@ -183,21 +187,21 @@ def _train(runners: Sequence[Runner], rows: Tensor, seconds: float, setting: Set
         shift = turn % len(runners)
         for k, r in enumerate((*runners[shift:], *runners[:shift])):
             report((turn + k / len(runners)) / setting.rounds, f"seed {r.seed}, K {r.K}, {r.recipe}")
-            least = -(-vq_autoencoder.reservoir_size(r.K) // setting.N) if r.recipe == vq_autoencoder.ROBUST else 1
+            least = vq_autoencoder.least_rows(r.recipe, r.K, epoch=turn + 1) // setting.N + 1
             r.round(seconds * (turn + 1) / setting.rounds, seconds, least)
             r.curve.append(measure(r.model, rows, r.K) if r.quantizes else None)
             fastseq.nn.next_epoch(r.model)
 
 
-def _seconds_of_evaluation(sizes: Sequence[int], setting: Setting, photographs: Photographs) -> float:
-    """Mean over the codebook sizes, of models that have made a few steps: nothing is slow for being the first time."""
+def _seconds_of_evaluation(kinds: Sequence[Kind], setting: Setting, photographs: Photographs) -> float:
+    """Mean over the kinds, of models that have made a few steps: nothing is slow for being the first time."""
     rows, spent = patches(photographs.training, setting.side), []
-    for K in sizes:
-        for recipe in (vq_autoencoder.ROBUST, vq_autoencoder.GRADIENT, vq_autoencoder.AVERAGES):
-            first = runner(recipe, K, 0, setting, photographs.training)
-            for _ in range(3):
-                first.step(0.0)
-            measure(first.model, rows, K)
+    for recipe, K in kinds:
+        first = runner(recipe, K, 0, setting, photographs.training)
+        for _ in range(3):
+            first.step(0.0)
+        fastseq.nn.next_epoch(first.model)  # so that the recipe quantizes too
+        measure(first.model, rows, K)
         begin = time.perf_counter()
         measure(first.model, rows, K)
         spent.append(time.perf_counter() - begin)

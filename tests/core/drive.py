@@ -1,6 +1,6 @@
 """Drives the numpy door over every layout, option and odd size, without torch, and tells what came out.
 
-    python drive.py [--core PATH] [--spread full|few] [--threads N] [--fresh]
+    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq] [--threads N] [--fresh]
 
 prints one line per result: its name and a hash of its bits. Two runs with other instruction sets, threads or builds can
 be compared line by line. Every result must be finite, so memory that was never written shows where fresh memory is NaN.
@@ -24,6 +24,9 @@ SIZES = [(1, 1, 1), (3, 2, 7), (2, 13, 8), (3, 5, 33), (2, 27, 17), (2, 3, 65), 
 LARGE = [(2, 33, 130), (2, 2, 300)]
 PRODUCTS = [(1, 1, 1), (3, 5, 7), (13, 33, 17), (12, 32, 16), (1, 67, 300), (67, 1, 9), (490, 40, 270), (0, 3, 2)]
 PRODUCTS += [(3, 0, 2), (3, 4, 0), (25, 64, 257)]
+# rows, codes, dimensions, codebooks
+LOOKUPS = [(1, 1, 1, 1), (4, 7, 3, 2), (5, 40, 17, 1), (19, 33, 33, 2), (70, 20, 9, 3), (33, 65, 64, 1), (0, 5, 4, 2)]
+LARGE_LOOKUPS = [(600, 70, 20, 1), (20, 420, 100, 1), (2, 900, 140, 1)]
 
 
 class Call(NamedTuple):
@@ -127,8 +130,58 @@ def lstm(core: Any, c: Call, random: np.random.Generator, threads: int) -> Itera
         yield from zip((f"{n}{label}" for n in names), found, strict=True)
 
 
-def results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Everything, by name."""
+def spoilt(random: np.random.Generator, values: np.ndarray) -> np.ndarray:
+    """With some numbers that are not finite, nearly so, or nearly zero."""
+    values = values.copy()
+    places = random.random(values.shape) < 0.5 / values.shape[-1]
+    values[places] = random.choice([np.nan, np.inf, -np.inf, 3e38, 1e19, 1e-19, 1e-40, 0.0], int(places.sum()))
+    return values
+
+
+def lookups(core: Any, size: tuple[int, ...], dtype: Any, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """The nearest codes by every way there is, sums by code, all levels of a residual quantizer."""
+    N, K, D, G = size
+    random = np.random.default_rng(N + K)
+    x, c = (random.standard_normal((G, n, D)).astype(dtype) for n in (N, K))
+    c[:, K // 2 :] = c[:, : K - K // 2]  # ties
+    mask, best = random.random((G, N)) < 0.7, min(5, K)
+    strange = spoilt(random, x), spoilt(random, c)
+    ways = itertools.product((None, mask), (False, True), ((1, 0), (1, 1), (1, 2), (best, 0)), (16, 64))
+    for valid, dot, (many, screen), bits in ways:
+        label = f"mask={valid is not None} dot={dot} best={many} screen={screen} bits={bits}"
+        found = core.vq_nearest(x, c, valid, dot, many, bits, True, valid is None, screen, threads=threads)
+        yield from zip((f"index {label}", f"distance {label}", f"score {label}"), found, strict=True)
+        yield f"strange {label}", core.vq_nearest(*strange, valid, dot, many, bits, screen=screen, threads=threads)[0]
+    prepared = core.Codebook(c)
+    yield from zip(("prepared", "distance"), prepared.nearest(x, best, 32, True, threads=threads), strict=True)
+    names = ("codes", "index", "distance", "counts", "sums")
+    for valid, sums in itertools.product((None, mask), (False, True)):
+        found = core.vq_quantize(x, c, valid, False, sums, threads=threads)
+        yield from zip((f"{n} {valid is not None} {sums}" for n in names), found, strict=True)
+    index = random.integers(-1, K, (G, N))
+    yield from zip(("counts", "sums"), core.vq_sums(x, index, K, threads=threads), strict=True)
+    books, levels = [c[0], c[0, : K // 2 + 1] / 3, c[-1] / 9], random.integers(0, 5, N)
+    for valid, used, sums in itertools.product((None, mask[0]), (None, levels), (False, True)):
+        found = core.vq_residual(x[0], books, valid, used, sums, threads=threads)
+        yield from zip(
+            (f"residual {n} {valid is not None} {used is not None} {sums}" for n in names), found, strict=True
+        )
+    for bits in (1, 7, 10, 32):
+        packed = core.vq_pack(np.abs(index) % 2**bits, bits)
+        yield f"packed {bits}", packed
+        yield f"unpacked {bits}", core.vq_unpack(packed, bits, N)
+
+
+def vq_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Everything of vector quantization, by name."""
+    for size, dtype in itertools.product(LOOKUPS if few else LOOKUPS + LARGE_LOOKUPS, (np.float32, np.float64)):
+        for name, value in lookups(core, size, dtype, threads):
+            # the sign of a zero depends on which of equal scores was the first: it means nothing
+            yield f"vq {size} {np.dtype(dtype).name} {name}", value + 0.0 if name.startswith("score") else value
+
+
+def lstm_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Everything of the LSTM and what it is made of, by name."""
     for n, (size, dtype, options) in enumerate(spread(few)):
         random = np.random.default_rng(n)
         label = " ".join(f"{k}={v}" for k, v in options.items() if v)
@@ -148,19 +201,24 @@ def results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarra
     yield "philox", core.philox(counter, 2**63 + 5)
 
 
+PARTS = {"lstm": lstm_results, "vq": vq_results}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--core", help="file of another build of fastseq._core")
     parser.add_argument("--spread", choices=("full", "few"), default="full")
+    parser.add_argument("--only", choices=PARTS, help="one part of the core instead of all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fresh", action="store_true", help="a new Python thread for each call")
     arguments = parser.parse_args()
     core: Any = load(arguments.core)
     core = Fresh(core) if arguments.fresh else core
     print("isa", core.isa())
-    for name, value in results(core, arguments.spread == "few", arguments.threads):
-        assert value.dtype.kind != "f" or np.isfinite(value).all(), f"{name}: not finite"
-        print(name, hashlib.sha256(value.tobytes()).hexdigest()[:16])
+    for part in [arguments.only] if arguments.only else PARTS:
+        for name, value in PARTS[part](core, arguments.spread == "few", arguments.threads):
+            assert value.dtype.kind != "f" or np.isfinite(value).all(), f"{name}: not finite"
+            print(name, hashlib.sha256(value.tobytes()).hexdigest()[:16])
 
 
 if __name__ == "__main__":
