@@ -93,6 +93,9 @@ def test_every_file_in_chapters_is_a_chapter():
         module = demo.load(name)
         assert isinstance(module.TITLE, str)
         assert callable(module.run)
+    modules = [demo.load(name) for name in demo.names()]
+    assert sum(module.FULL_SECONDS for module in modules) <= 300  # `make demo` stays below six minutes
+    assert sum(module.QUICK_SECONDS for module in modules) <= 45
 
 
 def test_unknown_chapter():
@@ -108,15 +111,19 @@ def test_chapters_share_the_time(monkeypatch):
             seen[name] = budget
             return [Section(name, [Text("done")])]
 
-        return SimpleNamespace(TITLE=name.upper(), run=run)
+        return SimpleNamespace(TITLE=name.upper(), run=run, FULL_SECONDS={"one": 20, "two": 10}[name], QUICK_SECONDS=5)
 
     monkeypatch.setattr(demo, "load", chapter)
-    chapters = demo.run(["one", "two"], 10.0, seed=3)
+    chapters = demo.run(["one", "two"], quick=False, seed=3)
     assert [c.title for c in chapters] == ["ONE", "TWO"]
-    assert 4 < seen["one"].seconds <= 5
-    assert 9 < seen["two"].seconds <= 10  # the first took no time, so what it left goes to the second
+    assert 19 < seen["one"].seconds <= 20
+    assert 29 < seen["two"].seconds <= 30  # the first took no time, so what it left goes to the second
     assert seen["two"].seed == 3
-    assert 0 < seen["two"].remaining() <= 10
+    assert 0 < seen["two"].remaining() <= 30
+    demo.run(["one", "two"], quick=True)
+    assert 4 < seen["one"].seconds <= 5
+    demo.run(["two"], quick=False)
+    assert 9 < seen["two"].seconds <= 10
 
 
 # --- report
@@ -312,7 +319,10 @@ def test_the_verdict_follows_the_numbers(mine, theirs, said):
 
 @pytest.fixture
 def one_chapter(monkeypatch):
-    module = SimpleNamespace(TITLE="A title", run=lambda budget: [Section("part", [Text(f"seed {budget.seed}")])])
+    def run(budget):
+        return [Section("part", [Text(f"seed {budget.seed}")])]
+
+    module = SimpleNamespace(TITLE="A title", run=run, FULL_SECONDS=2.0, QUICK_SECONDS=1.0)
     monkeypatch.setattr(demo, "load", lambda name: module)
 
 
@@ -330,6 +340,7 @@ def test_demo_command_prints_and_writes(one_chapter, tmp_path, capsys):
     "missing, said",
     [
         ({"rich"}, "fastseq demo: needs rich: pip install fastseq-kernels[demo]\n"),
+        ({"sklearn", "PIL"}, "fastseq demo: needs pillow and scikit-learn: pip install fastseq-kernels[demo]\n"),
         ({"rich", "matplotlib"}, "fastseq demo: needs matplotlib and rich: pip install fastseq-kernels[demo]\n"),
         ({"torch"}, "fastseq demo: needs torch: pip install fastseq-kernels[demo,torch]\n"),
     ],

@@ -17,7 +17,7 @@ import fastseq.nn
 from fastseq.demo import vq_autoencoder
 from fastseq.demo.race import time_in_turns
 from fastseq.demo.vq_photographs import Patches, Photographs
-from fastseq.demo.vq_training import Report, Setting, autoencoder, train_step
+from fastseq.demo.vq_training import Kind, Report, Setting, autoencoder, train_step
 
 OURS, THEIRS, NONE = "fastseq", "vector-quantize-pytorch", "no quantizer"
 _RIVAL = "vector_quantize_pytorch"
@@ -49,14 +49,13 @@ class Timed:
 
 
 def time_all(
-    sizes: Sequence[int], seed: int, setting: Setting, photographs: Photographs, seconds: float, report: Report
+    kinds: Sequence[Kind], seed: int, setting: Setting, photographs: Photographs, seconds: float, report: Report
 ) -> list[Timed]:
-    """Time both plain quantizers at every codebook size.
+    """Time plain quantizers.
 
     Args:
-        sizes: of codebooks. seconds: for all together.
+        seconds: for all together.
     """
-    kinds = [(recipe, K) for recipe in (vq_autoencoder.GRADIENT, vq_autoencoder.AVERAGES) for K in sizes]
     found = []
     for k, (recipe, K) in enumerate(kinds):
 

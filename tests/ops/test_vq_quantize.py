@@ -37,10 +37,6 @@ CASES = {
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-def distance(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
-    return cases.distances(x, codebook, index[..., None])[..., 0]
-
-
 def sums(x: Tensor, index: Tensor, K: int) -> Tensor:
     return reference.vq_sums(x, index, K)[1]
 
@@ -58,7 +54,7 @@ def check(backend: str, case: Case, dtype: torch.dtype = torch.float32, seed: in
     assert_same_bits("codes", codes, reference.vq_gather(codebook, index))
     if case.kind not in ORDINARY:
         return
-    assert_within_budget("distance", apart, distance, (x, codebook, index))
+    assert_within_budget("distance", apart, cases.distance, (x, codebook, index))
     check_sums(counts, total, x, index, case.K)
 
 
@@ -172,27 +168,6 @@ GIVEN = ["quantized", "commitment", "codebook_error", "quantized codebook_error"
 each_given = pytest.mark.parametrize("given_names", GIVEN)
 
 
-def upstream(G: int, N: int, D: int, names: str, dtype: torch.dtype, seed: int = 0) -> list[Tensor | None]:
-    """Random gradients of those outputs that are named, None of the others."""
-    shapes = {"quantized": (G, N, D), "commitment": (G, N), "codebook_error": (G, N)}
-    return [
-        cases.normals(*shape, dtype=dtype, seed=seed + n) if name in names.split() else None
-        for n, (name, shape) in enumerate(shapes.items())
-    ]
-
-
-def by_autograd(x: Tensor, codebook: Tensor, index: Tensor, grads: list[Tensor | None], gradient: str) -> Any:
-    """dx and dcodebook by torch, of the definitions' outputs at a given index."""
-    x, codebook = (t.detach().requires_grad_() for t in (x, codebook))
-    codes = reference.vq_gather(codebook, index)
-    made = {"straight": reference.vq_straight_through, "rotation": reference.vq_rotation}
-    quantized = codes if gradient == "codes" else made[gradient](x, codes, index)
-    outputs = (quantized, distance(x, codebook.detach(), index), distance(x.detach(), codebook, index))
-    total = sum(((v * d).sum() for v, d in zip(outputs, grads, strict=True) if d is not None), x.sum() * 0)
-    found = torch.autograd.grad(total, (x, codebook), allow_unused=True)
-    return tuple(torch.zeros_like(t) if d is None else d for d, t in zip(found, (x, codebook), strict=True))
-
-
 def backward(backend: str, grads: Any, x: Tensor, codebook: Tensor, index: Tensor, gradient: str) -> Any:
     codes = reference.vq_gather(codebook, index)
     way = cases.GRADIENTS.index(gradient)
@@ -206,16 +181,16 @@ def backward(backend: str, grads: Any, x: Tensor, codebook: Tensor, index: Tenso
 def test_backward(backend: str, dtype: torch.dtype, gradient: str, given_names: str) -> None:
     for G, N, K, D in ((1, 1, 1, 1), (2, 30, 17, 13), (1, 45, 5, 33)):
         x, codebook = cases.normals(G, N, D, dtype=dtype), cases.normals(G, K, D, dtype=dtype, seed=1)
-        index, grads = cases.places(G, N, K), upstream(G, N, D, given_names, dtype)
+        index, grads = cases.places(G, N, K), cases.upstream(G, N, D, given_names, dtype)
         got = backward(backend, grads, x, codebook, index, gradient)
         call = (x, codebook, index, grads, gradient)
-        assert_within_budget("dx dcodebook", got, by_autograd, call, tolerance.GRADIENTS)
+        assert_within_budget("dx dcodebook", got, cases.by_autograd, call, tolerance.GRADIENTS)
 
 
 def check_backward(shape: Any, masked: bool, gradient: str, names: str, dtype: Any, threads: Any, seed: int) -> None:
     G, N, K, D = shape
     x, codebook = cases.normals(G, N, D, dtype=dtype, seed=seed), cases.normals(G, K, D, dtype=dtype, seed=seed + 1)
-    index, grads = cases.places(G, N, K, masked, seed), upstream(G, N, D, names, dtype, seed)
+    index, grads = cases.places(G, N, K, masked, seed), cases.upstream(G, N, D, names, dtype, seed)
     if gradient == "rotation":
         for t in (x, codebook):  # a row opposite to its code has no defined rotation
             t[..., 0] = t[..., 0].abs() + 1
@@ -262,7 +237,7 @@ def test_large_backward(shape: tuple[int, ...], gradient: str, names: str, seed:
 @each_backend
 def test_only_what_is_needed(backend: str, gradient: str, need_x: bool, need_codebook: bool) -> None:
     x, codebook, index = cases.normals(2, 30, 7), cases.normals(2, 9, 7, seed=1), cases.places(2, 30, 9)
-    grads = upstream(2, 30, 7, GIVEN[-1], torch.float32)
+    grads = cases.upstream(2, 30, 7, GIVEN[-1], torch.float32)
     way = cases.GRADIENTS.index(gradient)
     call = (*grads, x, reference.vq_gather(codebook, index), index, 9, way)
     full = cases.run("vq_backward", backend, *call, True, True)
@@ -279,12 +254,12 @@ def test_the_rotation_of_rows_and_codes_of_no_length(backend: str) -> None:
     x[0, :3], codebook[0, 1] = 0, 0
     x[0, 3] = -2 * codebook[0, index[0, 3]]
     x[0, 4] *= 1e-30
-    grads = upstream(1, 12, 6, "quantized", torch.float32)
+    grads = cases.upstream(1, 12, 6, "quantized", torch.float32)
     dx, _ = backward(backend, grads, x, codebook, index, "rotation")
     assert dx.isfinite().all()
     plain = [n for n in range(12) if n not in (3, 4)]  # where the definition in float32 means what it means in float64
     call = (x[:, plain], codebook, index[:, plain], [grads[0][:, plain], None, None], "rotation")
-    assert_within_budget("dx", dx[:, plain], lambda *a: by_autograd(*a)[0], call, tolerance.GRADIENTS)
+    assert_within_budget("dx", dx[:, plain], lambda *a: cases.by_autograd(*a)[0], call, tolerance.GRADIENTS)
 
 
 # ---- through functional, with autograd ----
@@ -301,7 +276,7 @@ def test_autograd(gradient: str, given_names: str, wanted: str) -> None:
         leaves[name].requires_grad_()
     out = functional.vq_quantize(leaves["x"], leaves["codebook"], mask=mask, gradient=gradient, sums=True)
     assert not any(v.requires_grad for v in (out.index, out.counts, out.sums))
-    grads = upstream(2, 30, 7, given_names, torch.float32)
+    grads = cases.upstream(2, 30, 7, given_names, torch.float32)
     outputs = (out.quantized, out.commitment, out.codebook_error)
     pairs = [(v, d) for v, d in zip(outputs, grads, strict=True) if d is not None]
     torch.autograd.backward(*zip(*pairs, strict=True))
@@ -311,7 +286,7 @@ def test_autograd(gradient: str, given_names: str, wanted: str) -> None:
     kept = [expected.index(name) for name in names]
     call = (x, codebook, out.index, grads, gradient)
     got = [leaves[name.removeprefix("d")].grad for name in names]
-    assert_within_budget(names, got, lambda *a: [by_autograd(*a)[n] for n in kept], call, tolerance.GRADIENTS)
+    assert_within_budget(names, got, lambda *a: [cases.by_autograd(*a)[n] for n in kept], call, tolerance.GRADIENTS)
 
 
 @each_gradient

@@ -174,3 +174,14 @@ def test_automatic() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             compare(x, codebook, mask, screen=AUTOMATIC)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_automatic_where_the_screen_pays_for_some_rows_only(threads: int) -> None:
+    """Rows between all codes, for which it stops, then rows near one code, for which it begins again, and so on."""
+    torch.set_num_threads(threads)
+    codes = torch.nn.functional.normalize(cases.normals(1, 512, 32), dim=-1)
+    near = codes[:, cases.places(1, 3000, 512, masked=False)[0]] + 0.01 * cases.normals(1, 3000, 32, seed=1)
+    between = 1e-5 * cases.normals(1, 3000, 32, seed=2)
+    between[0, ::100] = torch.nan
+    compare(torch.cat((near[:, :500], between, near[:, 500:], between[:, :300]), 1), codes, screen=AUTOMATIC)

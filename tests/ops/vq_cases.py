@@ -247,6 +247,31 @@ def distances(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
     return torch.where(index >= 0, (x[:, :, None] - codes).square().sum(-1), 0.0)
 
 
+def distance(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    return distances(x, codebook, index[..., None])[..., 0]
+
+
+def upstream(G: int, N: int, D: int, names: str, dtype: torch.dtype, seed: int = 0) -> list[Tensor | None]:
+    """Random gradients of those outputs that are named, None of the others."""
+    shapes = {"quantized": (G, N, D), "commitment": (G, N), "codebook_error": (G, N)}
+    return [
+        normals(*shape, dtype=dtype, seed=seed + n) if name in names.split() else None
+        for n, (name, shape) in enumerate(shapes.items())
+    ]
+
+
+def by_autograd(x: Tensor, codebook: Tensor, index: Tensor, grads: list[Tensor | None], gradient: str) -> Any:
+    """dx and dcodebook by torch, of the definitions' outputs at a given index."""
+    x, codebook = (t.detach().requires_grad_() for t in (x, codebook))
+    codes = reference.vq_gather(codebook, index)
+    made = {"straight": reference.vq_straight_through, "rotation": reference.vq_rotation}
+    quantized = codes if gradient == "codes" else made[gradient](x, codes, index)
+    outputs = (quantized, distance(x, codebook.detach(), index), distance(x.detach(), codebook, index))
+    total = sum(((v * d).sum() for v, d in zip(outputs, grads, strict=True) if d is not None), x.sum() * 0)
+    found = torch.autograd.grad(total, (x, codebook), allow_unused=True)
+    return tuple(torch.zeros_like(t) if d is None else d for d, t in zip(found, (x, codebook), strict=True))
+
+
 def run(op: str, backend: str, *args: Any) -> Any:
     """One operator by the backend of that name."""
     return lstm_cases.run(op, backend, *args, table=BACKENDS)

@@ -48,8 +48,9 @@ def run(budget: Budget, sizes: Sizes | None = None) -> list[Section]:
     kinds = [(recipe, K) for K in sizes.K for recipe in sizes.recipes]
     seeds = [budget.seed + k for k in range(sizes.seeds)]
     found = train_all(kinds, seeds, setting, data, 0.78 * budget.seconds, _told(budget, "training quantizers"))
+    plain = [kind for kind in kinds if kind[0] != ROBUST]
     seconds = min(0.14 * budget.seconds, budget.remaining())
-    times = vq_timing.time_all(sizes.K, budget.seed, setting, data, seconds, _told(budget, "timing quantizers"))
+    times = vq_timing.time_all(plain, budget.seed, setting, data, seconds, _told(budget, "timing quantizers"))
     budget.progress("drawing photographs", 0.0, "")
     sections = [
         _in_short(found, sizes, times),
@@ -190,8 +191,8 @@ def _recipes(sizes: Sizes, found: Trained) -> Table:
         f"reservoir of {', '.join(f'{a.reservoir_size(K):,}' for K in sizes.K)} vectors for "
         f"K = {', '.join(f'{K:,}' for K in sizes.K)}. Options that are not named have their defaults."
     )
-    rows = tuple(row for row in rows if row[0] in sizes.recipes)
-    return Table(("quantizer", "first codes", "codes learn by", "batch norm"), rows, caption)
+    head = ("quantizer", "first codes", "codes learn by", "batch norm")
+    return Table(head, [row for row in rows if row[0] in sizes.recipes], caption)
 
 
 def _use(found: Trained, sizes: Sizes) -> Section:
@@ -308,8 +309,8 @@ def _codes(found: Trained, sizes: Sizes) -> Section:
         r = found.of(recipe, K)[0]
         decoded = r.model.eval().patches_of_codes()
         order = decoded.mean(-1).argsort()
-        columns = next(n for n in range(int(K**0.5), 0, -1) if K % n == 0)
-        shown.append((recipe, _pixels(image_of(decoded[order], K // columns * side, columns * side, side))))
+        lines = next(n for n in range(int(K**0.5), 0, -1) if K % n == 0)
+        shown.append((recipe, _pixels(image_of(decoded[order], lines * side, K // lines * side, side))))
         counts.append(f"{recipe} uses {r.end.used}")
     told = (
         f"Each of the {K:,} codes, used or not, as the {side} x {side} patch that the decoder makes of it, from dark "
