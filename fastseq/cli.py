@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from fastseq import __version__
 
-    parser = argparse.ArgumentParser(prog="fastseq", description="Fast LSTMs with binary gates.")
+    parser = argparse.ArgumentParser(
+        prog="fastseq", description="Fast LSTMs with binary gates, and fast vector quantization."
+    )
     parser.add_argument("--version", action="version", version=f"fastseq {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in COMMANDS:

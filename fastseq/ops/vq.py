@@ -145,18 +145,22 @@ class VQ(Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(index, counts, sums)
         ctx.K = codebook.shape[1]
-        learned = codebook if ctx.needs_input_grad[1] else None  # else an EMA may change it in place before backward
-        ctx.save_for_backward(x, codes, index, learned)
+        ctx.save_for_backward(x, codes, index)  # not the codebook, which may change in place before backward
+        # for second derivatives: only the way to it matters, not its values
+        ctx.codebook = codebook if ctx.needs_input_grad[1] and not torch.compiler.is_compiling() else None
 
     @staticmethod
     def backward(
         ctx: Any, dcodes: Tensor | None, _: Any, dcommitment: Tensor | None, derror: Tensor | None, *__: Any
     ) -> tuple[Tensor | None, ...]:
-        x, codes, index, codebook = ctx.saved_tensors
+        x, codes, index = ctx.saved_tensors
         need_x, need_codebook = ctx.needs_input_grad[:2]
         grads: Any = [d if d is None else d.contiguous() for d in (dcodes, dcommitment, derror)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            codes = codes.detach() if codebook is None else reference.vq_gather(codebook, index)
+            codes = codes.detach()
+            if ctx.codebook is not None:
+                way = reference.vq_gather(ctx.codebook, index)
+                codes = codes + (way - way.detach())
             definition: Any = (*grads, x, codes, index, ctx.K, ctx.gradient)
             dx, dcodebook = reference.vq_backward(*definition)
         else:

@@ -209,7 +209,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> tup
 def normals(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normal numbers."""
     generator = torch.Generator().manual_seed(1000 * seed + 19)
-    return torch.randn(*shape, generator=generator, dtype=dtype)
+    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def places(G: int, N: int, K: int, masked: bool = True, seed: int = 0) -> Tensor:

@@ -109,8 +109,12 @@ def _verdict(runs: dict[str, list[Runner]], K: int) -> str:
 
     other = best(_perplexity, -1)
     mine, theirs = (Spread.of(_values(runs[name], _perplexity)) for name in (ROBUST, other))
+    spent, given = (statistics.fmean(r.seconds for name in names for r in runs[name]) for names in ((ROBUST,), plain))
+    same = "the same time of training"
+    if spent > 1.1 * given:
+        same = f"{spent:.2g} seconds of training, longer than the {given:.2g} of the plain ones,"
     text = (
-        f"K = {K:,}: after the same time of training the {ROBUST} spreads the training photograph over a perplexity of "
+        f"K = {K:,}: after {same} the {ROBUST} spreads the training photograph over a perplexity of "
         f"{mine.text(0)} codes, against {theirs.text(0)} ({other})."
     )
     for value, where in ((_error, "on the training photograph"), (_held_out_error, "on the held-out one")):
@@ -163,10 +167,10 @@ def _setting(data: Photographs, sizes: Sizes, found: Trained) -> Section:
     also = f" and also trains {', '.join(left_out)}" if left_out else ""
     few = f" A full run has {_FULL.seeds} seeds{also}." if sizes.seeds < _FULL.seeds or left_out else ""
     rules = (
-        f"Each run trains for {found.seconds:.1f} seconds on its own clock; the runs of one seed take turns, so that "
+        f"Each run trains for {found.seconds:.2g} seconds on its own clock; the runs of one seed take turns, so that "
         f"whatever else the machine does falls on all alike. Seeds: {len(found.seeds)}{of}.{few} Evaluation is off the "
-        "clock; all that the recipe does is on it, new codes by k-means too. Error is the root of the mean squared "
-        "error of red, green and blue in steps of 1/255. Perplexity is how many evenly used codes would carry as much."
+        "clock; all that the recipe does is on it, new codes by k-means too. On a slow machine it is given longer: "
+        "until it has seen the vectors that these are made from. Error is the root of the mean squared error of red, green and blue in steps of 1/255. Perplexity is how many evenly used codes would carry as much."
     )
     return Section("What is compared", [Text(text), Text(model), Text(rules), _recipes(sizes, found)])
 
@@ -226,13 +230,15 @@ def _errors(found: Trained, sizes: Sizes) -> Section:
             steps = [seconds for r in runs for seconds in r.steps]
             fast, middle, slow = 1e3 * np.quantile(steps, (0.2, 0.5, 0.8))
             errors = (Spread.of(_values(runs, value)).text(1) for value in (_error, _held_out_error))
+            spent = f"{statistics.fmean(r.seconds for r in runs):.2f}"
             made = f"{statistics.fmean(len(r.steps) for r in runs):,.0f}"
-            rows.append((f"K {K:,}, {recipe}", *errors, made, f"{middle:.1f} ({fast:.1f} to {slow:.1f})"))
+            rows.append((f"K {K:,}, {recipe}", *errors, spent, made, f"{middle:.1f} ({fast:.1f} to {slow:.1f})"))
     head = (
         "quantizer",
         "error",
         "error, held out",
-        f"steps in {found.seconds:.1f} s",
+        "seconds",
+        "steps",
         "ms per step, median (20 to 80 %)",
     )
     picture = Picture(
@@ -250,11 +256,12 @@ def _curves(found: Trained, sizes: Sizes, label: str, value: Callable[[Measured]
         series = {}
         for recipe in sizes.recipes:
             x, y, half = [], [], []
-            for k, points in enumerate(zip(*(r.curve for r in found.of(recipe, K)), strict=True)):
+            runs = found.of(recipe, K)
+            for k, points in enumerate(zip(*(r.curve for r in runs), strict=True)):
                 values = [value(point) for point in points if point is not None]
                 if len(values) == len(points):
                     spread = Spread.of(values)
-                    x.append(found.seconds * (k + 1) / sizes.setting.rounds)
+                    x.append(statistics.fmean(r.clocks[k] for r in runs))
                     y.append(spread.mean)
                     half.append(spread.half or 0.0)
             series[recipe] = (pictures.COLOURS[_COLOURS[recipe]], x, y, half)
