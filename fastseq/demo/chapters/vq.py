@@ -170,7 +170,8 @@ def _setting(data: Photographs, sizes: Sizes, found: Trained) -> Section:
         f"Each run trains for {found.seconds:.2g} seconds on its own clock; the runs of one seed take turns, so that "
         f"whatever else the machine does falls on all alike. Seeds: {len(found.seeds)}{of}.{few} Evaluation is off the "
         "clock; all that the recipe does is on it, new codes by k-means too. On a slow machine it is given longer: "
-        "until it has seen the vectors that these are made from. Error is the root of the mean squared error of red, green and blue in steps of 1/255. Perplexity is how many evenly used codes would carry as much."
+        "until it has seen the vectors that these are made from. Error is the root of the mean squared "
+        "error of red, green and blue in steps of 1/255. Perplexity is how many evenly used codes would carry as much."
     )
     return Section("What is compared", [Text(text), Text(model), Text(rules), _recipes(sizes, found)])
 
