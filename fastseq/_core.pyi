@@ -3,6 +3,7 @@
 Arrays must be C-contiguous, of one type (float32 or float64); nothing is converted or copied silently.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]  # float32 or float64, the same in all of one call
 Index: TypeAlias = NDArray[np.int64]
+Indices: TypeAlias = NDArray[np.int16] | NDArray[np.int32] | NDArray[np.int64]  # as wide as ``bits`` says
 Mask: TypeAlias = NDArray[np.bool_]
 
 def isa() -> str: ...
@@ -108,3 +110,46 @@ def lstm_backward(
     *,
     threads: int = 1,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array]: ...
+def vq_nearest(
+    x: Array,
+    codebook: Array,
+    mask: Mask | None = None,
+    dot: bool = False,
+    best: int = 1,
+    bits: int = 64,
+    distance: bool = False,
+    score: bool = False,
+    screen: int = 2,
+    *,
+    threads: int = 1,
+) -> tuple[Indices, Array, Array]: ...
+def vq_screen_opened(x: Array, codebook: Array, dot: bool = False, *, threads: int = 1) -> tuple[int, int]: ...
+def vq_quantize(
+    x: Array,
+    codebook: Array,
+    mask: Mask | None = None,
+    dot: bool = False,
+    sums: bool = False,
+    *,
+    threads: int = 1,
+) -> tuple[Array, Index, Array, Array, Array]: ...
+def vq_sums(x: Array, index: Index, K: int, *, threads: int = 1) -> tuple[Array, Array]: ...
+def vq_residual(
+    x: Array,
+    codebooks: Sequence[Array],
+    mask: Mask | None = None,
+    levels: Index | None = None,
+    sums: bool = False,
+    *,
+    threads: int = 1,
+) -> tuple[Array, Index, Array, Array, Array]: ...
+def vq_pack(index: Index, bits: int) -> NDArray[np.uint8]: ...
+def vq_unpack(packed: NDArray[np.uint8], bits: int, count: int) -> Index: ...
+
+class Codebook:
+    """Codes [G, K, D] that stay prepared for lookups of few rows. The array must not change as long as this is used."""
+
+    def __init__(self, codebook: Array, dot: bool = False) -> None: ...
+    def nearest(
+        self, x: Array, best: int = 1, bits: int = 64, distance: bool = False, *, threads: int = 1
+    ) -> tuple[Indices, Array]: ...
