@@ -20,6 +20,7 @@ inline __attribute__((always_inline)) void vq_meet(const VqTile<R>& t, int64_t k
   Vec<R> acc[M][2];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = broadcast(t.start[k + i]);
+  if constexpr (D == 0) asm volatile("" : "+m"(best));  // in memory meanwhile: the registers are all taken
   for (int64_t d = 0, end = D ? D : t.D; d < end; ++d, x += 2 * L) {
     const Vec<R> x0 = load(x), x1 = load(x + L);
 #pragma GCC unroll 16
