@@ -10,7 +10,7 @@
 
 namespace fastseq::core {
 
-constexpr int64_t kBlockK = 256;  // at most
+constexpr int64_t kBlockK = 192;  // at most
 // At least 1. Blocks are as even as multiples of 8 allow: a short one at the end would cost as many reads and writes of
 // the result as a long one.
 constexpr int64_t block_k(int64_t K) {
