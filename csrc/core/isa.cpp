@@ -19,6 +19,11 @@ namespace avx512 {
 extern const Kernels table;
 }
 #endif
+#if defined(FASTSEQ_HAVE_AVX512_VNNI)
+namespace avx512_vnni {
+extern const VqScreenTable table;
+}
+#endif
 #if defined(FASTSEQ_HAVE_AVX512_ON_AVX2)
 namespace avx512_on_avx2 {
 extern const Kernels table;
@@ -35,7 +40,7 @@ namespace {
 }
 
 Choice choose() {
-  const Kernels* found[4];
+  const Kernels* found[5];
   const int count = supported(found);
   const char* wanted = std::getenv("FASTSEQ_ISA");
   if (wanted == nullptr || *wanted == '\0') {
@@ -52,6 +57,19 @@ Choice choose() {
   return {found[0], error};
 }
 
+#if defined(FASTSEQ_HAVE_AVX512_VNNI)
+// AVX-512, but for the screen.
+const Kernels& avx512_vnni_table() {
+  static const Kernels table = [] {
+    Kernels k = avx512::table;
+    k.name = "avx512_vnni";
+    k.vq_screen = &avx512_vnni::table;
+    return k;
+  }();
+  return table;
+}
+#endif
+
 }  // namespace
 
 int supported(const Kernels** out) {
@@ -65,6 +83,9 @@ int supported(const Kernels** out) {
 #endif
 #if defined(FASTSEQ_HAVE_AVX512)
   if (has_avx512()) out[count++] = &avx512::table;
+#endif
+#if defined(FASTSEQ_HAVE_AVX512_VNNI)
+  if (has_avx512() && __builtin_cpu_supports("avx512vnni")) out[count++] = &avx512_vnni_table();
 #endif
   return count;
 }

@@ -63,7 +63,7 @@ struct Choice {
 };
 const Choice& choice();
 inline const Kernels& kernels() { return *choice().kernels; }
-// The sets that are built and that this processor and operating system support, best last. Returns their number (<= 4).
+// The sets that are built and that this processor and operating system support, best last. Returns their number (<= 5).
 int supported(const Kernels** out);
 
 }  // namespace fastseq::core

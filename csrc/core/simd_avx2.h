@@ -55,5 +55,7 @@ inline uint32_t bits_of(VecWord v) { return (uint32_t)_mm256_movemask_ps((__m256
 // Has this value in a register here.
 inline void keep(VecI16& v) { asm volatile("" : "+x"(v)); }
 
+constexpr int64_t kScreenLeastCodes = 512;  // from how many on the screen was the faster way, on Zen 3
+
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -97,6 +97,18 @@ inline uint32_t bits_of(VecWord v) {
   return (uint32_t)_mm256_movemask_ps(half<__m256>(v, 0)) | (uint32_t)_mm256_movemask_ps(half<__m256>(v, 1)) << 8;
 }
 inline void keep(VecI16&) {}
+// AVX512_VNNI's, so that tests run its screen too: a + four products of neighbouring bytes, in 32 bits.
+#define FASTSEQ_HAS_DOT
+inline __m256i add_products(__m256i a, __m256i x, __m256i c) {
+  const __m256i even =
+      _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(c, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(c, 8));
+  return _mm256_add_epi32(a, _mm256_add_epi32(even, odd));
+}
+inline VecWord add_products(VecWord a, VecU8 x, VecU8 c) {
+  return joined<VecWord>(add_products(half<__m256i>(a, 0), half<__m256i>(x, 0), half<__m256i>(c, 0)),
+                         add_products(half<__m256i>(a, 1), half<__m256i>(x, 1), half<__m256i>(c, 1)));
+}
 #else
 // Sums of two neighbouring products of unsigned and signed bytes; they must fit 16 bits.
 inline VecI16 multiply_bytes(VecU8 a, VecU8 b) { return (VecI16)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
@@ -105,6 +117,20 @@ inline VecWord add_pairs(VecI16 a) { return (VecWord)_mm512_madd_epi16((__m512i)
 inline uint32_t bits_of(VecWord v) { return _mm512_movepi32_mask((__m512i)v); }
 // Has this value in a register here.
 inline void keep(VecI16& v) { asm volatile("" : "+v"(v)); }
+#if defined(__AVX512VNNI__)
+#define FASTSEQ_HAS_DOT
+// a + four products of neighbouring bytes, unsigned of x and signed of c, in 32 bits
+inline VecWord add_products(VecWord a, VecU8 x, VecU8 c) {
+  return (VecWord)_mm512_dpbusd_epi32((__m512i)a, (__m512i)x, (__m512i)c);
+}
+#endif
+#endif
+
+// from how many codes on the screen was the faster way, on Emerald Rapids
+#if defined(FASTSEQ_HAS_DOT)
+constexpr int64_t kScreenLeastCodes = 512;
+#else
+constexpr int64_t kScreenLeastCodes = 2048;
 #endif
 
 }  // namespace

@@ -19,7 +19,7 @@ constexpr int64_t kLanes = 8;                // numbers of a row: s, own, least,
 constexpr int64_t kLowestBytes = 256 << 10;  // of the second cache for the lowest scores of a block
 constexpr int64_t kScreenBytes = 8 << 10;    // of the nearest cache for codes that a block meets together
 // From which sizes on it was the faster way, on Zen 3.
-constexpr int64_t kLeastD = 32, kLeastK = 512, kLeastN = 1024;
+constexpr int64_t kLeastD = 32, kLeastN = 1024;
 // A panel of codes scored for one row takes about 2.5 times its share of a lookup without the screen, which itself
 // takes about half of that lookup (Zen 3): it stops to pay when more than this share of the panels stays open.
 constexpr double kMostOpen = 0.2;
@@ -300,7 +300,8 @@ void body(const void* context, int rank, int size, Barrier& barrier) {
 bool vq_screens(const VqNearest<float>& a) {
   const VqShape<float>& s = a.shape;
   if (!kernels().vq_screen || a.best > 1 || s.D > kScreenMostD || a.screen == core::Screen::never) return false;
-  return a.screen == core::Screen::always || (s.D >= kLeastD && s.K >= kLeastK && s.N >= kLeastN);
+  return a.screen == core::Screen::always ||
+         (s.D >= kLeastD && s.K >= kernels().vq_screen->least_codes && s.N >= kLeastN);
 }
 
 size_t vq_screen_scratch(const VqNearest<float>& a, int most) {

@@ -1,10 +1,11 @@
-// Lookup at the speed of 8-bit integers with the index of vq.h: rows and codes are rounded to 7 bits, their scores come
-// with a proven bound on what the rounding did, and only panels of codes that the bound leaves open are scored again in
-// float32, in the order of vq.h.
+// Lookup at the speed of 8-bit integers with the index of vq.h: rows and codes are rounded to 7 bits (8 where products
+// of bytes add up in 32 bits, AVX512_VNNI), their scores come with a proven bound on what the rounding did, and only
+// panels of codes that the bound leaves open are scored again in float32, in the order of vq.h.
 //
 // With m the mean of the codes, x' = x - m and c' = c - m, the score differs from s' = h - x'*c' by a number that
 // depends on the row alone; h = c'*c'/2 (with `dot`: -m*c'). Rows become s*(q - 64) and codes t*p with whole numbers
-// 1 <= q <= 127 and -63 <= p <= 63. Then, by Cauchy and Schwarz,
+// 1 <= q <= 127 and -63 <= p <= 63 (with 8 bits: s*(q - 128), 1 <= q <= 255, -127 <= p <= 127). Then, by Cauchy and
+// Schwarz,
 //   | x'*c' - s*(q - 64) * t*p |  <=  |x' - s*(q - 64)| * |c'| + |s*(q - 64)| * |c' - t*p|,
 // where all four lengths are measured, not estimated. To this comes what float32 rounds: of the chain of D + 1
 // operations in vq.h at most (D + 2) * u * (c*c/2 + |x|*|c|), u = 2^-24, and some u more for means and the formula.
@@ -25,7 +26,7 @@ struct VqScreenCodes {
   int8_t* p;      // [panels * panel_width, stride]
   float* t;       // [panels * panel_width]   negated
   float* h;       // [panels * panel_width]
-  int32_t* zero;  // [panels * panel_width]   -64 * the sum of p
+  int32_t* zero;  // [panels * panel_width]   -64 (8 bits: -128) * the sum of p
   float* exact;   // [panels][D][panel_width]   the codes themselves
   float* start;   // [panels * panel_width]     as in vq.h
   float* mean;    // [D]
@@ -83,6 +84,7 @@ struct VqPairs {
 };
 
 struct VqScreenTable {
+  int64_t least_codes;  // from how many on it was the faster way
   void (*prepare)(VqScreenPrepare& prepare);
   void (*rows)(VqScreenRows& rows);
   void (*tile)(const VqScreenTile& tile);

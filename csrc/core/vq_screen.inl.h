@@ -6,6 +6,16 @@ namespace {
 constexpr int kScreenWidth = kPanel<float>;     // rows of a panel, and codes of one
 constexpr int kScreenCodes = kScreenWidth / 4;  // codes of a register tile
 
+// Rows are 1 .. 2 * kZero - 1 around kZero, codes -kMost .. kMost. Where products add up in 32 bits at once, bytes are
+// used whole; else in windows of 16 bits, which must not overflow.
+#if defined(FASTSEQ_HAS_DOT)
+constexpr bool kDots = true;
+#else
+constexpr bool kDots = false;
+#endif
+constexpr int kZero = kDots ? 128 : 64, kMost = kZero - 1;
+constexpr int32_t kWindowSum = kDots ? 127 * kScreenWindow : kScreenWindowSum;
+
 // Rounded up by more than what the sum lost to rounding, and to numbers whose squares are too small.
 inline float vq_length(float square) { return __builtin_sqrtf(square) * 1.0001f + 1e-17f; }
 
@@ -59,15 +69,15 @@ bool vq_screen_code(const VqScreenCodes& codes, const float* code, int64_t k, fl
   int8_t* const p = codes.p + k * codes.stride;
   for (int64_t d = 0; d < D; ++d) moved[d] = code[d] - codes.mean[d];
   const float largest = vq_largest(moved, D), length = vq_norm(moved, D);
-  float bits = 63;
+  float bits = kMost;
   float t = largest / bits;
   if (!(length < 1e18f) || !(codes.start[k] < 1e36f)) return false;
   if (!(t > 1e-30f)) {
     t = 0;
     for (int64_t d = 0; d < D; ++d) p[d] = 0;
   } else {
-    for (int32_t sum; (sum = vq_round_code(moved, D, 1 / t, p)) > kScreenWindowSum; t = largest / bits) {
-      const float fits = bits * kScreenWindowSum / (float)sum;
+    for (int32_t sum; (sum = vq_round_code(moved, D, 1 / t, p)) > kWindowSum; t = largest / bits) {
+      const float fits = bits * kWindowSum / (float)sum;
       bits = fits < bits - 1 ? fits : bits - 1;
     }
   }
@@ -84,7 +94,7 @@ bool vq_screen_code(const VqScreenCodes& codes, const float* code, int64_t k, fl
   }
   codes.t[k] = -t;
   codes.h[k] = (float)h;
-  codes.zero[k] = -64 * total;
+  codes.zero[k] = -kZero * total;
   const float u = 0x1p-23f, steps = (float)(D + 8), start = __builtin_fabsf(codes.start[k]);
   const float alone = u * (steps * start + 16 * __builtin_fabsf((float)h));
   const float found[4] = {length, error, u * steps * vq_norm(code, D), alone};
@@ -152,13 +162,13 @@ bool vq_screen_row(const VqScreenRows& a, const float* x, int lane) {
     a.own[lane] = INFINITY;  // everything stays open, unless the row is not finite at all
     return vq_reduce<float>(codes.D, [=](int64_t d) { return x[d] * 0.0f; }) == 0.0f;
   }
-  const float s = row.largest / 63, inverse = s > 1e-30f ? 1 / s : 0.0f;
+  const float s = row.largest / kMost, inverse = s > 1e-30f ? 1 / s : 0.0f;
   uint8_t* q = a.q + lane * 4;
   VecF miss = {};
   for (int64_t d = 0; d < codes.stride; d += L) {
     const VecF v = load(a.moved + d);
-    const VecI32 number = __builtin_convertvector(fma(v, broadcast(inverse), broadcast(64.5f)), VecI32);
-    const VecF e = v - broadcast(s) * __builtin_convertvector(number - 64, VecF);
+    const VecI32 number = __builtin_convertvector(fma(v, broadcast(inverse), broadcast(kZero + 0.5f)), VecI32);
+    const VecF e = v - broadcast(s) * __builtin_convertvector(number - kZero, VecF);
     miss = fma(e, e, miss);
     const Numbers numbers = __builtin_convertvector(number, Numbers);
     for (int64_t i = 0; i < L && d + i < codes.stride; i += 4, q += 4 * kScreenWidth) {
@@ -185,8 +195,48 @@ void vq_screen_rows(VqScreenRows& a) {
     const bool finite = lane < a.count && vq_screen_row(a, a.x[lane], lane);
     if (finite && a.own[lane] < INFINITY) continue;
     if (lane < a.count && !finite) a.strange |= 1u << lane;
-    for (int64_t d = 0; d < a.codes->stride; ++d) a.q[(d / 4 * kScreenWidth + lane) * 4 + d % 4] = 64;
+    for (int64_t d = 0; d < a.codes->stride; ++d) a.q[(d / 4 * kScreenWidth + lane) * 4 + d % 4] = kZero;
   }
+}
+
+// sum[i] += the products of two vectors of rows q [stride / 4] and code i of p, exactly.
+template <int M>
+inline __attribute__((always_inline)) void vq_screen_sums(const int8_t* p, const uint8_t* q, int64_t stride,
+                                                          VecI32 (&sum)[M][2]) {
+#if defined(FASTSEQ_HAS_DOT)
+  for (int64_t d = 0; d < stride; d += 4, p += 4, q += 2 * kVectorBytes) {
+    const VecU8 x0 = load_bytes(q), x1 = load_bytes(q + kVectorBytes);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const VecU8 c = broadcast_word(p + i * stride);
+      sum[i][0] = add_products(sum[i][0], x0, c);
+      sum[i][1] = add_products(sum[i][1], x1, c);
+    }
+  }
+#else
+  for (int64_t d = 0; d < stride; d += kScreenWindow) {
+    VecI16 acc[M][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = VecI16{};
+    const int64_t end = stride - d < kScreenWindow ? stride - d : kScreenWindow;
+    for (int64_t e = 0; e < end; e += 4, p += 4, q += 2 * kVectorBytes) {
+      const VecU8 x0 = load_bytes(q), x1 = load_bytes(q + kVectorBytes);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+        const VecU8 c = broadcast_word(p + i * stride);
+        acc[i][0] += multiply_bytes(x0, c);
+        acc[i][1] += multiply_bytes(x1, c);
+        keep(acc[i][0]);  // else the compiler forms all products first, and spills
+        keep(acc[i][1]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      sum[i][0] += add_pairs(acc[i][0]);
+      sum[i][1] += add_pairs(acc[i][1]);
+    }
+  }
+#endif
 }
 
 void vq_screen_tile(const VqScreenTile& a) {
@@ -202,33 +252,10 @@ void vq_screen_tile(const VqScreenTile& a) {
     VecF low0 = broadcast(INFINITY), low1 = low0;
     for (int part = 0; part < 4; ++part) {
       const int64_t k = (a.first + panel) * W + part * M;
-      const int8_t* p = codes.p + k * stride;
-      const uint8_t* q = a.q;
       VecI32 sum[M][2];
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = VecI32{} + codes.zero[k + i];
-      for (int64_t d = 0; d < stride; d += kScreenWindow) {
-        VecI16 acc[M][2];
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = VecI16{};
-        const int64_t end = stride - d < kScreenWindow ? stride - d : kScreenWindow;
-        for (int64_t e = 0; e < end; e += 4, p += 4, q += 2 * kVectorBytes) {
-          const VecU8 x0 = load_bytes(q), x1 = load_bytes(q + kVectorBytes);
-#pragma GCC unroll 8
-          for (int i = 0; i < M; ++i) {
-            const VecU8 c = broadcast_word(p + i * stride);
-            acc[i][0] += multiply_bytes(x0, c);
-            acc[i][1] += multiply_bytes(x1, c);
-            keep(acc[i][0]);  // else the compiler forms all products first, and spills
-            keep(acc[i][1]);
-          }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) {
-          sum[i][0] += add_pairs(acc[i][0]);
-          sum[i][1] += add_pairs(acc[i][1]);
-        }
-      }
+      vq_screen_sums<M>(codes.p + k * stride, a.q, stride, sum);
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) {
         const VecF t = broadcast(codes.t[k + i]), h = broadcast(codes.h[k + i]);
@@ -302,8 +329,8 @@ void vq_pairs(VqPairs& a) {
   }
 }
 
-constinit const VqScreenTable vq_screen_table = {vq_screen_prepare, vq_screen_rows, vq_screen_tile, vq_screen_open,
-                                                 vq_pairs};
+constexpr VqScreenTable vq_screen_table = {kScreenLeastCodes, vq_screen_prepare, vq_screen_rows,
+                                           vq_screen_tile,    vq_screen_open,    vq_pairs};
 
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -12,7 +12,7 @@ std::string isa() {
 }
 
 std::vector<std::string> isas() {
-  const core::Kernels* found[4];
+  const core::Kernels* found[5];
   const int count = core::supported(found);
   std::vector<std::string> names;
   for (int i = 0; i < count; ++i) names.push_back(found[i]->name);
