@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,6 +14,11 @@ def ranks() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return ranks()[1] > 1
 
 
 def sum_(t: Tensor) -> Tensor:
@@ -57,3 +64,22 @@ def device() -> torch.device:
     if ranks()[1] > 1 and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of each tensor over all processes; the tensors themselves where there is one process.
+
+    Args:
+        tensors: floating-point, on one device, with the same shapes on every rank.
+
+    Returns:
+        Tensors of the shapes and dtypes given, with the same bits on every rank.
+    """
+    if not several():
+        return list(tensors)
+    wide = tensors[0].dtype
+    for t in tensors:
+        wide = torch.promote_types(wide, t.dtype)
+    packed = sum_(torch.cat([t.detach().to(wide).flatten() for t in tensors]))
+    parts = packed.split([t.numel() for t in tensors])
+    return [p.view(t.shape).to(t.dtype) for p, t in zip(parts, tensors, strict=True)]

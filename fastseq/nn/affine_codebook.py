@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.nn._ranks import sum_over_ranks
 from fastseq.nn.codebook import Codebook
-from fastseq.nn.ranks import sum_over_ranks
 
 _LEAST = 1e-5  # least variance
 _BATCH = ("batch_mean", "batch_variance")

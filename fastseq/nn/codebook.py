@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from fastseq import _check, functional
 from fastseq.nn import dead_codes
-from fastseq.nn._ranks import ranks, sum_
+from fastseq.nn._ranks import ranks, sum_, sum_over_ranks
 from fastseq.nn.dead_codes import Drawn
 from fastseq.nn.kmeans import kmeans
-from fastseq.nn.ranks import sum_over_ranks
 
 EPS = 1e-6  # least length that a row is divided by
 Weight = Tensor | Callable[[Tensor, Tensor], Tensor]

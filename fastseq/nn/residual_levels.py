@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from fastseq import functional
 from fastseq.nn import onnx
+from fastseq.nn._ranks import several, sum_over_ranks
 from fastseq.nn.affine_codebook import AffineCodebook
 from fastseq.nn.dead_codes import Drawn, draw_rows
-from fastseq.nn.ranks import several, sum_over_ranks
 from fastseq.nn.vector_quantize import VectorQuantize
 
 

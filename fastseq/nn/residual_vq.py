@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastseq import _check
 from fastseq.nn._indices import check_indices
+from fastseq.nn._ranks import several
 from fastseq.nn.estimators import directional_reparam
 from fastseq.nn.implicit_codebook import ImplicitCodebook
-from fastseq.nn.ranks import several
 from fastseq.nn.residual_levels import (
     Found,
     Level,

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from fastseq import functional
 from fastseq.functional import Quantized
 from fastseq.nn import vq_losses
-from fastseq.nn._ranks import ranks
+from fastseq.nn._ranks import ranks, sum_over_ranks
 from fastseq.nn.codebook import Codebook
 from fastseq.nn.estimators import directional_reparam
-from fastseq.nn.ranks import sum_over_ranks
 from fastseq.nn.reinit import Reinit
 from fastseq.nn.vq_layout import Heads
 from fastseq.nn.vq_lookup import chosen, nearest

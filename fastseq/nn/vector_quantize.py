@@ -13,10 +13,10 @@ from fastseq import _check
 from fastseq.functional import Quantized
 from fastseq.nn import vq_losses, vq_options
 from fastseq.nn._indices import check_indices
+from fastseq.nn._ranks import several
 from fastseq.nn.affine_codebook import AffineCodebook
 from fastseq.nn.batch_norm import MaskedBatchNorm, normalize
 from fastseq.nn.codebook import Codebook, Weight
-from fastseq.nn.ranks import several
 from fastseq.nn.reinit import Reinit
 from fastseq.nn.row_quantizer import Call, LossBreakdown, RowQuantizer, Transform
 from fastseq.nn.vq_layout import Heads, Layout, Places
