@@ -4,7 +4,8 @@ The recipe is that of Lancucki et al., IJCNN 2020: batch norm before the codes, 
 codes made anew from the data. FOLDER holds a folder of wav files per language, as Debian's packages
 ``asterisk-core-sounds-*-wav`` put them into ``/usr/share/asterisk/sounds``. An autoencoder of log-mel frames is trained
 on nine tenths of the recordings; measured are, on the others, the error of reconstruction, the use of the codes, and
-how well the language can be told from them. The rows go to a JSON file, the table to the terminal. About an hour.
+how well the language can be told from them. Rows are appended to a file as they come; the table is printed at the end,
+after about an hour.
 """
 
 from __future__ import annotations
@@ -275,7 +276,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="K")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--steps", type=int, default=1000, help="of training (default: 1000)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vq_speech.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vq_speech.jsonl")
     args = parser.parse_args()
     if args.steps < 2 * EPOCHS:
         parser.error(f"--steps: expected at least {2 * EPOCHS}, got {args.steps}")
@@ -296,18 +297,18 @@ def main() -> None:
         TimeRemainingColumn(),
     )
     kinds = list(itertools.product(range(args.seeds), args.codes, RECIPES))
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(kinds))
-        for seed, K, name in kinds:
-            progress.update(task, description=f"seed {seed}, K {K}, {name}")
-            rows.append(measure(name, K, seed, training, unseen, scale, args.steps))
-            progress.advance(task)
-    show(rows, console)
-    setting = {"languages": languages, "minutes": minutes, "steps": args.steps, "seeds": args.seeds}
-    args.out.write_text(
-        json.dumps({**provenance(torch.get_num_threads(), []), **setting, "rows": [asdict(r) for r in rows]}, indent=1)
-        + "\n"
-    )
+    shared = {**provenance(torch.get_num_threads(), []), "languages": languages, "steps": args.steps}
+    try:
+        with Progress(*columns, console=console) as progress, args.out.open("a") as file:
+            task = progress.add_task("", total=len(kinds))
+            for seed, K, name in kinds:
+                progress.update(task, description=f"seed {seed}, K {K}, {name}")
+                rows.append(measure(name, K, seed, training, unseen, scale, args.steps))
+                file.write(json.dumps({**asdict(rows[-1]), **shared}) + "\n")
+                file.flush()  # a run that is stopped keeps what it has
+                progress.advance(task)
+    finally:
+        show(rows, console)
     console.print(f"rows: {args.out}")
 
 

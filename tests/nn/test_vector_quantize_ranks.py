@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastseq.nn import codebook, ranks, row_quantizer
+from fastseq.nn import _ranks, codebook, row_quantizer
 from fastseq.nn.vector_quantize import VectorQuantize
 from tests.tolerance import assert_same_bits
 
@@ -26,9 +26,9 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         seen.append(t.clone())
         return t.mul_(2)
 
-    for module in (codebook, ranks, row_quantizer):
+    for module in (codebook, _ranks, row_quantizer):
         monkeypatch.setattr(module, "ranks", lambda: (0, 2))
-    for module in (codebook, ranks):
+    for module in (codebook, _ranks):
         monkeypatch.setattr(module, "sum_", double)
     yield seen
 
