@@ -128,7 +128,20 @@ def test_steps_learn(recipe, noise, small_reservoir):
     assert errors[-1] < errors[-3]  # both with codes
 
 
-def test_training_keeps_the_clocks(noise, small_reservoir, caplog):
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """A clock on which a training step takes 10 ms and nothing else takes any time."""
+    now, step = [0.0], vq_training.train_step
+
+    def train_step(*args):
+        step(*args)
+        now[0] += 0.01
+
+    monkeypatch.setattr(vq_training, "train_step", train_step)
+    monkeypatch.setattr(vq_training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+
+def test_training_keeps_the_clocks(noise, small_reservoir, slow_steps, caplog):
     kinds = [(recipe, 16) for recipe in RECIPES]
     told = []
     with caplog.at_level(logging.WARNING, "fastseq"):
