@@ -280,6 +280,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 2 * EPOCHS:
         parser.error(f"--steps: expected at least {2 * EPOCHS}, got {args.steps}")
+    if args.seeds < 1 or min(args.codes) < 1:
+        parser.error(f"--seeds, --codes: expected positive numbers, got {args.seeds}, {args.codes}")
+    if not args.folder.is_dir():
+        parser.error(f"folder: expected a folder of wav files per language, got {args.folder}")
     console = Console()
     languages, found, scale = recordings(args.folder)
     training = [r for i, r in enumerate(found) if i % 10]
@@ -297,7 +301,7 @@ def main() -> None:
         TimeRemainingColumn(),
     )
     kinds = list(itertools.product(range(args.seeds), args.codes, RECIPES))
-    shared = {**provenance(torch.get_num_threads(), []), "languages": languages, "steps": args.steps}
+    shared = {**provenance(torch.get_num_threads(), []), "languages": languages, "minutes": minutes, "steps": args.steps}
     try:
         with Progress(*columns, console=console) as progress, args.out.open("a") as file:
             task = progress.add_task("", total=len(kinds))

@@ -126,7 +126,8 @@ inline VecWord add_products(VecWord a, VecU8 x, VecU8 c) {
 #endif
 #endif
 
-// from how many codes on the screen was the faster way, on Emerald Rapids
+// From how many codes on the screen is taken, on Emerald Rapids: without VNNI it lost at 512, was even at 1024, and won
+// at 8192.
 #if defined(FASTSEQ_HAS_DOT)
 constexpr int64_t kScreenLeastCodes = 512;
 #else

@@ -84,7 +84,7 @@ struct VqPairs {
 };
 
 struct VqScreenTable {
-  int64_t least_codes;  // from how many on it was the faster way
+  int64_t least_codes;  // from how many on it is taken
   void (*prepare)(VqScreenPrepare& prepare);
   void (*rows)(VqScreenRows& rows);
   void (*tile)(const VqScreenTile& tile);
