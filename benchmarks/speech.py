@@ -301,7 +301,12 @@ def main() -> None:
         TimeRemainingColumn(),
     )
     kinds = list(itertools.product(range(args.seeds), args.codes, RECIPES))
-    shared = {**provenance(torch.get_num_threads(), []), "languages": languages, "minutes": minutes, "steps": args.steps}
+    shared = {
+        **provenance(torch.get_num_threads(), []),
+        "languages": languages,
+        "minutes": minutes,
+        "steps": args.steps,
+    }
     try:
         with Progress(*columns, console=console) as progress, args.out.open("a") as file:
             task = progress.add_task("", total=len(kinds))
