@@ -23,7 +23,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=2000)
-settings.load_profile("ci")
+settings.register_profile("interpreted", parent=settings.get_profile("ci"), max_examples=12)  # a kernel takes seconds
+settings.load_profile("interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "ci")
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastseq.ops._select import Backend, allowed, choose
 from fastseq.ops._transforms import one_by_one
+from fastseq.ops._triton import first_tensor, triton_backend
 
 library = torch.library.Library("fastseq", "FRAGMENT")
 C = TypeVar("C", bound=Callable[..., Any])
@@ -49,7 +50,7 @@ why_not_compiled = _load()
 
 
 def _device(args: tuple[Any, ...]) -> str:
-    return next(a.device.type for a in args if isinstance(a, Tensor))
+    return first_tensor(args).device.type
 
 
 def _why_not_compiled(op: str) -> str | None:
@@ -58,8 +59,14 @@ def _why_not_compiled(op: str) -> str | None:
     return why_not_compiled
 
 
-def backends(op: str, definition: Callable[..., Any]) -> tuple[Backend, ...]:
-    """The backends of a compiled operator, best first."""
+def backends(op: str, definition: Callable[..., Any], kernels: str, *others: Backend) -> tuple[Backend, ...]:
+    """The backends of an operator, best first.
+
+    Args:
+        definition: the operator in plain torch.
+        kernels: the module of ``fastseq_kernels`` whose function has the operator's name.
+        others: what comes before these kernels.
+    """
     missing = _why_not_compiled(op)
 
     def cpu_why_not(*args: Any, **kwargs: Any) -> str | None:
@@ -74,6 +81,8 @@ def backends(op: str, definition: Callable[..., Any]) -> tuple[Backend, ...]:
 
     return (
         Backend("cpu", getattr(torch.ops.fastseq, op), cpu_why_not),
+        *others,
+        triton_backend(op, kernels),
         Backend("reference", definition, reference_why_not),
     )
 
@@ -85,6 +94,7 @@ def register(op: str, table: tuple[Backend, ...]) -> None:
         with no_autocast():
             return choose(op, table, *args, **kwargs).run(*args, **kwargs)
 
-    library.impl(op, run, "CUDA")
-    if _why_not_compiled(op) or allowed() == "reference":
+    for device in ("CUDA", "MPS", "XPU"):
+        library.impl(op, run, device)
+    if _why_not_compiled(op) or allowed() not in (None, "cpu"):
         library.impl(op, run, "CPU", allow_override=True)

@@ -20,7 +20,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None = None, transpose_a: bool = Fals
     return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
 
 
-BACKENDS = backends("gemm", reference.linear)
+BACKENDS = backends("gemm", reference.linear, "gemm")
 
 
 register("gemm", BACKENDS)

@@ -158,10 +158,10 @@ def _noise_reference(seed: Tensor, *args: Any) -> Tensor:
 
 
 BACKENDS = {
-    "lstm_forward": backends("lstm_forward", forward_reference),
-    "lstm_gates": backends("lstm_gates", _gates_reference),
-    "lstm_backward": backends("lstm_backward", backward_reference),
-    "lstm_noise": backends("lstm_noise", _noise_reference),
+    "lstm_forward": backends("lstm_forward", forward_reference, "lstm"),
+    "lstm_gates": backends("lstm_gates", _gates_reference, "lstm"),
+    "lstm_backward": backends("lstm_backward", backward_reference, "lstm"),
+    "lstm_noise": backends("lstm_noise", _noise_reference, "lstm_noise"),
 }
 
 

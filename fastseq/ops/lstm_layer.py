@@ -70,8 +70,8 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 BACKENDS = {
-    "lstm_layer_forward": backends("lstm_layer_forward", _forward_reference),
-    "lstm_layer_backward": backends("lstm_layer_backward", _backward_reference),
+    "lstm_layer_forward": backends("lstm_layer_forward", _forward_reference, "lstm_layer"),
+    "lstm_layer_backward": backends("lstm_layer_backward", _backward_reference, "lstm_layer"),
 }
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])

@@ -115,10 +115,10 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 BACKENDS = {
-    "vq_nearest": backends("vq_nearest", _nearest_reference),
-    "vq_quantize": backends("vq_quantize", _quantize_reference),
-    "vq_sums": backends("vq_sums", reference.vq_sums),
-    "vq_backward": backends("vq_backward", _backward_reference),
+    "vq_nearest": backends("vq_nearest", _nearest_reference, "vq_nearest"),
+    "vq_quantize": backends("vq_quantize", _quantize_reference, "vq_quantize"),
+    "vq_sums": backends("vq_sums", reference.vq_sums, "vq_sums"),
+    "vq_backward": backends("vq_backward", _backward_reference, "vq_backward"),
 }
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])

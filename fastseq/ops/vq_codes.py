@@ -23,8 +23,8 @@ def _(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 BACKENDS = {
-    "vq_pack": backends("vq_pack", reference.vq_pack),
-    "vq_unpack": backends("vq_unpack", reference.vq_unpack),
+    "vq_pack": backends("vq_pack", reference.vq_pack, "vq_codes"),
+    "vq_unpack": backends("vq_unpack", reference.vq_unpack, "vq_codes"),
 }
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])

@@ -66,8 +66,8 @@ def _backward_reference(*args: Any) -> Tensor:
 
 
 BACKENDS = {
-    "vq_residual": backends("vq_residual", _reference),
-    "vq_residual_backward": backends("vq_residual_backward", _backward_reference),
+    "vq_residual": backends("vq_residual", _reference, "vq_residual"),
+    "vq_residual_backward": backends("vq_residual_backward", _backward_reference, "vq_residual"),
 }
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])

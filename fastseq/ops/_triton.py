@@ -1,0 +1,113 @@
+"""The Triton backend of an operator: where it can run, and for which devices results were seen to be right.
+
+Loaded with torch; triton itself and the kernels are imported when a tensor arrives that they could be for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq.ops._select import Backend
+
+LEAST_TRITON = (3, 5)  # pyproject.toml says the same
+LEAST_CAPABILITY = 80
+
+
+@functools.cache
+def why_not_triton() -> str | None:
+    """The reason why no kernel can run in this process, or None."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return f"triton is not installed; pip install 'triton>={LEAST_TRITON[0]}.{LEAST_TRITON[1]}'"
+    if tuple(map(int, version.split(".")[:2])) < LEAST_TRITON:
+        return f"triton {version} is older than {LEAST_TRITON[0]}.{LEAST_TRITON[1]}; pip install --upgrade triton"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 runs kernels on CPU tensors, slowly, as the tests do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def capability(index: int) -> int:
+    """90 for compute capability 9.0. Fake tensors on a machine without CUDA count as the least that is supported."""
+    if not torch.cuda.is_available():
+        return LEAST_CAPABILITY
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def first_tensor(args: tuple[Any, ...]) -> Tensor:
+    """The tensor whose device and dtype decide."""
+    for a in args:
+        if isinstance(a, Tensor):
+            return a
+        if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor):
+            return a[0]
+    raise TypeError("no tensor among the arguments")
+
+
+def kernels(module: str) -> Any:
+    """``fastseq_kernels.<module>``."""
+    return importlib.import_module(f"fastseq_kernels.{module}")
+
+
+@functools.cache
+def _verified() -> dict[str, dict[str, Any]]:
+    """Per compute capability and module: the hash of the source whose results were right there, and the dtypes."""
+    path = Path(importlib.import_module("fastseq_kernels").__file__ or "").with_name("verified.json")
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    return found
+
+
+def doubt_of(module: str, device: torch.device) -> str | None:
+    """Why the kernels of ``module`` count as unverified on this device, or None."""
+    if device.type != "cuda":
+        return None
+    name = f"sm_{capability(device.index or 0)}"
+    row = _verified().get(name, {}).get(module)
+    if row is None:
+        return f"unverified: no result row of {module} for {name}"
+    if row["source"] != importlib.import_module("fastseq_kernels._sources").source_hash(module):
+        return f"unverified: {module} has changed since its result row for {name}"
+    return None
+
+
+def triton_backend(op: str, module: str) -> Backend:
+    """``fastseq_kernels.<module>.<op>``, with the reasons against it. The module may add its own: ``<op>_why_not``."""
+
+    def why_not(*args: Any, **kwargs: Any) -> str | None:
+        device = first_tensor(args).device
+        if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+            return f"input is on {device.type}"
+        reason = why_not_triton()
+        if reason is not None:
+            return reason
+        if device.type == "cuda" and capability(device.index or 0) < LEAST_CAPABILITY:
+            return f"sm_{capability(device.index or 0)} is older than sm_{LEAST_CAPABILITY}"
+        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+            return "no kernel for float64"
+        if not hasattr(kernels(module), op):
+            return f"fastseq_kernels.{module} has no {op}"
+        own: Callable[..., str | None] | None = getattr(kernels(module), f"{op}_why_not", None)
+        return None if own is None else own(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(kernels(module), op)(*args, **kwargs)
+
+    def doubt(*args: Any, **kwargs: Any) -> str | None:
+        return doubt_of(module, first_tensor(args).device)
+
+    return Backend("triton", run, why_not, doubt)
