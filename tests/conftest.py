@@ -9,6 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import interpreter
+
+    interpreter.patch()
+
 os.environ["FASTSEQ_POISON"] = "1"  # scratch of the compiled core is NaN at the start of every call
 # Every fresh allocation of torch is NaN, also those that compiled operators make: what is not written shows.
 torch.use_deterministic_algorithms(True)
