@@ -1,9 +1,10 @@
 """The exact scores of vector quantization (``fastseq.reference.vq.vq_scores``) as device functions.
 
 A score is one chain of fused multiply-adds over D in ascending order that begins with c*c/2. Nothing may reorder it,
-so a tile of rows and codes advances by one column at a time: BLOCK_N + BLOCK_K loads, mostly from the L1 cache, for
-BLOCK_N * BLOCK_K multiply-adds. Loads are whole lines where neighbours in a tile are neighbours in memory, so give
-codes as columns of [D, K], and rows as columns of [D, N] where they are a copy anyway.
+so a tile of rows and codes advances by one column at a time, operands straight from the L1 cache into registers. A
+thread holds several rows times several codes: with 8 x 4 it loads 12 numbers for 32 multiply-adds. Codes are read as
+columns of [D, K] with their signs turned, both made once per call: neighbours are neighbours in memory, and the minus
+of the chain costs nothing.
 """
 
 from __future__ import annotations
@@ -15,28 +16,45 @@ from torch import Tensor
 
 from fastseq_kernels._launch import cdiv, launch
 
-_UNROLL = 8  # columns whose loads are under way together in ``_half_squares_kernel``
+_UNROLL = 8  # columns whose loads are under way together in ``_prepare_kernel``
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _half_squares_kernel(
-    codes_ptr,  # [rows, D]
-    out_ptr,  # [rows]
-    rows,
+@triton.jit(do_not_specialize=["K"])
+def _prepare_kernel(
+    codes_ptr,  # [G, K, D]
+    starts_ptr,  # float32 [G, K] out
+    turned_ptr,  # float32 [G, D, K] out, or None
+    K,
     D,
     DOT: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = k < rows
+    tiles = tl.cdiv(K, BLOCK)
+    g = (tl.program_id(0) // tiles).to(tl.int64)
+    k = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < K
     total = tl.zeros([BLOCK], tl.float64)
     for d0 in range(0, D, UNROLL):
         for j in tl.static_range(UNROLL):  # one after the other: the order of the definition
-            c = tl.load(codes_ptr + k * D + (d0 + j), mask=inside & (d0 + j < D), other=0.0).to(tl.float64)
-            total += c * c  # exact products, so fused or not is the same
+            at = inside & (d0 + j < D)
+            c = tl.load(codes_ptr + (g * K + k) * D + (d0 + j), mask=at, other=0.0).to(tl.float32)
+            if turned_ptr is not None:
+                tl.store(turned_ptr + (g * D + (d0 + j)) * K + k, -c, mask=at)
+            wide = c.to(tl.float64)
+            total += wide * wide  # exact products, so fused or not is the same
     half = (0.5 * total).to(tl.float32)
-    tl.store(out_ptr + k, tl.where(half < float("inf"), 0.0 if DOT else half, float("inf")), mask=inside)
+    tl.store(starts_ptr + g * K + k, tl.where(half < float("inf"), 0.0 if DOT else half, float("inf")), mask=inside)
+
+
+def _prepare(codebook: Tensor, dot: bool, turned: Tensor | None) -> Tensor:
+    K, D = codebook.shape[-2:]
+    starts = torch.empty(codebook.shape[:-1], dtype=torch.float32, device=codebook.device)
+    block = 32  # one code a thread; small, so that few codes use many multiprocessors
+    grid = (cdiv(K, block) * codebook.shape[:-2].numel(),)
+    sizes = {"DOT": dot, "UNROLL": _UNROLL, "BLOCK": block}
+    launch(_prepare_kernel, grid, codebook, starts, turned, K, D, **sizes, num_warps=1)
+    return starts
 
 
 def half_squares(codebook: Tensor, dot: bool = False) -> Tensor:
@@ -45,19 +63,18 @@ def half_squares(codebook: Tensor, dot: bool = False) -> Tensor:
     Args:
         codebook: [..., K, D], contiguous.
     """
-    D = codebook.shape[-1]
-    out = torch.empty(codebook.shape[:-1], dtype=torch.float32, device=codebook.device)
-    block = 32  # one code a thread; small, so that few codes use many multiprocessors
-    launch(
-        _half_squares_kernel,
-        (cdiv(out.numel(), block),),
-        *(codebook, out, out.numel(), D),
-        DOT=dot,
-        UNROLL=_UNROLL,
-        BLOCK=block,
-        num_warps=1,
-    )
-    return out
+    return _prepare(codebook, dot, None)
+
+
+def turned_codes(codebook: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
+    """``half_squares`` [..., K], and the codes as ``best_code`` reads them: float32 [..., D, K], signs turned.
+
+    Args:
+        codebook: [..., K, D], contiguous.
+    """
+    *lead, K, D = codebook.shape
+    turned = torch.empty(*lead, D, K, dtype=torch.float32, device=codebook.device)
+    return _prepare(codebook, dot, turned), turned
 
 
 @triton.jit
@@ -65,39 +82,49 @@ def best_code(
     row_ptrs,  # [BLOCK_N] the first column of each row
     row_step,  # from a column to the next, in elements
     alive,  # bool [BLOCK_N] the rows that may be read
-    codes_ptr,  # code k, column d at k * code_stride + d * code_step
-    code_stride,
+    turned_ptr,  # float32, column d of code k at k + d * code_step; of ``turned_codes``
     code_step,
-    starts_ptr,  # float32 [K] of ``half_squares``
+    starts_ptr,  # float32 [K] of ``turned_codes``
     first,
     last,
     D,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LANES_N: tl.constexpr,
+    LANES_K: tl.constexpr,
 ):
     """The smallest score of codes first..last-1 for each row, and the lowest code that has it.
 
     Scores that are NaN count as +inf. Where all are +inf the code is 0, whatever ``first`` is; so sweeps over parts in
     ascending order are merged by taking the later one where its score is less. A row that is not finite is the
-    caller's business: the definition gives it code 0. Columns are multiplied as float32.
+    caller's business: the definition gives it code 0.
+
+    Threads lie side by side as LANES_N rows and LANES_K codes, LANES_N * LANES_K = 32 * num_warps, and each holds
+    BLOCK_N / LANES_N times BLOCK_K / LANES_K. BLOCK_N and BLOCK_K must be less than the number of threads: for
+    larger ones triton spreads their loads over the threads and exchanges them in every step.
     """
-    # Each lane keeps its own best, and lanes are compared once at the end.
-    best = tl.full([BLOCK_N, BLOCK_K], float("inf"), tl.float32)
-    place = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
+    HELD_N: tl.constexpr = BLOCK_N // LANES_N
+    HELD_K: tl.constexpr = BLOCK_K // LANES_K
+    TILE: tl.constexpr = [HELD_N, HELD_K, LANES_N, LANES_K]  # the last dimensions are what triton gives to threads
+    row_ptrs = tl.reshape(row_ptrs, [HELD_N, 1, LANES_N, 1])
+    alive = tl.reshape(alive, [HELD_N, 1, LANES_N, 1])
+    lanes = tl.reshape(tl.arange(0, BLOCK_K), [1, HELD_K, 1, LANES_K])
+    # Each place of the tile keeps its own best, and they are compared once at the end.
+    best = tl.full(TILE, float("inf"), tl.float32)
+    place = tl.zeros(TILE, tl.int32)
     for k0 in range(first, last, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
+        k = k0 + lanes
         inside = k < last
-        code_ptrs = codes_ptr + k.to(tl.int64) * code_stride
-        start = tl.load(starts_ptr + k, mask=inside, other=float("inf"))
-        score = tl.broadcast_to(start[None, :], [BLOCK_N, BLOCK_K])
+        code_ptrs = turned_ptr + k
+        score = tl.broadcast_to(tl.load(starts_ptr + k, mask=inside, other=float("inf")), TILE)
         for d in tl.range(0, D, loop_unroll_factor=4):
             x = tl.load(row_ptrs + tl.cast(d, tl.int64) * row_step, mask=alive, other=0.0).to(tl.float32)
-            c = tl.load(code_ptrs + tl.cast(d, tl.int64) * code_step, mask=inside, other=0.0).to(tl.float32)
-            x, c = tl.broadcast_to(-x[:, None], [BLOCK_N, BLOCK_K]), tl.broadcast_to(c[None, :], [BLOCK_N, BLOCK_K])
-            score = tl.fma(x, c, score)
+            c = tl.load(code_ptrs + tl.cast(d, tl.int64) * code_step, mask=inside, other=0.0)
+            score = tl.fma(tl.broadcast_to(x, TILE), tl.broadcast_to(c, TILE), score)
         less = score < best  # never where it is NaN; the earlier code stays among equals
         best = tl.where(less, score, best)
-        place = tl.where(less, tl.broadcast_to(k[None, :], [BLOCK_N, BLOCK_K]), place)
-    least = tl.min(best, axis=1)
-    index = tl.min(tl.where(best == least[:, None], place, 2147483647), axis=1)
-    return least, index
+        place = tl.where(less, tl.broadcast_to(k, TILE), place)
+    least = tl.min(tl.min(best, axis=3), axis=1)
+    places = tl.where(best == tl.reshape(least, [HELD_N, 1, LANES_N, 1]), place, 2147483647)
+    index = tl.min(tl.min(places, axis=3), axis=1)
+    return tl.reshape(least, [BLOCK_N]), tl.reshape(index, [BLOCK_N])
