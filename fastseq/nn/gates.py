@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastseq import _check, functional
@@ -45,15 +46,15 @@ class GateOptions:
         self.gates, self.tau = gates, float(tau)
         self.noise_probability, self.hard_eval = float(noise_probability), hard_eval
 
-    def _gate_call(self) -> GateCall:
-        """The noise is drawn here: once per forward, while training, and never otherwise."""
+    def _gate_call(self, device: torch.device) -> GateCall:
+        """The noise is drawn here, on the device: once per forward, while training, and never otherwise."""
         if self.gates == "sigmoid":
             return _PLAIN
         if self.gates == "sharpened":
             return GateCall(None, 0.0, self.tau, False)
         if not self.training:
             return GateCall(None, 0.0, 1.0, self.hard_eval)
-        seed = functional.draw_seed() if self.noise_probability else None
+        seed = functional.draw_seed(device) if self.noise_probability else None
         return GateCall(seed, self.noise_probability, self.tau, False)
 
     def _gates_repr(self) -> str:

@@ -42,7 +42,7 @@ class LSTM(GateOptions, nn.RNNBase):
     """A drop-in for ``torch.nn.LSTM``: same arguments, parameters, state_dict, initial draws and results.
 
     Not supported, and refused with a message: ``torch.jit.script``, forward-mode differentiation (jvp) and complex
-    dtypes; ``torch.func.vmap`` works, one call per element. bfloat16 and float16 are computed in float32.
+    dtypes; ``torch.func.vmap`` works, one call per element. On the CPU bfloat16 and float16 are computed in float32.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
@@ -262,7 +262,7 @@ class LSTM(GateOptions, nn.RNNBase):
         return tuple(packed)
 
     def _call(self, x: Tensor, hx: State | None, weights: list[Weights], **layout: Any) -> functional.Result:
-        seed, noise_probability, tau, hard = self._gate_call()
+        seed, noise_probability, tau, hard = self._gate_call(x.device)
         return functional.lstm(
             x,
             weights,
@@ -340,5 +340,5 @@ def _packed_reset(
     if order is not None or hx is not None or _eager():
         B = order.shape[0] if order is not None else hx[0].shape[1] if hx is not None else int(batch_sizes[0])
         _check.shape("LSTM", "reset", reset, "T, B", batch_sizes.shape[0], B)
-    step, row = functional.packed_places(batch_sizes, total)
+    step, row = functional.packed_places(batch_sizes, total, reset.device)
     return reset[step, row if order is None else order[row]]

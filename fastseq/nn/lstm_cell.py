@@ -21,7 +21,7 @@ class LSTMCell(GateOptions, nn.RNNCellBase):
     """A drop-in for ``torch.nn.LSTMCell``: same arguments, parameters, state_dict, initial draws and results.
 
     Not supported, and refused with a message: ``torch.jit.script``, forward-mode differentiation (jvp) and complex
-    dtypes; ``torch.func.vmap`` works, one call per element. bfloat16 and float16 are computed in float32.
+    dtypes; ``torch.func.vmap`` works, one call per element. On the CPU bfloat16 and float16 are computed in float32.
 
     Args:
         input_size, hidden_size, bias, device, dtype: as in ``torch.nn.LSTMCell``.
@@ -95,7 +95,7 @@ class LSTMCell(GateOptions, nn.RNNCellBase):
         _arguments.check_cell(input, hx, self.input_size, self.hidden_size)
         learnable = (None, None, None) if not self.learnable_state else (None, self.h_start, self.c_start)
         weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, *learnable)
-        seed, noise_probability, tau, hard = self._gate_call()
+        seed, noise_probability, tau, hard = self._gate_call(input.device)
         options: Any = {"seed": seed, "noise_probability": noise_probability, "tau": tau, "hard": hard}
         if input.dim() == 2:
             return functional.lstm_cell(input, hx, weights, **options)

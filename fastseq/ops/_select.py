@@ -68,13 +68,16 @@ def consider(op: str, backends: tuple[Backend, ...], *args: Any, **kwargs: Any) 
     return Choice(op, chosen, why if doubt is None else f"{why}; {doubt}", reasons)
 
 
-def choose(op: str, backends: tuple[Backend, ...], *args: Any, **kwargs: Any) -> Backend:
+def choose(op: str, backends: tuple[Backend, ...], *args: Any, operator: bool = True, **kwargs: Any) -> Backend:
     """The first backend that can run this call and that is not in doubt where another one is sure.
+
+    Args:
+        operator: False for a choice that the dispatcher of torch does not see, which ``watch`` then collects.
 
     Raises:
         RuntimeError: when none can; the message holds every reason.
     """
-    if not allowed() and not _watching:
+    if not allowed() and (operator or not _watching):
         for backend in backends:
             if backend.why_not(*args, **kwargs) is None:
                 if backend.name != "reference" and backend.doubt(*args, **kwargs) is None:
@@ -84,8 +87,9 @@ def choose(op: str, backends: tuple[Backend, ...], *args: Any, **kwargs: Any) ->
     if choice.backend is None:
         listed = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
         raise RuntimeError(f"{op}: no backend can run this call ({listed})")
-    for seen in _watching:
-        seen.append(choice)
+    if not operator:
+        for seen in _watching:
+            seen.append(choice)
     if not allowed():
         _tell(choice)
     return choice.backend
@@ -102,12 +106,12 @@ def _tell(choice: Choice) -> None:
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[list[Choice]]:
-    """Collect the choices that are made inside, by any thread."""
-    seen: list[Choice] = []
+def watch(seen: list[Choice]) -> Iterator[None]:
+    """Collect the choices inside a module's call that are made outside of an operator: between torch's own LSTM and
+    ours."""
     _watching.append(seen)
     try:
-        yield seen
+        yield
     finally:
         _watching.remove(seen)
 

@@ -48,3 +48,19 @@ def one_by_one(run: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(torch.stack(v) for v in zip(*outs, strict=True)), (0,) * len(outs[0])
 
     return rule
+
+
+def in_float32(run: Callable[..., Any], *like: int) -> Callable[..., Any]:
+    """A definition that computes 16-bit arguments in float32.
+
+    Args:
+        like: for each result the position of the argument whose dtype it gets back.
+    """
+
+    def widened(*args: Any) -> Any:
+        if not any(isinstance(a, Tensor) and a.dtype in (torch.bfloat16, torch.float16) for a in args):
+            return run(*args)
+        out = run(*(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+        return tuple(v.to(args[n].dtype) for v, n in zip(out, like, strict=True))
+
+    return widened

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.ops._select import Backend
+from fastseq.ops._select import Backend, allowed
 
 LEAST_TRITON = (3, 5)  # pyproject.toml says the same
 LEAST_CAPABILITY = 80
@@ -38,6 +38,11 @@ def why_not_triton() -> str | None:
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 runs kernels on CPU tensors, slowly, as the tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def in_low_precision(device: torch.device) -> bool:
+    """Whether 16-bit numbers are multiplied as they are: on a GPU, and where kernels for one are interpreted."""
+    return device.type != "cpu" or (interpreted() and allowed() == "triton")
 
 
 @functools.cache

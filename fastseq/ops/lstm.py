@@ -2,10 +2,13 @@
 
 ``lstm_forward`` returns h, c, gates, h_n, c_n. ``save`` says what a later backward needs: 2 keeps c and gates, 1 keeps
 c alone (gates are rebuilt by ``lstm_gates``), 0 keeps neither; what is not kept comes back with no elements.
+
+On a GPU everything may be bfloat16 or float16 but c0, c, c_n, c_start and their gradients, which then are float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
+from fastseq.ops._transforms import in_float32
 
 STATE = (
     "Tensor weight_hh, Tensor h0, Tensor c0, Tensor? weight_hr, "
@@ -68,7 +72,7 @@ def fake_forward(x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *ar
     save, lead, (H, P) = args[-1], x_gates.shape[:-1], (c0.shape[1], h0.shape[1])
     return (
         x_gates.new_empty(*lead, P),
-        x_gates.new_empty(*lead, H) if save >= 1 else x_gates.new_empty(0),
+        c0.new_empty(*lead, H) if save >= 1 else c0.new_empty(0),
         x_gates.new_empty(*lead, 4 * H) if save >= 2 else x_gates.new_empty(0),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         torch.empty_like(c0, memory_format=torch.contiguous_format),
@@ -97,7 +101,7 @@ def fake_backward(*args: Any) -> tuple[Tensor, ...]:
         torch.empty_like(c0),
         torch.empty_like(weight_hr) if weights and weight_hr is not None else none.clone(),
         h0.new_empty(h0.shape[1]) if start else none.clone(),
-        c0.new_empty(c0.shape[1]) if start else none.clone(),
+        c0.new_empty(c0.shape[1] if start else 0),
     )
 
 
@@ -125,23 +129,38 @@ def _check_values(options: Options, steps: int, rows: int) -> None:
             raise ValueError(f"lstm_forward: batch_sizes must sum to the rows of data = {steps}, got {sum(sizes)}")
 
 
-def forward_reference(x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def by_definition(
+    definition: Callable[..., Any], x_gates: Tensor, weights: Any, h0: Tensor, c0: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    """``lstm_forward`` by ``reference.lstm`` or one like it, which takes ``weights`` where that takes weight_hh."""
     options, save = Options(*args[:-1]), args[-1]
     _check_values(options, x_gates.shape[0], len(h0))
+    if options.lengths is not None:
+        options = options._replace(lengths=options.lengths.to(h0.device))
     noise = _reference_noise(x_gates, options, len(h0))
     arguments: Any = (*options.state, noise, *options.gate)
-    out = reference.lstm(x_gates, weight_hh, h0, c0, *arguments)
+    out = definition(x_gates, weights, h0, c0, *arguments)
     none = x_gates.new_empty(0)
     return (out[0], out[1] if save >= 1 else none, out[2] if save >= 2 else none.clone(), *out[3:])
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    return by_definition(reference.lstm, *args)
+
+
+forward_reference = in_float32(_forward, 0, 3, 0, 2, 3)
 
 
 def _gates_reference(
     x_gates: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *args: Any
 ) -> Tensor:
-    return forward_reference(x_gates, weight_hh, h0, c0, *args, 2)[2]
+    gates: Tensor = forward_reference(x_gates, weight_hh, h0, c0, *args, 2)[2]
+    return gates
 
 
-def backward_reference(*args: Any) -> tuple[Tensor, ...]:
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    if args[12] is not None:
+        args = (*args[:12], args[12].to(args[9].device), *args[13:])
     out: list[Any] = list(reference.lstm_backward(args[:5], *args[5:-1]))
     none = out[0].new_empty(0)
     if not args[-1]:
@@ -151,6 +170,9 @@ def backward_reference(*args: Any) -> tuple[Tensor, ...]:
     if args[15] is None and args[16] is None:
         out[5], out[6] = none.clone(), none.clone()
     return tuple(out)
+
+
+backward_reference = in_float32(_backward, 5, 8, 9, 10, 8, 9, 10)
 
 
 def _noise_reference(seed: Tensor, *args: Any) -> Tensor:

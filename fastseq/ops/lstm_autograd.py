@@ -141,7 +141,8 @@ class LSTMBackward(Function):
             filled = list(args)
             for n, value in zip(wanted, values, strict=True):
                 filled[n] = value
-            return backward_reference(*filled, *ctx.rest)
+            out: tuple[Tensor, ...] = backward_reference(*filled, *ctx.rest)
+            return out
 
         pulled: Any = torch.func.vjp(definition, *(args[n] for n in wanted))
         found = dict(zip(wanted, pulled[1](tuple(grads)), strict=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastseq import reference
 from fastseq.ops import lstm as _lstm
 from fastseq.ops._library import backends, fake, library, register
+from fastseq.ops._transforms import in_float32
 
 library.define(
     f"lstm_layer_forward(Tensor x, Tensor weight_ih, Tensor? bias, {_lstm.STATE}, {_lstm.NOISE}, {_lstm.GATES}, "
@@ -53,11 +54,12 @@ def _x_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     )
 
 
-def _forward_reference(x: Tensor, weight_ih: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return _lstm.forward_reference(_x_gates(x, weight_ih, bias), *args)
+def _forward(x: Tensor, weight_ih: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    out: tuple[Tensor, ...] = _lstm.forward_reference(_x_gates(x, weight_ih, bias), *args)
+    return out
 
 
-def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
+def _backward(*args: Any) -> tuple[Tensor, ...]:
     grads, (x, weight_ih, bias, gates, h, c), state, options = args[:5], args[5:11], args[11:20], args[20:28]
     needs_x, needs_weight_ih, needs_bias, weights = args[-4:]
     if gates is None:
@@ -70,8 +72,10 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 BACKENDS = {
-    "lstm_layer_forward": backends("lstm_layer_forward", _forward_reference, "lstm_layer"),
-    "lstm_layer_backward": backends("lstm_layer_backward", _backward_reference, "lstm_layer"),
+    "lstm_layer_forward": backends("lstm_layer_forward", in_float32(_forward, 0, 5, 0, 4, 5), "lstm_layer"),
+    "lstm_layer_backward": backends(
+        "lstm_layer_backward", in_float32(_backward, 5, 6, 6, 11, 12, 13, 11, 12, 13), "lstm_layer"
+    ),
 }
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])

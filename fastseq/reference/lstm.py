@@ -7,17 +7,20 @@ per-step tensor (h, c, gates, reset, noise) has the same leading dimensions. Ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Product = Callable[[Tensor], Tensor]  # h [B, P] to its part of the pre-activations [B, 4*H]
+Transposed = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # its gradient and h to dh and gradients of the weights
 
 
 def lstm(
     x_gates: Tensor,
-    weight_hh: Tensor,
+    weight_hh: Tensor | Product,
     h0: Tensor,
     c0: Tensor,
     weight_hr: Tensor | None = None,
@@ -36,7 +39,8 @@ def lstm(
 
     Args:
         x_gates: [T, B, 4*H] or packed [N, 4*H]; input part of the pre-activations i, f, g, o, biases added.
-        weight_hh: [4*H, P], P = H without projection. weight_hr: [P, H] or None.
+        weight_hh: [4*H, P], P = H without projection, or what takes the place of its product, see ``Product``.
+        weight_hr: [P, H] or None.
         h0, c0: [B, P], [B, H].
         lengths: [B] valid steps per row (dense only). batch_sizes: [T] rows per step (packed only).
         reset: bool, [T, B] or [N]: this step begins a new segment; no state crosses from the step before it to it, in
@@ -51,13 +55,14 @@ def lstm(
         h [T, B, P], c [T, B, H], gates [T, B, 4*H] (activated; packed: [N, ...]), h_n [B, P], c_n [B, H].
     """
     if batch_sizes is not None:
-        index, mask, lengths = packed_index(batch_sizes, h0.shape[0])
+        index, mask, lengths = (v.to(h0.device) for v in packed_index(batch_sizes, h0.shape[0]))
         dense: Any = (None if v is None else unpack(v, index, mask) for v in (x_gates, reset, noise))
         x_gates, reset, noise = dense
         state = (weight_hh, h0, c0, weight_hr, lengths, None, reset, h_start, c_start)
         out = lstm(x_gates, *state, noise, tau, hard, reverse)
         return out[0][mask], out[1][mask], out[2][mask], *out[3:]
-    T, (H, P) = x_gates.shape[0], (weight_hh.shape[0] // 4, weight_hh.shape[1])
+    T, H, P = x_gates.shape[0], c0.shape[1], h0.shape[1]
+    product: Product = (lambda h: h @ weight_hh.mT) if isinstance(weight_hh, Tensor) else weight_hh
     h_start = h0.new_zeros(P) if h_start is None else h_start
     c_start = c0.new_zeros(H) if c_start is None else c_start
     h, c = h0, c0
@@ -67,7 +72,7 @@ def lstm(
         if reset is not None and later < T:
             cut = reset[later] if lengths is None else reset[later] & (later < lengths)
             h, c = torch.where(cut[:, None], h_start, h), torch.where(cut[:, None], c_start, c)
-        i, f, g, o = (x_gates[t] + h @ weight_hh.mT).chunk(4, -1)
+        i, f, g, o = (x_gates[t] + product(h)).chunk(4, -1)
         if noise is not None:
             i, f = i + noise[t, :, :H], f + noise[t, :, H:]
         i = (i > 0).to(i.dtype) if hard else (i / tau).sigmoid()
@@ -101,7 +106,7 @@ def lstm_backward(
     gates: Tensor,
     h: Tensor,
     c: Tensor,
-    weight_hh: Tensor,
+    weight_hh: Tensor | Transposed,
     h0: Tensor,
     c0: Tensor,
     weight_hr: Tensor | None = None,
@@ -113,29 +118,33 @@ def lstm_backward(
     tau: float = 1.0,
     hard: bool = False,
     reverse: bool = False,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """Gradients of ``lstm`` from its outputs, itself differentiable in every floating-point argument.
 
     Args:
         grads: gradients of (h, c, gates, h_n, c_n), each shaped as that output, or None for zeros.
+        weight_hh: as in ``lstm``, or what takes the place of its transposed product, see ``Transposed``.
         others: as in ``lstm``.
 
     Returns:
-        dx_gates, dweight_hh, dh0, dc0, dweight_hr (None without projection), dh_start [P], dc_start [H].
+        dx_gates, dweight_hh (or the tuple that stands for it), dh0, dc0, dweight_hr (None without projection),
+        dh_start [P], dc_start [H].
     """
-    B, (H, P) = h0.shape[0], (weight_hh.shape[0] // 4, weight_hh.shape[1])
+    B, H, P = h0.shape[0], c0.shape[1], h0.shape[1]
     dh_all, dc_all, dgates_all, dh, dc = grads
     if batch_sizes is not None:
-        index, mask, lengths = packed_index(batch_sizes, B)
+        index, mask, lengths = (v.to(h0.device) for v in packed_index(batch_sizes, B))
         packed = (dh_all, dc_all, dgates_all, gates, h, c, reset)
-        dense: Any = (None if v is None else unpack(v, index, mask) for v in packed)
-        dh_all, dc_all, dgates_all, gates, h, c, reset = dense
+        padded: Any = (None if v is None else unpack(v, index, mask) for v in packed)
+        dh_all, dc_all, dgates_all, gates, h, c, reset = padded
     T = gates.shape[0]
     h_first = h0.new_zeros(P) if h_start is None else h_start
     c_first = c0.new_zeros(H) if c_start is None else c_start
     dh, dc = torch.zeros_like(h0) if dh is None else dh, torch.zeros_like(c0) if dc is None else dc
     dx: list[Any] = [None] * T
-    dweight_hh = torch.zeros_like(weight_hh)
+    dense = isinstance(weight_hh, Tensor)
+    transposed: Any = (lambda d, h: (d @ weight_hh, d.mT @ h)) if dense else weight_hh
+    _, *dweights = transposed(gates.new_zeros(B, 4 * H), torch.zeros_like(h0))
     dweight_hr = None if weight_hr is None else torch.zeros_like(weight_hr)
     dh_first, dc_first = torch.zeros_like(h_first), torch.zeros_like(c_first)
     for t in range(T) if reverse else reversed(range(T)):
@@ -162,16 +171,18 @@ def lstm_backward(
         zero = d.new_zeros(())
         d, dx_h = torch.where(live, d, zero), torch.where(live, dh_t, zero)
         dx[t] = d
-        dweight_hh = dweight_hh + d.mT @ h_in
+        dh_in, *more = transposed(d, h_in)
+        dweights = [a + b for a, b in zip(dweights, more, strict=True)]
         if dweight_hr is not None:
             dweight_hr = dweight_hr + dx_h.mT @ (o * tanh_c)
-        dh_in, dc_in = torch.where(live, d @ weight_hh, dh), torch.where(live, dc_t * f, dc)
+        dh_in, dc_in = torch.where(live, dh_in, dh), torch.where(live, dc_t * f, dc)
         crossing = (cut[:, None]) & live
         dh_first = dh_first + torch.where(crossing, dh_in, zero).sum(0)
         dc_first = dc_first + torch.where(crossing, dc_in, zero).sum(0)
         dh, dc = torch.where(crossing, zero, dh_in), torch.where(crossing, zero, dc_in)
     dx_gates = torch.stack(dx) if T else torch.zeros_like(gates)
     dx_gates = dx_gates if batch_sizes is None else dx_gates[mask]
+    dweight_hh = dweights[0] if dense else tuple(dweights)
     return dx_gates, dweight_hh, dh.clone(), dc.clone(), dweight_hr, dh_first, dc_first
 
 

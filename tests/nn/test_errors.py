@@ -315,7 +315,7 @@ FUNCTIONAL: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "rows": (
         lambda: functional.lstm(X, [weights()], rows=torch.zeros(4, dtype=torch.int64)),
-        "lstm: rows must be int64 [B] = [3] on the CPU, got [4] of torch.int64",
+        "lstm: rows must be int64 [B] = [3] on the CPU, got [4] of torch.int64 on cpu",
     ),
     "packed reset": (
         lambda: functional.lstm(zeros(4, I), [weights()], batch_sizes=torch.tensor([3, 1]), reset=zeros(3).bool()),
@@ -356,7 +356,7 @@ def test_without_the_compiled_operators(monkeypatch: pytest.MonkeyPatch) -> None
     """An error that says how to build them; the definition runs in their place only where asked for."""
     monkeypatch.setattr("fastseq.ops._library.why_not_compiled", "not built (here comes how to)")
     monkeypatch.delenv("FASTSEQ_BACKEND", raising=False)
-    backends = backends_of("lstm_forward", BACKENDS["lstm_forward"][-1].run)
+    backends = backends_of("lstm_forward", BACKENDS["lstm_forward"][-1].run, "lstm")
     words = "lstm_forward: no backend can run this call (cpu: not built (here comes how to); reference: only where"
     with pytest.raises(RuntimeError, match=f"^{re.escape(words)}"):
         choose("lstm_forward", backends, X)
@@ -371,7 +371,7 @@ def test_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     backends, elsewhere = BACKENDS["lstm_forward"], X.to("meta")
     with caplog.at_level(logging.WARNING, "fastseq"):
         assert [choose("lstm_forward", backends, elsewhere).name for _ in range(2)] == ["reference", "reference"]
-    told = ["lstm_forward: using reference, because cpu: input is on meta"]
+    told = ["lstm_forward: using reference, because cpu: input is on meta; triton: input is on meta"]
     assert [r.getMessage() for r in caplog.records] == told
     monkeypatch.setenv("FASTSEQ_BACKEND", "cpu")
     with pytest.raises(RuntimeError, match="no backend can run this call \\(cpu: input is on meta"):
