@@ -105,7 +105,7 @@ def test_show_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_show_config_says_why_a_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSEQ_BACKEND", "reference")
     why = "FASTSEQ_BACKEND=reference"
-    assert fastseq.show_config()["backend"] == {"runs": "reference", "why": why, "not": {"cpu": why}}
+    assert fastseq.show_config()["backend"] == {"runs": "reference", "why": why, "not": {"cpu": why, "triton": why}}
     monkeypatch.setenv("FASTSEQ_BACKEND", "abacus")
     assert fastseq.show_config()["backend"]["runs"] is None
 

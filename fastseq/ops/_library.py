@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from fastseq.ops._select import Backend, allowed, choose
 from fastseq.ops._transforms import one_by_one
@@ -17,6 +16,7 @@ from fastseq.ops._triton import first_tensor, triton_backend
 
 library = torch.library.Library("fastseq", "FRAGMENT")
 C = TypeVar("C", bound=Callable[..., Any])
+TABLES: dict[str, tuple[Backend, ...]] = {}  # the backends of every registered operator
 
 
 def fake(op: str) -> Callable[[C], C]:
@@ -59,6 +59,15 @@ def _why_not_compiled(op: str) -> str | None:
     return why_not_compiled
 
 
+def without_core(op: str, definition: Callable[..., Any], kernels: str) -> tuple[Backend, ...]:
+    """The backends of an operator that the compiled core does not have: on the CPU its definition stands in."""
+
+    def why_not(*args: Any, **kwargs: Any) -> str | None:
+        return None
+
+    return triton_backend(op, kernels), Backend("reference", definition, why_not)
+
+
 def backends(op: str, definition: Callable[..., Any], kernels: str, *others: Backend) -> tuple[Backend, ...]:
     """The backends of an operator, best first.
 
@@ -89,6 +98,7 @@ def backends(op: str, definition: Callable[..., Any], kernels: str, *others: Bac
 
 def register(op: str, table: tuple[Backend, ...]) -> None:
     """Give torch the implementations that are not compiled ones."""
+    TABLES[op] = table
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with no_autocast():
@@ -96,5 +106,6 @@ def register(op: str, table: tuple[Backend, ...]) -> None:
 
     for device in ("CUDA", "MPS", "XPU"):
         library.impl(op, run, device)
-    if _why_not_compiled(op) or allowed() not in (None, "cpu"):
+    in_core = any(backend.name == "cpu" for backend in table)
+    if not in_core or _why_not_compiled(op) or allowed() not in (None, "cpu"):
         library.impl(op, run, "CPU", allow_override=True)

@@ -10,6 +10,7 @@ from torch.autograd import Function, forward_ad
 
 from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
+from fastseq.ops._select import Backend, allowed
 from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
 
 library.define("gemm(Tensor a, Tensor b, Tensor? bias=None, bool transpose_a=False, bool transpose_b=False) -> Tensor")
@@ -20,7 +21,12 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None = None, transpose_a: bool = Fals
     return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
 
 
-BACKENDS = backends("gemm", reference.linear, "gemm")
+def _why_not_torch(a: Tensor, *args: Any) -> str | None:
+    return "input is on cpu, where its order of summation varies" if a.is_cpu and allowed() != "torch" else None
+
+
+# cuBLAS, whose order of summation varies with the number of rows; the Triton kernel keeps one, and is for those who ask
+BACKENDS = backends("gemm", reference.linear, "gemm", Backend("torch", reference.linear, _why_not_torch))
 
 
 register("gemm", BACKENDS)
@@ -66,8 +72,8 @@ def gemm(
 ) -> Tensor:
     """``op(a) @ op(b) + bias``; definition and shapes: ``fastseq.reference.linear``. Differentiable.
 
-    Every element of the result is summed over K in one order (csrc/core/gemm.h), whatever the number of rows or threads
-    or the instruction set.
+    On the CPU every element of the result is summed over K in one order (csrc/core/gemm.h), whatever the number of rows
+    or threads or the instruction set; on a GPU so does the Triton kernel, but not cuBLAS, which runs by default.
     """
     if forward_ad._current_level >= 0:
         refuse_forward_mode("gemm", a, b, bias)
