@@ -71,10 +71,11 @@ class Case(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Who computes; with ``rotation`` the gradient takes the rotation trick."""
+    """Who computes, and where; with ``rotation`` the gradient takes the rotation trick."""
 
     name: str
     rotation: bool = False
+    device: str = "cpu"
 
     @property
     def label(self) -> str:

@@ -20,12 +20,14 @@ Layer = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # x [1, N, width] to 
 BYTES_PER_PAIR = {"eval": 20, "train": 28}
 
 
-def _work(case: Case, layer: Layer, module: nn.Module, state: Callable[[], dict[str, Tensor]]) -> Work:
+def _work(
+    case: Case, layer: Layer, module: nn.Module, state: Callable[[], dict[str, Tensor]], device: str = "cpu"
+) -> Work:
     """Training step or evaluation of ``layer``, which is ``module`` or calls it."""
     given = inputs(case)
-    module.train(case.trains)
-    x = given.x[None].clone().requires_grad_(case.trains)
-    dy = given.dy[None]
+    module.train(case.trains).to(device)
+    x = given.x[None].to(device, copy=True).requires_grad_(case.trains)
+    dy = given.dy[None].to(device)
     weights = dict(module.named_parameters())
     start = copy.deepcopy(module.state_dict())
 
@@ -51,14 +53,14 @@ def _work(case: Case, layer: Layer, module: nn.Module, state: Callable[[], dict[
             for name, weight in weights.items():  # project_in.weight is dweight_in
                 end, _, kind = name.removeprefix("project_").partition(".")
                 found[f"d{kind}_{end}"] = weight.grad
-        return {name: value.detach().clone() for name, value in found.items()}
+        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     return Work(run, outputs)
 
 
 def _plain(case: Case, provider: Provider, threads: int) -> Work:
     module = PlainVQ(inputs(case).codebooks[0], DECAY, provider.rotation)
-    return _work(case, module, module, functools.partial(_plain_state, module))
+    return _work(case, module, module, functools.partial(_plain_state, module), provider.device)
 
 
 def _plain_state(module: PlainVQ) -> dict[str, Tensor]:
@@ -72,7 +74,7 @@ def _compile(case: Case, provider: Provider, threads: int) -> Work:
     _forget_compiled(case)
     module = PlainVQ(inputs(case).codebooks[0], DECAY, provider.rotation)
     layer = torch.compile(module, fullgraph=True, dynamic=False)
-    return _work(case, layer, module, functools.partial(_plain_state, module))
+    return _work(case, layer, module, functools.partial(_plain_state, module), provider.device)
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,7 +86,7 @@ def _forget_compiled(case: Case) -> None:
 def _vector_quantize_pytorch(case: Case, provider: Provider, threads: int) -> Work:
     import vector_quantize_pytorch as theirs
 
-    needed, there = BYTES_PER_PAIR[case.mode] * case.N * case.K, _available()
+    needed, there = BYTES_PER_PAIR[case.mode] * case.N * case.K, _available(provider.device)
     if there is not None and needed > there:
         raise CannotRun(f"needs about {needed / 1e9:.0f} GB of memory, {there / 1e9:.0f} GB are available")
     return _drop_in(case, provider, theirs.ResidualVQ if case.M > 1 else theirs.VectorQuantize)
@@ -118,11 +120,13 @@ def _drop_in(case: Case, provider: Provider, layer_class: Any) -> Work:
             "codebook": torch.cat([codebook.embed for codebook in codebooks]),
         }
 
-    return _work(case, module, module, state)
+    return _work(case, module, module, state, provider.device)
 
 
-def _available() -> int | None:
+def _available(device: str) -> int | None:
     """Bytes of memory that can be had, where the system (Linux) says so."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
