@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastseq import _check
 from fastseq.ops import vq as _ops
+from fastseq.ops._triton import in_low_precision
 
 _INDEX_DTYPES = {dtype: bits for bits, dtype in _ops.INDEX_BITS.items()}
 _COMPUTED = {
@@ -58,7 +59,7 @@ def vq_nearest(
 
     Args:
         x: [..., N, D], or [G, ..., N, D] where there are G codebooks; float32, float64, bfloat16 or float16 (computed
-            in float32).
+            in float32; on a GPU 16 bits are multiplied as they are, which is exact).
         codebook: [K, D], or [G, K, D]: one per head or group.
         metric: "l2"; "dot", the largest inner product; "cosine", the same after both are scaled to length 1.
         mask: bool, the shape of x without D (and without G, if it is the same for all): the rows that count.
@@ -158,10 +159,18 @@ def vq_sums(x: Tensor, index: Tensor, K: int) -> tuple[Tensor, Tensor]:
         _check.fail(f, "index", f"x without D = {list(x.shape[:-1])}", list(index.shape))
     _check.device(f, "index", index, x.device)
     grouped = x.dim() == 3
-    rows = x.detach().to(_COMPUTED[x.dtype]).contiguous()
+    rows = (x.detach() if in_low_precision(x.device) else x.detach().to(_COMPUTED[x.dtype])).contiguous()
     place = index.to(torch.int64).contiguous()
     counts, sums = torch.ops.fastseq.vq_sums(rows if grouped else rows[None], place if grouped else place[None], K)
     return (counts, sums) if grouped else (counts[0], sums[0])
+
+
+def _taken(dtype: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """As what the operators take a tensor beside another on a GPU: 16 bits as they are where the other has the same or
+    float32."""
+    if torch.float64 in (dtype, other):
+        return torch.float64
+    return dtype if other in (dtype, torch.float32) else torch.float32
 
 
 class _Rows:
@@ -182,9 +191,11 @@ class _Rows:
                 _check.fail(f, name, "float32, float64, bfloat16 or float16", t.dtype)
         _check.device(f, "codebook", codebook, x.device)
         self.dtype, self.lead, self.K, self.dot = x.dtype, x.shape[:-1], K, metric != "l2"
-        computed = torch.promote_types(_COMPUTED[x.dtype], _COMPUTED[codebook.dtype])
-        if x.dtype is not computed or codebook.dtype is not computed:
+        if metric == "cosine" or not in_low_precision(x.device):
+            computed = torch.promote_types(_COMPUTED[x.dtype], _COMPUTED[codebook.dtype])
             x, codebook = x.to(computed), codebook.to(computed)
+        else:
+            x, codebook = x.to(_taken(x.dtype, codebook.dtype)), codebook.to(_taken(codebook.dtype, x.dtype))
         if metric == "cosine":
             x, codebook = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
         if codebook.dim() == 2 or x.dim() != 3:

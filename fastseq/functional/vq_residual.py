@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastseq import _check
 from fastseq.ops import vq_residual as _ops
+from fastseq.ops._triton import in_low_precision
 from fastseq.ops.vq import GRADIENTS
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -56,6 +57,7 @@ def vq_residual(
     if not len(codebooks):
         _check.fail(f, "codebooks", "at least one", "none")
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    taken = x.dtype if in_low_precision(x.device) else computed
     for name, t in [("x", x), *((f"codebooks[{m}]", c) for m, c in enumerate(codebooks))]:
         if t.dtype not in _DTYPES:
             _check.fail(f, name, "float32, float64, bfloat16 or float16", t.dtype)
@@ -72,7 +74,7 @@ def vq_residual(
     if levels is not None and (levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool):
         _check.fail(f, "levels", "integers", levels.dtype)
     quantized, index, commitment, counts, total = _ops.vq_residual(
-        x.to(computed).contiguous(),
+        x.to(taken).contiguous(),
         [c.detach().to(computed).contiguous() for c in codebooks],
         None if mask is None else mask.contiguous(),
         None if levels is None else levels.to(torch.int64).contiguous(),

@@ -380,7 +380,7 @@ def test_nothing_is_converted_by_numpy() -> None:
 @pytest.mark.parametrize("op", CALLS)
 def test_another_device_is_named(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     monkeypatch.setenv("FASTSEQ_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match="cpu: input is on meta; reference: FASTSEQ_BACKEND=cpu"):
+    with pytest.raises(RuntimeError, match="cpu: input is on meta; triton: FASTSEQ_BACKEND=cpu; reference"):
         choose(op, cases.BACKENDS[op], torch.zeros(2, 3, 4, device="meta"))
 
 
