@@ -191,6 +191,7 @@ def test_wheel(door: str, source: Path, tmp_path: Path) -> None:
     assert set(compiled) == ({"_core", "_torch"} if door == "torch" else {"_core"})
     assert all(b"avx512_on_avx2" not in content and b"scalar" in content for content in compiled.values())
     assert {"py.typed", "_core.pyi"} <= {path.name for path in (tmp_path / "fastseq").iterdir()}
+    assert (tmp_path / "fastseq_kernels" / "verified.json").exists()
     code = "import fastseq, fastseq_kernels as k; c = fastseq.show_config(); print(c['build']['doors']['torch'])"
     code = ("" if door == "torch" else NO_TORCH) + code + "; print(fastseq.__file__, k.__file__, sep='\\n')"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
