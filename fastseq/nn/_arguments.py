@@ -63,8 +63,9 @@ def check_reset_pack(reset: PackedSequence, batch_sizes: Tensor, order: Tensor |
     same = reset.batch_sizes.shape == batch_sizes.shape and (reset.sorted_indices is None) == (order is None)
     if same and not torch.compiler.is_compiling():  # a graph does not read values
         same = torch.equal(reset.batch_sizes, batch_sizes)
-        if same and order is not None and reset.sorted_indices is not None:
-            same = torch.equal(reset.sorted_indices, order)
+        other = reset.sorted_indices
+        if same and order is not None and other is not None and order is not other and order.is_cpu:
+            same = torch.equal(other, order)  # on a GPU the comparison would wait for the device
     if not same:
         fail("LSTM", "reset", "packed as the input is", "other batch_sizes or another order of rows")
 
