@@ -1,1 +1,106 @@
-"""Not written yet."""
+"""The LSTM operators on a GPU: which route a call takes, and what is around the loop over time.
+
+The noise depends on no state and is added to the pre-activations before the loop; the weights' gradients are products
+over all steps after it. Gates that are kept take the place of the pre-activations, where that memory is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastseq_kernels import lstm_states, lstm_step
+from fastseq_kernels._rows import rows_of
+from fastseq_kernels._steps import Found, Grads, Recurrence
+from fastseq_kernels.gemm import layer_product
+from fastseq_kernels.lstm_noise import add_noise
+
+
+class Noise(NamedTuple):
+    """Arguments of the noise, in the order of the operators."""
+
+    seed: Tensor | None
+    rows: Tensor | None
+    row_offset: int
+    stream: int
+    probability: float
+
+
+def recurrence(data: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, state: Any, gate: Any) -> Recurrence:
+    """One call; ``state`` is weight_hr, lengths, batch_sizes, reset, h_start, c_start, ``gate`` tau, hard, reverse."""
+    weight_hr, lengths, batch_sizes, reset, h_start, c_start = state
+    rows = rows_of(data, h0.shape[0], lengths, batch_sizes)
+    return Recurrence(rows, weight_hh, h0, c0, weight_hr, reset, h_start, c_start, *gate)
+
+
+def noisy(call: Recurrence, x_gates: Tensor, noise: Noise, ours: bool) -> tuple[Tensor, bool]:
+    """x_gates with noise, and whether that is memory that may be written; in place where x_gates is ``ours``."""
+    if noise.seed is None:
+        return x_gates, ours
+    out = x_gates if ours else torch.empty_like(x_gates)
+    add_noise(x_gates, out, call.rows, noise.seed, *noise[1:])
+    return out, True
+
+
+def forward(
+    call: Recurrence, x_gates: Tensor, noise: Noise, save: int, ours: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h, c, gates, h_n, c_n; ``ours``: x_gates may be overwritten."""
+    lead = x_gates.shape[:-1]
+    x, ours = noisy(call, x_gates, noise, ours)
+    h = x.new_empty(*lead, call.P)
+    c = call.c0.new_empty(*lead, call.H) if save >= 1 else None
+    gates = None if save < 2 else x if ours else torch.empty_like(x)
+    h_n, c_n = lstm_step.forward(call, x, h, c, gates)
+    return h, call.c0.new_empty(0) if c is None else c, x.new_empty(0) if gates is None else gates, h_n, c_n
+
+
+def rebuilt(call: Recurrence, x_gates: Tensor, h: Tensor, noise: Noise, ours: bool) -> Tensor:
+    """The gates of ``forward``, rebuilt from its h."""
+    x, ours = noisy(call, x_gates, noise, ours)
+    gates = x if ours else torch.empty_like(x)
+    lstm_states.rebuild(call, x, h, gates)
+    return gates
+
+
+def backward(call: Recurrence, grads: Grads, gates: Tensor, h: Tensor, c: Tensor, weights: bool) -> tuple[Tensor, ...]:
+    """dx_gates, dweight_hh, dh0, dc0, dweight_hr, dh_start, dc_start, without elements where there is none."""
+    found = lstm_step.backward(call, grads, gates, c)
+    none = gates.new_empty(0)
+    dweight_hh, dweight_hr = none, none.clone()
+    if weights:
+        dweight_hh = lstm_states.weight_gradient(call, found.dx_gates, h)
+        if found.dh is not None and found.m is not None:
+            dweight_hr = layer_product(found.dh.reshape(-1, call.P), found.m.reshape(-1, call.H), None, True, False)
+    dh_start, dc_start = _starts(call, found)
+    return found.dx_gates, dweight_hh, found.dh0, found.dc0, dweight_hr, dh_start, dc_start
+
+
+def _starts(call: Recurrence, found: Found) -> tuple[Tensor, Tensor]:
+    """Gradients of the start states, from their sums per row."""
+    if call.h_start is None and call.c_start is None:
+        return call.h0.new_empty(0), call.c0.new_empty(0)
+    if found.dh_start is None or found.dc_start is None:  # no reset: no row ever starts anew
+        return call.h0.new_zeros(call.P), call.c0.new_zeros(call.H)
+    return found.dh_start.sum(0).to(call.h0.dtype), found.dc_start.sum(0)
+
+
+def lstm_forward(x_gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """``reference.lstm``; ``save`` 2 keeps c and gates, 1 c alone, 0 neither."""
+    call = recurrence(x_gates, weight_hh, h0, c0, args[:6], args[11:14])
+    return forward(call, x_gates, Noise(*args[6:11]), args[14], False)
+
+
+def lstm_gates(x_gates: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *args: Any) -> Tensor:
+    """``reference.lstm_gates``: one product over all steps. It may sum in another order than the forward did."""
+    call = recurrence(x_gates, weight_hh, h0, c0, args[:6], args[11:14])
+    return rebuilt(call, x_gates, h, Noise(*args[6:11]), False)
+
+
+def lstm_backward(*args: Any) -> tuple[Tensor, ...]:
+    """``reference.lstm_backward``; without ``weights`` their gradients come back without elements."""
+    grads, (gates, h, c, weight_hh, h0, c0) = Grads(*args[:5]), args[5:11]
+    call = recurrence(gates, weight_hh, h0, c0, args[11:17], args[17:20])
+    return backward(call, grads, gates, h, c, args[20])

@@ -170,6 +170,11 @@ def definition(
     return reference.lstm(x_gates, weight_hh, h0, c0, *options.state, noise, *options.gate)
 
 
+def definition_gates(*args: Any) -> Tensor:
+    """The gates alone of ``definition``."""
+    return definition(*args)[2]
+
+
 def decided(args: Inputs) -> bool:
     """Whether no hard gate is so near its threshold that the roundings of float32 could turn it."""
     x_gates, *rest = (t.double() for t in args[:4])

@@ -111,11 +111,14 @@ def test_save(backend: str, case: str, save: int) -> None:
 @each_dtype
 @each_backend
 def test_gates_rebuilt(backend: str, dtype: torch.dtype, case: Case) -> None:
-    """``lstm_gates`` gives the gates of forward bit for bit."""
+    """``lstm_gates`` gives the gates of forward; the core bit for bit, kernels with a product of larger tiles."""
     args = cases.inputs(case, dtype)
     h, c, gates, _, _ = cases.run("lstm_forward", backend, *args[:4], *args.options, 2)
     got = cases.run("lstm_gates", backend, args.x_gates, h, c, *args[1:4], *args.options)
-    assert_same_bits("gates", got, gates)
+    if backend == "triton":
+        assert_within_budget("gates", got, cases.definition_gates, cases.exact(args))
+    else:
+        assert_same_bits("gates", got, gates)
 
 
 @pytest.mark.parametrize("case", ["lengths", "lengths_reverse", "all_lengths", "all_lengths_reverse"])
@@ -134,8 +137,11 @@ def test_padding_is_never_read(backend: str, case: str) -> None:
 
     poison = args._replace(x_gates=poisoned(args.x_gates))
     assert_same_bits(cases.OUTPUTS, cases.run("lstm_forward", backend, *poison[:4], *poison.options, 2), outputs)
-    rebuilt = cases.run("lstm_gates", backend, poison.x_gates, *outputs[:2], *args[1:4], *args.options)
-    assert_same_bits("gates", rebuilt, outputs[2])
+    clean, rebuilt = (
+        cases.run("lstm_gates", backend, x_gates, *outputs[:2], *args[1:4], *args.options)
+        for x_gates in (args.x_gates, poison.x_gates)
+    )
+    assert_same_bits("gates", rebuilt, clean)
     grads = (*(poisoned(d) for d in grads[:3]), *grads[3:])
     got = cases.run("lstm_backward", backend, *cases.backward_arguments(args, outputs, grads))
     assert_same_bits(cases.GRADIENTS, got, expected)

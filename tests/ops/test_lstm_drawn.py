@@ -23,6 +23,7 @@ large = cases.shapes(st.just(2), st.integers(TILE_ROWS + 1, TILE_ROWS + 6), wide
 
 
 def check(backend: str, case: Case, dtype: torch.dtype, threads: int, seed: int) -> None:
+    cases.assume_runs(backend, dtype)
     args = cases.inputs(case, dtype, seed)
     if case.hard:
         assume(cases.decided(args))
@@ -30,7 +31,10 @@ def check(backend: str, case: Case, dtype: torch.dtype, threads: int, seed: int)
     outputs = cases.run("lstm_forward", backend, *args[:4], *args.options, 2)
     assert_within_budget(cases.OUTPUTS, outputs, cases.definition, cases.exact(args))
     rebuilt = cases.run("lstm_gates", backend, args.x_gates, *outputs[:2], *args[1:4], *args.options)
-    assert_same_bits("gates", rebuilt, outputs[2])
+    if backend == "triton":  # the product of all steps at once sums in another order
+        assert_within_budget("gates", rebuilt, cases.definition_gates, cases.exact(args))
+    else:
+        assert_same_bits("gates", rebuilt, outputs[2])
     grads = cases.upstream(outputs, seed)
     got, call = cases.gradients(backend, args, grads), (*cases.exact(args), grads)
     names = [f"d{name}" for name in cases.differentiable(args)]

@@ -91,17 +91,19 @@ def backward_arguments(
 
 
 def check(backend: str, product: Product, args: Inputs, seed: int = 0) -> None:
-    """Outputs and gradients within the budget, with kept and with rebuilt gates, which give the same bits."""
+    """Outputs and gradients within the budget, with kept and with rebuilt gates; the core gives the same bits."""
     exact = cases.exact(args)
     outputs = run("lstm_layer_forward", backend, *product, *args[1:4], *args.options, 2)
     assert_within_budget(cases.OUTPUTS, outputs, definition, (*product, *exact[1:]))
     grads = cases.upstream(outputs, seed)
     kept = run("lstm_layer_backward", backend, *backward_arguments(product, args, outputs, grads))
     rebuilt = run("lstm_layer_backward", backend, *backward_arguments(product, args, outputs, grads, rebuild=True))
-    assert_same_bits(GRADIENTS, rebuilt, kept)
+    if backend != "triton":  # there the product that rebuilds the gates sums in another order
+        assert_same_bits(GRADIENTS, rebuilt, kept)
     names = names_of(product, args)
-    got = [d for name, d in zip(GRADIENTS, kept, strict=True) if name in names]
-    assert_within_budget(names, got, definition_gradients, (*product, *exact[1:], grads), tolerance.GRADIENTS)
+    for found in (kept, rebuilt) if backend == "triton" else (kept,):
+        got = [d for name, d in zip(GRADIENTS, found, strict=True) if name in names]
+        assert_within_budget(names, got, definition_gradients, (*product, *exact[1:], grads), tolerance.GRADIENTS)
 
 
 @each_case
@@ -121,6 +123,7 @@ def test_layer(backend: str, dtype: torch.dtype, case: Case) -> None:
 )
 @each_backend
 def test_small(backend: str, case: Case, width: int, bias: bool, dtype: torch.dtype, threads: int, seed: int) -> None:
+    cases.assume_runs(backend, dtype)
     product, args = inputs(case, width, bias, dtype, seed)
     assume(not case.hard or cases.decided(with_x_gates(product, args)))
     torch.set_num_threads(threads)
