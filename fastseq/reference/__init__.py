@@ -2,6 +2,8 @@
 
 from fastseq.reference.linear import linear
 from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, packed_index, philox
+from fastseq.reference.lstm_int8 import int8_product, lstm_int8, quantized
+from fastseq.reference.lstm_lowrank import lowrank_product, lstm_lowrank, lstm_lowrank_backward
 from fastseq.reference.vq import (
     vq_backward,
     vq_gather,
@@ -17,12 +19,18 @@ from fastseq.reference.vq_residual import vq_residual, vq_residual_backward
 
 __all__ = [
     "gate_noise",
+    "int8_product",
     "linear",
+    "lowrank_product",
     "lstm",
     "lstm_backward",
     "lstm_gates",
+    "lstm_int8",
+    "lstm_lowrank",
+    "lstm_lowrank_backward",
     "packed_index",
     "philox",
+    "quantized",
     "vq_backward",
     "vq_gather",
     "vq_nearest",

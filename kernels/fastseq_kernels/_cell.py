@@ -1,0 +1,52 @@
+"""The cell of the LSTM as device functions: from pre-activations to the next state, and back. Arithmetic is float32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastseq_kernels._tiles import gate, sigmoid, tanh
+
+
+@triton.jit
+def load_gates(first, H, mask):
+    """The planes i, f, g, o of a block; ``first`` points to that of i, the others follow at distances of H."""
+    i = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+    f = tl.load(first + H, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(first + 2 * H, mask=mask, other=0.0).to(tl.float32)
+    o = tl.load(first + 3 * H, mask=mask, other=0.0).to(tl.float32)
+    return i, f, g, o
+
+
+@triton.jit
+def store_gates(first, H, i, f, g, o, mask):
+    """The inverse of ``load_gates``."""
+    tl.store(first, i, mask=mask)
+    tl.store(first + H, f, mask=mask)
+    tl.store(first + 2 * H, g, mask=mask)
+    tl.store(first + 3 * H, o, mask=mask)
+
+
+@triton.jit
+def cell(i, f, g, o, c, inverse_tau, HARD: tl.constexpr):
+    """Activated gates, the next c, and o * tanh(c), from pre-activations and c."""
+    i, f = gate(i, inverse_tau, HARD), gate(f, inverse_tau, HARD)
+    g, o = tanh(g), sigmoid(o)
+    c = f * c + i * g
+    return i, f, g, o, c, o * tanh(c)
+
+
+@triton.jit
+def cell_backward(dm, dc, i, f, g, o, c, c_before, di, df, dg, do, inverse_tau, HARD: tl.constexpr):
+    """Gradients of the four pre-activations and of the cell before.
+
+    dm is that of o * tanh(c), dc of c; di .. do are those of the activated gates from elsewhere.
+    """
+    tanh_c = tanh(c)
+    dc += dm * o * (1.0 - tanh_c * tanh_c)
+    di, df, dg, do = di + dc * g, df + dc * c_before, dg + dc * i, do + dm * tanh_c
+    if HARD:
+        di, df = di * 0.0, df * 0.0
+    else:
+        di, df = di * i * (1.0 - i) * inverse_tau, df * f * (1.0 - f) * inverse_tau
+    return di, df, dg * (1.0 - g * g), do * o * (1.0 - o), dc * f

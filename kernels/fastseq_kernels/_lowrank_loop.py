@@ -1,0 +1,332 @@
+"""Low-rank LSTM, factors read anew in every step: for sizes whose factors no program can hold.
+
+A step has two parts: v = down @ h, then the cells from up @ v. Either one program takes 16 rows through all steps and
+both parts (PART 0), reading the factors from the second-level cache; or, where reading them takes longer than two
+launches, each part of each step is a launch with a program for every block of ranks (PART 1) or of units (PART 2).
+Backward: the cells, whose dh is down.T @ dv of the step done before, then dv = up.T @ d; and dh0 at the end (PART 3).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastseq_kernels._cell import cell, cell_backward, load_gates, store_gates
+from fastseq_kernels._steps import element, is_cut, state_before, steps_of
+
+_RUN_TIME = ["first", "last", "T", "B", "inverse_tau"]  # what must not compile anew
+
+
+@triton.jit
+def _ranks(
+    rows,
+    known,
+    down_ptr,
+    v_rows,
+    b,
+    B,
+    H,
+    V,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """v = down @ h of the rows of h that are ``known``, the others zeros; down is [V, H]."""
+    for block in range(tl.program_id(1), tl.cdiv(V, BLOCK_R), tl.num_programs(1)):
+        k = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+        for first in range(0, H, BLOCK_H):
+            n = first + tl.arange(0, BLOCK_H)
+            h = tl.load(rows[:, None] + n[None, :], mask=known[:, None] & (n < H)[None, :], other=0.0)
+            weight = down_ptr + k.to(tl.int64)[None, :] * H + n[:, None]
+            weight = tl.load(weight, mask=(k < V)[None, :] & (n < H)[:, None], other=0.0)
+            total = tl.dot(h, weight, total, input_precision=PRECISION)
+        tl.store(v_rows[:, None] + k[None, :], total, mask=(b < B)[:, None] & (k < V)[None, :])
+
+
+@triton.jit
+def _widen(
+    i, f, g, o, up_ptr, v_rows, live, n, H, R, DOWNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """The pre-activations of units n with up @ v added."""
+    plane = tl.cast(H, tl.int64) * R
+    for first in range(0, R, BLOCK_R):
+        k = first + tl.arange(0, BLOCK_R)
+        read = live[:, None] & (k < R)[None, :]
+        at, inside = up_ptr + n.to(tl.int64)[None, :] * R + k[:, None], (n < H)[None, :] & (k < R)[:, None]
+        v = tl.load(v_rows[:, None] + k[None, :], mask=read, other=0.0)
+        i = tl.dot(v, tl.load(at, mask=inside, other=0.0), i, input_precision=PRECISION)
+        if DOWNS == 4:
+            v = tl.load(v_rows[:, None] + R + k[None, :], mask=read, other=0.0)
+        f = tl.dot(v, tl.load(at + plane, mask=inside, other=0.0), f, input_precision=PRECISION)
+        if DOWNS == 4:
+            v = tl.load(v_rows[:, None] + 2 * R + k[None, :], mask=read, other=0.0)
+        g = tl.dot(v, tl.load(at + 2 * plane, mask=inside, other=0.0), g, input_precision=PRECISION)
+        if DOWNS == 4:
+            v = tl.load(v_rows[:, None] + 3 * R + k[None, :], mask=read, other=0.0)
+        o = tl.dot(v, tl.load(at + 3 * plane, mask=inside, other=0.0), o, input_precision=PRECISION)
+    return i, f, g, o
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def forward_kernel(
+    x_ptr,  # [N, 4*H] pre-activations with their noise; may be gates
+    up_ptr,  # [4, H, R]
+    down_ptr,  # [DOWNS, R, H]
+    v_ptr,  # [B, DOWNS*R] scratch
+    h0_ptr,  # [B, H]
+    lengths_ptr,  # int64 [B] or None
+    offsets_ptr,  # int64 [T] or None
+    reset_ptr,  # bool [N] or None
+    h_start_ptr,  # [H] or None
+    c_start_ptr,  # [H] or None
+    h_ptr,  # [N, H] out
+    c_ptr,  # [N, H] out, or None
+    gates_ptr,  # [N, 4*H] out, or None
+    h_n_ptr,  # [B, H] out, the rows that end
+    c_n_ptr,  # [B, H] in and out: c0 at first
+    first,  # steps done before
+    last,
+    T,
+    B,
+    H,
+    R,
+    inverse_tau,
+    PART: tl.constexpr,
+    DOWNS: tl.constexpr,
+    HARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    steps = steps_of(lengths_ptr, b, T, B)
+    most = tl.max(steps, 0)
+    from_step, to_step = first, tl.minimum(last, most)
+    if REVERSE:
+        from_step, to_step = tl.maximum(first, T - most), last
+    v_rows = v_ptr + b.to(tl.int64) * (DOWNS * R)
+    for s in range(from_step, to_step):
+        t = T - 1 - s if REVERSE else s
+        alive = t < steps
+        before = t + 1 if REVERSE else t - 1
+        begins = (before < 0) | (before >= steps)
+        cut = begins & False
+        if reset_ptr is not None:
+            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
+        place, earlier = element(offsets_ptr, t, b, T, B), element(offsets_ptr, before, b, T, B)
+        if PART != 2:
+            rows, known = state_before(h_ptr, h0_ptr, h_start_ptr, earlier, b, begins, cut, alive, H)
+            _ranks(rows, known, down_ptr, v_rows, b, B, H, DOWNS * R, PRECISION, BLOCK_B, BLOCK_H, BLOCK_R)
+        if PART == 0:
+            tl.debug_barrier()  # v was written by other threads of this program
+        if PART != 1:
+            for block in range(tl.program_id(1), tl.cdiv(H, BLOCK_H), tl.num_programs(1)):
+                n = block * BLOCK_H + tl.arange(0, BLOCK_H)
+                live = alive[:, None] & (n < H)[None, :]
+                own, at = b.to(tl.int64)[:, None] * H + n[None, :], place[:, None] * (4 * H) + n[None, :]
+                i, f, g, o = load_gates(x_ptr + at, H, live)
+                c = tl.load(c_n_ptr + own, mask=live & (cut == 0)[:, None], other=0.0)
+                if c_start_ptr is not None:
+                    c_start = tl.load(c_start_ptr + n, mask=n < H, other=0.0)
+                    c = tl.where(cut[:, None], c_start[None, :], c)
+                i, f, g, o = _widen(i, f, g, o, up_ptr, v_rows, alive, n, H, R, DOWNS, PRECISION, BLOCK_R)
+                i, f, g, o, c, m = cell(i, f, g, o, c, inverse_tau, HARD)
+                tl.debug_barrier()  # other threads may have read what is written here: c, and x where it is gates
+                tl.store(h_ptr + place[:, None] * H + n[None, :], m, mask=live)
+                tl.store(c_n_ptr + own, c, mask=live)
+                if c_ptr is not None:
+                    tl.store(c_ptr + place[:, None] * H + n[None, :], c, mask=live)
+                if gates_ptr is not None:
+                    store_gates(gates_ptr + at, H, i, f, g, o, live)
+                ends = live & ((t == 0) if REVERSE else (t + 1 == steps)[:, None])
+                tl.store(h_n_ptr + own, m, mask=ends)
+        if PART == 0:
+            tl.debug_barrier()  # the next step reads h and c, which other threads wrote, and writes v
+
+
+@triton.jit
+def _carried(
+    dv_ptr,
+    down_ptr,
+    dh_n_ptr,
+    place,
+    taken,
+    cut,
+    b,
+    n,
+    B,
+    H,
+    V,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The gradient of a state: down.T @ dv of the step that took it, at ``place``; dh_n where none did; 0 if cut."""
+    total = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    rows, read = dv_ptr + place * V, taken & (cut == 0)
+    for first in range(0, V, BLOCK_R):
+        k = first + tl.arange(0, BLOCK_R)
+        dv = tl.load(rows[:, None] + k[None, :], mask=read[:, None] & (k < V)[None, :], other=0.0)
+        weight = down_ptr + k.to(tl.int64)[:, None] * H + n[None, :]
+        weight = tl.load(weight, mask=(k < V)[:, None] & (n < H)[None, :], other=0.0)
+        total = tl.dot(dv, weight, total, input_precision=PRECISION)
+    if dh_n_ptr is not None:
+        ends = ((b < B) & (taken == 0))[:, None] & (n < H)[None, :]
+        total += tl.load(dh_n_ptr + b.to(tl.int64)[:, None] * H + n[None, :], mask=ends, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _narrow(
+    d_rows,
+    up_ptr,
+    dv_rows,
+    dv_start_ptr,
+    alive,
+    cut,
+    b,
+    H,
+    R,
+    DOWNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dv = up.T @ d, over all gates where they share down."""
+    across = tl.cdiv(R, BLOCK_R)
+    for block in range(tl.program_id(1), DOWNS * across, tl.num_programs(1)):
+        down, k = block // across, (block % across) * BLOCK_R + tl.arange(0, BLOCK_R)
+        total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+        for gate in range(down, down + 4 // DOWNS):
+            for first in range(0, H, BLOCK_H):
+                n = first + tl.arange(0, BLOCK_H)
+                d = tl.load(d_rows[:, None] + gate * H + n[None, :], mask=alive[:, None] & (n < H)[None, :], other=0.0)
+                weight = up_ptr + (tl.cast(gate, tl.int64) * H + n)[:, None] * R + k[None, :]
+                weight = tl.load(weight, mask=(n < H)[:, None] & (k < R)[None, :], other=0.0)
+                total = tl.dot(d, weight, total, input_precision=PRECISION)
+        tl.store(dv_rows[:, None] + down * R + k[None, :], total, mask=alive[:, None] & (k < R)[None, :])
+        if dv_start_ptr is not None:
+            sums = dv_start_ptr + b.to(tl.int64)[:, None] * (DOWNS * R) + down * R + k[None, :]
+            crossing = (alive & cut)[:, None] & (k < R)[None, :]
+            total += tl.load(sums, mask=crossing, other=0.0)
+            tl.debug_barrier()  # other threads may have read what is written here
+            tl.store(sums, total, mask=crossing)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def backward_kernel(
+    dh_ptr,  # [N, H] or None, as the next three
+    dc_ptr,  # [N, H]
+    dgates_ptr,  # [N, 4*H]
+    dh_n_ptr,  # [B, H]
+    gates_ptr,  # [N, 4*H]
+    c_ptr,  # [N, H]
+    up_ptr,  # [4, H, R]
+    down_ptr,  # [DOWNS, R, H]
+    c0_ptr,  # [B, H]
+    lengths_ptr,  # int64 [B] or None
+    offsets_ptr,  # int64 [T] or None
+    reset_ptr,  # bool [N] or None
+    c_start_ptr,  # [H] or None
+    d_ptr,  # [N, 4*H] out, of the pre-activations
+    dv_ptr,  # [N, DOWNS*R] out, of down @ h
+    dh0_ptr,  # [B, H] out
+    dc0_ptr,  # [B, H] in and out: dc_n at first
+    dv_start_ptr,  # [B, DOWNS*R] in and out, sum of dv over the steps whose state was cut: zeros at first; or None
+    dc_start_ptr,  # [B, H] in and out, likewise of dc
+    first,  # steps done before
+    last,
+    T,
+    B,
+    H,
+    R,
+    inverse_tau,
+    PART: tl.constexpr,
+    DOWNS: tl.constexpr,
+    HARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    steps = steps_of(lengths_ptr, b, T, B)
+    most = tl.max(steps, 0)
+    from_step, to_step = tl.maximum(first, T - most), last
+    if REVERSE:
+        from_step, to_step = first, tl.minimum(last, most)
+    for s in range(from_step, to_step):
+        t = s if REVERSE else T - 1 - s
+        alive = t < steps
+        before, after = (t + 1, t - 1) if REVERSE else (t - 1, t + 1)
+        begins, taken = (before < 0) | (before >= steps), alive & (after >= 0) & (after < steps)
+        cut, cut_after = begins & False, begins & False
+        if reset_ptr is not None:
+            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
+            cut_after = is_cut(reset_ptr, offsets_ptr, after, b, steps, T, B, REVERSE)
+        place, place_after = element(offsets_ptr, t, b, T, B), element(offsets_ptr, after, b, T, B)
+        if PART != 2:
+            earlier = element(offsets_ptr, before, b, T, B)
+            c_rows, known = state_before(c_ptr, c0_ptr, c_start_ptr, earlier, b, begins, cut, alive, H)
+            for block in range(tl.program_id(1), tl.cdiv(H, BLOCK_H), tl.num_programs(1)):
+                n = block * BLOCK_H + tl.arange(0, BLOCK_H)
+                in_h = (n < H)[None, :]
+                live = alive[:, None] & in_h
+                own, at = b.to(tl.int64)[:, None] * H + n[None, :], place[:, None] * (4 * H) + n[None, :]
+                i, f, g, o = load_gates(gates_ptr + at, H, live)
+                c = tl.load(c_ptr + place[:, None] * H + n[None, :], mask=live, other=0.0)
+                c_before = tl.load(c_rows[:, None] + n[None, :], mask=known[:, None] & in_h, other=0.0)
+                dc = tl.load(dc0_ptr + own, mask=live, other=0.0)
+                dm = _carried(
+                    *(dv_ptr, down_ptr, dh_n_ptr, place_after, taken, cut_after, b, n, B, H, DOWNS * R),
+                    *(PRECISION, BLOCK_B, BLOCK_H, BLOCK_R),
+                )
+                if dh_ptr is not None:
+                    dm += tl.load(dh_ptr + place[:, None] * H + n[None, :], mask=live, other=0.0).to(tl.float32)
+                if dc_ptr is not None:
+                    dc += tl.load(dc_ptr + place[:, None] * H + n[None, :], mask=live, other=0.0)
+                di = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+                df, dg, do = di, di, di
+                if dgates_ptr is not None:
+                    di, df, dg, do = load_gates(dgates_ptr + at, H, live)
+                di, df, dg, do, dc = cell_backward(dm, dc, i, f, g, o, c, c_before, di, df, dg, do, inverse_tau, HARD)
+                crossing = live & cut[:, None]
+                if dc_start_ptr is not None:
+                    sums = dc + tl.load(dc_start_ptr + own, mask=crossing, other=0.0)
+                tl.debug_barrier()  # the sums and dc are written where other threads may have read them
+                if dc_start_ptr is not None:
+                    tl.store(dc_start_ptr + own, sums, mask=crossing)
+                tl.store(dc0_ptr + own, tl.where(cut[:, None], 0.0, dc), mask=live)
+                store_gates(d_ptr + at, H, di, df, dg, do, live)
+        if PART == 0:
+            tl.debug_barrier()  # other threads of this program wrote d
+        if PART != 1:
+            d_rows, dv_rows = d_ptr + place * (4 * H), dv_ptr + place * (DOWNS * R)
+            _narrow(
+                *(d_rows, up_ptr, dv_rows, dv_start_ptr, alive, cut, b, H, R),
+                *(DOWNS, PRECISION, BLOCK_B, BLOCK_H, BLOCK_R),
+            )
+        if PART == 0:
+            tl.debug_barrier()  # and dv, dc and the sums, for the next step
+    if PART == 0 or PART == 3:
+        start = steps - 1 if REVERSE else steps * 0  # the step that took h0
+        taken = steps > 0
+        cut = taken & False
+        if reset_ptr is not None:
+            cut = is_cut(reset_ptr, offsets_ptr, start, b, steps, T, B, REVERSE)
+        place = element(offsets_ptr, start, b, T, B)
+        for block in range(tl.program_id(1), tl.cdiv(H, BLOCK_H), tl.num_programs(1)):
+            n = block * BLOCK_H + tl.arange(0, BLOCK_H)
+            dh = _carried(
+                *(dv_ptr, down_ptr, dh_n_ptr, place, taken, cut, b, n, B, H, DOWNS * R),
+                *(PRECISION, BLOCK_B, BLOCK_H, BLOCK_R),
+            )
+            own = b.to(tl.int64)[:, None] * H + n[None, :]
+            tl.store(dh0_ptr + own, dh, mask=(b < B)[:, None] & (n < H)[None, :])
