@@ -1,11 +1,13 @@
 """Gradients of vector quantization: of the rows in one kernel, of the codebook through sums by code.
 
-Both wait for memory. The rows: x, the codes and the gradient are read once from memory, dx is written once; a rotation
-goes over its rows three times (lengths, products, result), the second and third from the L1 cache. The codebook: what
-is added up per code is formed while it is added (``vq_sums.sums_by_key``), so nothing of size [G, N, D] is made.
+Both wait for memory. The rows: x, the codes and the gradient are read once and dx is written once; a rotation, which
+needs products over D, holds whole rows in registers. The codebook: what is added up per code is formed while it is
+added (``vq_sums.sums_by_key``), so nothing of size [G, N, D] is made.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,44 +19,23 @@ from fastseq_kernels.vq_sums import keys_of, sums_by_key
 
 STRAIGHT, ROTATION, CODES = range(3)  # what ``gradient`` counts
 EPS = 1e-6  # least length that the rotation divides by
+MOST_D = 8192  # of a rotation
 
 
 @triton.jit
-def lengths_of(x_ptrs, codes_ptrs, alive, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Lengths of rows and of codes, [BLOCK_N] each."""
-    xx, cc = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        inside = alive[:, None] & (d < D)[None, :]
-        x = tl.load(x_ptrs[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(codes_ptrs[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        xx += tl.sum(x * x, axis=1)
-        cc += tl.sum(c * c, axis=1)
-    return tl.sqrt_rn(xx), tl.sqrt_rn(cc)
+def rotated(d, x, c, EPS: tl.constexpr):
+    """Gradients d of rows x, turned and scaled as codes c must be to become their rows; whole rows [BLOCK_N, BLOCK_D].
 
-
-@triton.jit
-def turn_of(
-    given_ptrs, x_ptrs, codes_ptrs, over_row, over_code, alive, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Of the directions u of rows and v of codes: d*(u+v), d*v and the length of u+v, [BLOCK_N] each.
-
-    ``over_row`` and ``over_code`` are one over the lengths. u+v is formed and then squared: 2 + 2 u*v would cancel
-    where a row is opposite to its code.
+    With u and v the directions of row and code, u+v is formed and then squared: 2 + 2 u*v would cancel where a row is
+    opposite to its code.
     """
-    ww, dw, dv = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-    for d0 in range(0, D, BLOCK_D):
-        at = d0 + tl.arange(0, BLOCK_D)
-        inside = alive[:, None] & (at < D)[None, :]
-        x = tl.load(x_ptrs[:, None] + at[None, :], mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(codes_ptrs[:, None] + at[None, :], mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(given_ptrs[:, None] + at[None, :], mask=inside, other=0.0).to(tl.float32)
-        v = c * over_code[:, None]
-        w = x * over_row[:, None] + v
-        ww += tl.sum(w * w, axis=1)
-        dw += tl.sum(d * w, axis=1)
-        dv += tl.sum(d * v, axis=1)
-    return dw, dv, tl.sqrt_rn(ww)
+    short, long = tl.maximum(tl.sqrt_rn(tl.sum(x * x, axis=1)), EPS), tl.sqrt_rn(tl.sum(c * c, axis=1))
+    u = x * (1.0 / short)[:, None]
+    v = c * (1.0 / tl.maximum(long, EPS))[:, None]
+    w = u + v
+    over = 1.0 / tl.maximum(tl.sqrt_rn(tl.sum(w * w, axis=1)), EPS)
+    along, back = 2 * tl.sum(d * w, axis=1) * over * over, 2 * tl.sum(d * v, axis=1)
+    return (long / short)[:, None] * (d - w * along[:, None] + u * back[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -73,59 +54,63 @@ def _rows_kernel(
     BLOCK_D: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < rows
-    used = tl.load(index_ptr + n, mask=inside, other=-1) >= 0  # other rows are not read, their gradient is zero
-    x_ptrs, codes_ptrs, dx_ptrs = x_ptr + n * D, codes_ptr + n * D, dx_ptr + n * D
-    scale = tl.zeros([BLOCK_N], tl.float32)
-    if commitment_ptr is not None:
-        scale = 2 * tl.load(commitment_ptr + n, mask=used, other=0.0).to(tl.float32)
-    if ROTATED:
-        given_ptrs = given_ptr + n * D
-        short, long = lengths_of(x_ptrs, codes_ptrs, used, D, BLOCK_N, BLOCK_D)
-        over_row, over_code = 1.0 / tl.maximum(short, EPS), 1.0 / tl.maximum(long, EPS)
-        ratio = long * over_row
-        dw, dv, length = turn_of(given_ptrs, x_ptrs, codes_ptrs, over_row, over_code, used, D, BLOCK_N, BLOCK_D)
-        over_sum = 1.0 / tl.maximum(length, EPS)
-        along, back = 2 * dw * over_sum * over_sum, 2 * dv
-    for d0 in range(0, D, BLOCK_D):
-        at = d0 + tl.arange(0, BLOCK_D)
-        read = used[:, None] & (at < D)[None, :]
-        dx = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        if given_ptr is not None:
-            dx += tl.load(given_ptr + n[:, None] * D + at[None, :], mask=read, other=0.0).to(tl.float32)
-        if ROTATED or commitment_ptr is not None:
-            x = tl.load(x_ptrs[:, None] + at[None, :], mask=read, other=0.0).to(tl.float32)
-            c = tl.load(codes_ptrs[:, None] + at[None, :], mask=read, other=0.0).to(tl.float32)
-            if ROTATED:
-                u = x * over_row[:, None]
-                w = u + c * over_code[:, None]
-                dx = ratio[:, None] * (dx - w * along[:, None] + u * back[:, None])
-            if commitment_ptr is not None:
-                dx += scale[:, None] * (x - c)
-        tl.store(dx_ptrs[:, None] + at[None, :], dx, mask=inside[:, None] & (at < D)[None, :])
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (n < rows)[:, None] & (d < D)[None, :]
+    used = tl.load(index_ptr + n, mask=n < rows, other=-1) >= 0  # other rows are not read, their gradient is zero
+    read, place = inside & used[:, None], n[:, None] * D + d[None, :]
+    dx = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if given_ptr is not None:
+        dx += tl.load(given_ptr + place, mask=read, other=0.0).to(tl.float32)
+    if ROTATED or commitment_ptr is not None:
+        x = tl.load(x_ptr + place, mask=read, other=0.0).to(tl.float32)
+        c = tl.load(codes_ptr + place, mask=read, other=0.0).to(tl.float32)
+        if ROTATED:
+            dx = rotated(dx, x, c, EPS)
+        if commitment_ptr is not None:
+            scale = 2 * tl.load(commitment_ptr + n, mask=used, other=0.0).to(tl.float32)
+            dx += scale[:, None] * (x - c)
+    tl.store(dx_ptr + place, dx, mask=inside)
 
 
-def tiles_of(D: int) -> dict[str, int]:
-    """1024 numbers of each tensor at a time, 8 a thread: with 16, three tensors and what a rotation keeps spill."""
-    block_d = power_of_two(D, most=512)
-    return {"BLOCK_N": power_of_two(1024 // block_d, most=128), "BLOCK_D": block_d}
+class Tiles(NamedTuple):
+    """How the kernels over rows are launched."""
+
+    blocks: dict[str, int]
+    columns: int  # tiles of D
+    num_warps: int
+
+
+def tiles_of(D: int, whole: bool) -> Tiles:
+    """1024 numbers of each tensor at a time, 8 a thread; 16 a thread where ``whole`` rows are longer."""
+    block_d = power_of_two(D, most=None if whole else 512)
+    blocks = {"BLOCK_N": power_of_two(1024 // block_d, most=128), "BLOCK_D": block_d}
+    return Tiles(blocks, cdiv(D, block_d), max(4, block_d // 512))
+
+
+def rotation_why_not(gradient: int, given: Tensor | None, D: int) -> str | None:
+    """Why a gradient cannot be had, or None: a rotation keeps whole rows in registers."""
+    if gradient == ROTATION and given is not None and D > MOST_D:
+        return f"a rotation of {D} dimensions, more than {MOST_D}"
+    return None
 
 
 def _dx(given: Tensor | None, dcommitment: Tensor | None, x: Tensor, codes: Tensor, index: Tensor, way: int) -> Tensor:
     """Of rows [rows, D]."""
     rows, D = x.shape
     dx = torch.empty_like(x)
-    tiles = tiles_of(D)
-    launch(
-        _rows_kernel,
-        (cdiv(rows, tiles["BLOCK_N"]),),
-        *(given, dcommitment, x, codes, index, dx, rows, D),
-        ROTATED=way == ROTATION and given is not None,
-        EPS=EPS,
-        **tiles,
-        num_warps=4,
-    )
+    turn = way == ROTATION and given is not None
+    tiles = tiles_of(D, turn)
+    grid = (cdiv(rows, tiles.blocks["BLOCK_N"]), tiles.columns)
+    args = (given, dcommitment, x, codes, index, dx, rows, D)
+    launch(_rows_kernel, grid, *args, ROTATED=turn, EPS=EPS, **tiles.blocks, num_warps=tiles.num_warps)
     return dx
+
+
+def vq_backward_why_not(
+    dquantized: Tensor | None, dcommitment: Tensor | None, dcodebook_error: Tensor | None, x: Tensor, *rest: Any
+) -> str | None:
+    """The reason against this call, or None."""
+    return rotation_why_not(rest[3], dquantized, x.shape[2])
 
 
 def vq_backward(
