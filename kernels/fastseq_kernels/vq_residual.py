@@ -1,1 +1,254 @@
-"""Not written yet."""
+"""Residual vector quantization: all levels of a tile of rows in one program, and the gradient of the rows.
+
+What is left of a tile lies in a scratch of the program, twice: a level reads one copy and writes the other. The sweep
+over the codes takes it a column at a time (``_scores.best_code``), so it comes from memory, of which the L1 cache holds
+64 rows of up to 256 numbers. The number of programs is bounded by the device, each takes one tile after the other, and
+the scratch stays small. Where sums are wanted each level keeps its own copy of all rows instead.
+
+The work is the sweep, K * D multiply-adds a row and level in 32 bit: of 64 rows and 64 codes at a time 12 loads for 32
+multiply-adds. The codes come from the L2 cache, 4 bytes for 64 multiply-adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseq_kernels._launch import cdiv, launch, power_of_two, target
+from fastseq_kernels._scores import best_code, turned_codes
+from fastseq_kernels.vq_backward import EPS, ROTATION, rotated, rotation_why_not, tiles_of
+from fastseq_kernels.vq_sums import empty_keys, sums_by_key
+
+_PROGRAMS = 2  # of the sweep, per multiprocessor: what their registers leave room for
+
+
+@triton.jit
+def _enter(x_ptrs, rest_ptrs, read, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copy rows to the scratch as float32; the number of values in each that are not finite, [BLOCK_N]."""
+    wild = tl.zeros([BLOCK_N], tl.int32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        in_d = (d < D)[None, :]
+        x = tl.load(x_ptrs[:, None] + d[None, :], mask=read[:, None] & in_d, other=0.0).to(tl.float32)
+        tl.store(rest_ptrs[:, None] + d[None, :], x, mask=read[:, None] & in_d)
+        wild += tl.sum((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, axis=1)
+    return wild
+
+
+@triton.jit
+def _subtract(rest_ptrs, left_ptrs, code_ptrs, used, kept, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What the codes leave of the rows, written where ``kept``; its squared length, and the number of values in it
+    that are not finite, [BLOCK_N] each."""
+    apart, wild = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.int32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        inside = used[:, None] & (d < D)[None, :]
+        c = tl.load(code_ptrs[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        left = tl.load(rest_ptrs[:, None] + d[None, :], mask=inside, other=0.0) - c
+        tl.store(left_ptrs[:, None] + d[None, :], left, mask=inside & kept)
+        apart += tl.sum(left * left, axis=1)
+        wild += tl.sum((tl.abs(left) < float("inf")).to(tl.int32) ^ 1, axis=1)
+    return apart, wild
+
+
+@triton.jit
+def _add_up(index_ptrs, codes_ptr, offsets_ptr, out_ptrs, inside, M, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sum of the codes of all levels in their order, in float32. Its last rounding is that of the result's dtype."""
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for m in range(0, M):
+            index = tl.load(index_ptrs + m, mask=inside, other=-1)
+            code_ptrs = codes_ptr + (tl.load(offsets_ptr + m) + index) * D
+            read = (index >= 0)[:, None] & (d < D)[None, :]
+            total += tl.load(code_ptrs[:, None] + d[None, :], mask=read, other=0.0).to(tl.float32)
+        tl.store(out_ptrs[:, None] + d[None, :], total, mask=inside[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "M", "codes"])
+def _levels_kernel(
+    x_ptr,  # [N, D]
+    codes_ptr,  # [codes, D] of all levels, one after the other
+    turned_ptr,  # float32 [D, codes] see turned_codes
+    starts_ptr,  # float32 [codes]
+    offsets_ptr,  # int64 [M + 1] where the codes of each level begin
+    mask_ptr,  # bool [N] or None
+    levels_ptr,  # int64 [N] or None
+    rest_ptr,  # float32 scratch: [M, N, D], the rows before each level, or [programs, 2, BLOCK_N, D]
+    quantized_ptr,  # [N, D] out
+    index_ptr,  # int64 [N, M] out
+    distance_ptr,  # float32 [M, N] out
+    keys_ptr,  # [M, N] out: place among the codes of all levels, ``codes`` where none; or None
+    N,
+    D,
+    M,
+    codes,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LANES_N: tl.constexpr,
+    LANES_K: tl.constexpr,
+):
+    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        n = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = n < N
+        depth = tl.zeros([BLOCK_N], tl.int64) + M  # levels that each row uses
+        if levels_ptr is not None:
+            depth = tl.minimum(tl.load(levels_ptr + n, mask=inside, other=0), depth)
+        if mask_ptr is not None:
+            depth = tl.where(tl.load(mask_ptr + n, mask=inside, other=0) != 0, depth, 0)
+        depth = tl.where(inside, depth, 0)
+
+        rest_ptrs, other_ptrs = rest_ptr + n * D, rest_ptr + n * D
+        if keys_ptr is None:
+            slot = tl.cast(tl.program_id(0), tl.int64) * 2 * BLOCK_N + tl.arange(0, BLOCK_N)
+            rest_ptrs, other_ptrs = rest_ptr + slot * D, rest_ptr + (slot + BLOCK_N) * D
+        wild = _enter(x_ptr + n * D, rest_ptrs, depth > 0, D, BLOCK_N, BLOCK_D)
+        for m in range(0, M):
+            # The sweep and the subtraction read what other threads of this program wrote.
+            tl.debug_barrier()
+            used = depth > m
+            first = tl.load(offsets_ptr + m)
+            K = (tl.load(offsets_ptr + m + 1) - first).to(tl.int32)
+            index = tl.zeros([BLOCK_N], tl.int32)
+            if tl.max(used.to(tl.int32), axis=0) > 0:
+                turned, starts = turned_ptr + first, starts_ptr + first
+                sizes: tl.constexpr = [BLOCK_N, BLOCK_K, LANES_N, LANES_K]
+                _, index = best_code(rest_ptrs, 1, used, turned, codes, starts, 0, K, D, *sizes)
+            index = tl.where(wild == 0, index, 0)  # such a row takes code 0
+            if keys_ptr is not None:
+                tl.store(keys_ptr + tl.cast(m, tl.int64) * N + n, tl.where(used, first + index, codes), mask=inside)
+                other_ptrs = rest_ptrs + tl.cast(N, tl.int64) * D
+            tl.store(index_ptr + n * M + m, tl.where(used, index, -1).to(tl.int64), mask=inside)
+            code_ptrs = codes_ptr + (first + index) * D
+            apart, wild = _subtract(rest_ptrs, other_ptrs, code_ptrs, used, m + 1 < M, D, BLOCK_N, BLOCK_D)
+            tl.store(distance_ptr + tl.cast(m, tl.int64) * N + n, apart, mask=inside)
+            rest_ptrs, other_ptrs = other_ptrs, rest_ptrs
+        tl.debug_barrier()  # index is read back by other threads than wrote it; the scratch is free again
+        index_ptrs = index_ptr + n * M
+        _add_up(index_ptrs, codes_ptr, offsets_ptr, quantized_ptr + n * D, inside, M, D, BLOCK_N, BLOCK_D)
+
+
+def _offsets(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [M + 1]: where the codes of each level begin, and their number. Made on the device, so also in the capture
+    of a CUDA graph."""
+    if len(set(sizes)) == 1:
+        return torch.arange(0, (len(sizes) + 1) * sizes[0], sizes[0], dtype=torch.int64, device=device)
+    ends = torch.cat([torch.full((1,), size, dtype=torch.int64, device=device) for size in (0, *sizes)])
+    return ends.cumsum(0)
+
+
+def _tiles(D: int) -> dict[str, int]:
+    """64 rows and 64 codes, 32 of their scores a thread; 2048 numbers of a row tile at a time, 16 a thread."""
+    return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": power_of_two(D, most=32), "LANES_N": 8, "LANES_K": 16}
+
+
+def vq_residual(
+    x: Tensor, codebooks: Sequence[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``fastseq::vq_residual``; quantized has x's dtype, the codes theirs, distance, counts and sums are float32."""
+    (N, D), M, device = x.shape, len(codebooks), x.device
+    copies = torch.cat(list(codebooks))
+    starts, turned = turned_codes(copies)
+    codes, tiles = copies.shape[0], _tiles(D)
+    programs = min(cdiv(N, tiles["BLOCK_N"]), _PROGRAMS * target(device).multiprocessors)
+    rest_shape = (M, N, D) if sums else (programs, 2, tiles["BLOCK_N"], D)
+    rest = torch.empty(rest_shape, dtype=torch.float32, device=device)
+    keys = empty_keys(M * N, codes, device) if sums else None
+    quantized = torch.empty_like(x)
+    index = torch.empty(N, M, dtype=torch.int64, device=device)
+    distance = torch.empty(M, N, dtype=torch.float32, device=device)
+    launch(
+        _levels_kernel,
+        (programs,),
+        *(x, copies, turned, starts, _offsets([len(c) for c in codebooks], device), mask, levels),
+        *(rest, quantized, index, distance, keys, N, D, M, codes),
+        **tiles,
+        num_warps=4,
+    )
+    counts = total = torch.empty(0, dtype=torch.float32, device=device)
+    if keys is not None:
+        counts, total = sums_by_key(keys, codes, rest.view(M * N, D))
+    else:
+        total = total.clone()  # no two results may be one tensor
+    return quantized, index, distance, counts, total, copies if keep else copies.new_empty(0)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def _rows_kernel(
+    given_ptr,  # [N, D] gradient of the quantized rows, or None
+    commitment_ptr,  # [M, N] gradient of the squared distances, or None
+    x_ptr,  # [N, D]
+    codes_ptr,  # [K_1 + ... + K_M, D]
+    offsets_ptr,  # int64 [M + 1]
+    index_ptr,  # int64 [N, M]
+    dx_ptr,  # [N, D] out
+    N,
+    D,
+    M,
+    ROTATED: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_n, in_d = n < N, (d < D)[None, :]
+    inside, place = in_n[:, None] & in_d, n[:, None] * D + d[None, :]
+    rest, dx = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if given_ptr is not None:
+        given = tl.load(given_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    for m in range(0, M):
+        index = tl.load(index_ptr + n * M + m, mask=in_n, other=-1)
+        used = (index >= 0)[:, None]
+        code_ptrs = codes_ptr + (tl.load(offsets_ptr + m) + index) * D
+        c = tl.load(code_ptrs[:, None] + d[None, :], mask=used & in_d, other=0.0).to(tl.float32)
+        left = rest - c
+        if given_ptr is not None:
+            turned = given
+            if ROTATED:
+                turned = rotated(given, rest, c, EPS)
+            dx += tl.where(used, turned, 0.0)
+        if commitment_ptr is not None:
+            commitment = tl.load(commitment_ptr + tl.cast(m, tl.int64) * N + n, mask=in_n, other=0.0).to(tl.float32)
+            dx += tl.where(used, 2 * commitment[:, None] * left, 0.0)
+        rest = left
+    tl.store(dx_ptr + place, dx, mask=inside)
+
+
+def vq_residual_backward_why_not(
+    dquantized: Tensor | None, dcommitment: Tensor | None, x: Tensor, *rest: Any
+) -> str | None:
+    """The reason against this call, or None."""
+    return rotation_why_not(rest[-1], dquantized, x.shape[1])
+
+
+def vq_residual_backward(
+    dquantized: Tensor | None,
+    dcommitment: Tensor | None,
+    x: Tensor,
+    codes: Tensor,
+    sizes: Sequence[int],
+    index: Tensor,
+    gradient: int,
+) -> Tensor:
+    """``reference.vq_residual_backward``, dx of x's dtype; codes [K_1 + ... + K_M, D] of all levels, ``sizes`` K_m."""
+    N, D = x.shape
+    dx = torch.empty_like(x)
+    turn = gradient == ROTATION and dquantized is not None
+    tiles = tiles_of(D, turn)
+    launch(
+        _rows_kernel,
+        (cdiv(N, tiles.blocks["BLOCK_N"]), tiles.columns),
+        *(dquantized, dcommitment, x, codes, _offsets(sizes, x.device), index, dx, N, D, len(sizes)),
+        ROTATED=turn,
+        EPS=EPS,
+        **tiles.blocks,
+        num_warps=tiles.num_warps,
+    )
+    return dx
