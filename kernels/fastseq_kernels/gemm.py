@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastseq_kernels._launch import cdiv, launch, power_of_two, rnn_precision
 
-_RUN_TIME = ["M", "K", "chunk"]  # sizes that must not compile anew; rows are M, or K of a weight's gradient
+_RUN_TIME = ["M", "K", "blocks"]  # sizes that must not compile anew; rows are M, or K of a weight's gradient
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -28,37 +28,39 @@ def _gemm_kernel(
     M,
     N,
     K,
-    chunk,  # terms of one chunk, a multiple of BLOCK_K
+    blocks,  # tiles of K in one chunk
     a_row,
     a_column,
     b_row,
     b_column,
+    K_MULTIPLE: tl.constexpr,  # of K, where that is a size of the model: what keeps loads along K wide
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     across = tl.cdiv(N, BLOCK_N)
-    m = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1).to(tl.int64) * chunk
-    k = first + tl.arange(0, BLOCK_K)
-    last = tl.minimum(first + chunk, K)
-    a = a_ptr + m[:, None] * a_row + k[None, :] * a_column
-    b = b_ptr + k[:, None] * b_row + n.to(tl.int64)[None, :] * b_column
+    m_first, n_first = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M, (tl.program_id(0) % across) * BLOCK_N
+    first = tl.program_id(1).to(tl.int64) * blocks * BLOCK_K
+    m, n, k = tl.arange(0, BLOCK_M), n_first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    # What passes 2^31 is in the scalars; inside of a tile 32 bits do.
+    a = a_ptr + (m_first * a_row + first * a_column)
+    b = b_ptr + (n_first.to(tl.int64) * b_column + first * b_row)
+    a_tile = m[:, None] * a_row + k[None, :] * a_column
+    b_tile = k[:, None] * b_row + tl.arange(0, BLOCK_N)[None, :] * b_column
+    m_left, k_left = tl.minimum(M - m_first, BLOCK_M).to(tl.int32), tl.minimum(K - first, blocks * BLOCK_K).to(tl.int32)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(0, tl.cdiv(last - first, BLOCK_K)):
-        inside = k < last
-        a_tile = tl.load(a, mask=(m < M)[:, None] & inside[None, :], other=0.0)
-        b_tile = tl.load(b, mask=inside[:, None] & (n < N)[None, :], other=0.0)
-        total = tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
-        k += BLOCK_K
-        a += BLOCK_K * a_column
+    for done in range(0, k_left, BLOCK_K):
+        inside = k < tl.multiple_of(k_left - done, K_MULTIPLE)
+        left = tl.load(a + a_tile, mask=(m < m_left)[:, None] & inside[None, :], other=0.0)
+        right = tl.load(b + b_tile, mask=inside[:, None] & (n < N)[None, :], other=0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+        a += tl.cast(BLOCK_K, tl.int64) * a_column
         b += tl.cast(BLOCK_K, tl.int64) * b_row
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    place = (tl.program_id(1).to(tl.int64) * M + m)[:, None] * N + n[None, :]
-    tl.store(out_ptr + place, total, mask=(m < M)[:, None] & (n < N)[None, :])
+    out = out_ptr + (tl.program_id(1).to(tl.int64) * M + m_first) * N
+    tl.store(out + m[:, None] * N + n[None, :], total, mask=(m < m_left)[:, None] & (n < N)[None, :])
 
 
 class Tile(NamedTuple):
@@ -74,10 +76,10 @@ class Tile(NamedTuple):
 def tile(N: int, K: int, dtype: torch.dtype, precision: str) -> Tile:
     """Products without tensor cores keep a whole BLOCK_K of both operands in registers, so theirs is short."""
     if dtype == torch.float32 and precision == "ieee":
-        return Tile(64, power_of_two(N, 16, 64), 16, 4, 2)
+        return Tile(64, power_of_two(N, 16, 64), 16, 8, 2)
     block_k = power_of_two(K, 16, 32 if dtype == torch.float32 else 64)
     block_n = power_of_two(N, 16, 128)
-    return Tile(128 if block_n < 128 else 64, block_n, block_k, 4, 3)
+    return Tile(128, block_n, block_k, 8 if block_n == 128 else 4, 3)
 
 
 def product(
@@ -89,17 +91,18 @@ def product(
     precision: str,
     chunks: int = 1,
 ) -> Tensor:
-    """``op(a) @ op(b) + bias`` in a's dtype, with the precision of ``tl.dot`` and the sum over K in ``chunks`` parts."""
+    """``op(a) @ op(b) + bias`` in a's dtype; ``precision`` as in ``tl.dot``, the sum over K in ``chunks`` parts."""
     a, b = a.mT if transpose_a else a, b.mT if transpose_b else b
     (M, K), N = a.shape, b.shape[1]
     at = tile(N, K, a.dtype, precision)
-    chunk = cdiv(cdiv(max(K, 1), chunks), at.block_k) * at.block_k
-    chunks = cdiv(max(K, 1), chunk)
+    blocks = cdiv(max(K, 1), chunks * at.block_k)
+    chunks = cdiv(max(K, 1), blocks * at.block_k)
     out = torch.empty(chunks, M, N, device=a.device, dtype=a.dtype if chunks == 1 else torch.float32)
     launch(
         _gemm_kernel,
         (cdiv(M, at.block_m) * cdiv(N, at.block_n), chunks),
-        *(a, b, bias if chunks == 1 else None, out, M, N, K, chunk, *a.stride(), *b.stride()),
+        *(a, b, bias if chunks == 1 else None, out, M, N, K, blocks, *a.stride(), *b.stride()),
+        K_MULTIPLE=16 if K % 16 == 0 and 1 in (a.stride(1), b.stride(0)) else 1,
         PRECISION=precision,
         BLOCK_M=at.block_m,
         BLOCK_N=at.block_n,
