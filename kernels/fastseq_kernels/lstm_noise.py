@@ -88,7 +88,7 @@ def _run(
 ) -> None:
     planes = 2 if base is None else 4
     block_h = power_of_two(H, most=128)
-    block_b = power_of_two(rows.B, most=512 // block_h)
+    block_b = 1 if rows.B == 1 else 512 // block_h
     grid = (cdiv(rows.B, block_b) * rows.T, cdiv(H, block_h))
     threshold = math.ceil(probability * 2**24 - 0.5)  # the least k with (k + 1/2) 2^-24 >= probability
     launch(

@@ -1,7 +1,7 @@
 """Kernels compiled for a GPU that is not there: what they take of it, and how many instructions are for matrices.
 
-A host function called on fake tensors lists its launches (``fastseq_kernels._launch.recording``). Each is compiled as
-triton would for real tensors, with triton's own choice of what is a constant, and the machine code is read.
+A host function called on tensors without values (``no_device``) lists its launches (``_launch.recording``). Each is
+compiled as triton would for real tensors, with triton's own choice of what is a constant, and the machine code is read.
 
     python -m tests.kernels.compile --module lstm_noise --targets 80,90
 """
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -31,16 +32,17 @@ import torch
 import triton
 from fastseq_kernels import _launch, _sources
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
-from tests.kernels.cases import CALLS, Call
+from tests.kernels.cases import CALLS, Call, written
+from tests.kernels.no_device import pretending
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CACHE = Path(__file__).parents[2] / "build" / "kernels"
 MATRIX = re.compile(r"\b(?:[A-Z]MMA|[A-Z]+GMMA|UTC[A-Z]*MMA)\b")  # mma.sync, wgmma, tcgen05
+PRODUCT = re.compile(r"tt\.dot (?:.*inputPrecision|(?!.*xf32> \*))")
 SPILL = re.compile(r"\b(?:LDL|STL)\b")
 PROCESSES = 2
 
@@ -68,6 +70,7 @@ class Measured(NamedTuple):
     stack: int  # bytes per thread; 0: nothing is spilled
     spills: int  # loads from and stores to the stack, counted in the code
     shared: int  # bytes
+    products: int  # tl.dot that are meant for matrix units: all but those of float32 in full precision
     matrix: int  # matrix instructions in the code
     instructions: int
     warnings: list[str]
@@ -80,12 +83,7 @@ class Job(NamedTuple):
     call: str
     place: int  # which launch of the call
     capability: int
-
-    @property
-    def row(self) -> str:
-        """The name of its row in the budget."""
-        kernel = launches(self.module, self.call, self.capability)[self.place].kernel.__name__
-        return f"{self.module}/{kernel} sm_{self.capability} {self.call}#{self.place}"
+    row: str  # its name in the budget
 
 
 @functools.cache
@@ -96,7 +94,7 @@ def launches(module: str, call: str, capability: int) -> tuple[_launch.Launch, .
 
 def record(call: Call, target: _launch.Target, **sizes: int) -> list[_launch.Launch]:
     """The launches of ``call``; ``sizes`` replace its own."""
-    with FakeTensorMode(), _launch.recording(target) as found:
+    with pretending(), _launch.recording(target) as found:
         call.run(**sizes)
     return found
 
@@ -174,7 +172,9 @@ def measure(specialised: Specialised) -> Measured:
         triton.knobs.compilation.always_compile = True  # what triton has kept comes without its warnings
         triton.knobs.nvidia.dump_ptxas_log = True
         binary = triton.compile(specialised.source, target=specialised.target, options=specialised.options)
-    found = Measured(**_read(binary.asm["cubin"]), shared=binary.metadata.shared, warnings=said)
+    measured = _read(binary.asm["cubin"])
+    products = len(PRODUCT.findall(binary.asm["ttir"]))
+    found = Measured(**measured, shared=binary.metadata.shared, products=products, warnings=said)
     CACHE.mkdir(parents=True, exist_ok=True)
     part = known.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(found._asdict()))
@@ -184,13 +184,19 @@ def measure(specialised: Specialised) -> Measured:
 
 def jobs(modules: Iterable[str], capabilities: Iterable[int]) -> list[Job]:
     """Every binary of these modules, each one once."""
-    found: dict[tuple[str, int, str], Job] = {}
+    found: dict[tuple[str, str], Job] = {}
     for module in modules:
         for capability in capabilities:
-            for call in CALLS[module]:
+            for call in written(module):
+                names: Counter[str] = Counter()
                 for place, launch in enumerate(launches(module, call.name, capability)):
-                    key = (module, capability, specialise(launch, capability).key)
-                    found.setdefault(key, Job(module, call.name, place, capability))
+                    key = (module, specialise(launch, capability).key)
+                    if key not in found:
+                        name = launch.kernel.__name__
+                        names[name] += 1
+                        again = f" {names[name]}" if names[name] > 1 else ""
+                        row = f"{module}/{name} sm_{capability} {call.name}{again}"
+                        found[key] = Job(module, call.name, place, capability, row)
     return list(found.values())
 
 
@@ -221,12 +227,14 @@ def faults(job: Job, found: Measured) -> list[str]:
     wrong = [f"{job.row}: {line}" for line in found.warnings]
     if found.stack or found.spills:
         wrong.append(f"{job.row}: registers are spilled, {found.stack} bytes of stack and {found.spills} accesses")
+    if found.products and not found.matrix:
+        wrong.append(f"{job.row}: {found.products} tl.dot for matrix units, and no matrix instruction")
     if found.shared > limit:
         wrong.append(f"{job.row}: {found.shared} bytes of shared memory, sm_{job.capability} has {limit}")
     return wrong
 
 
-def _table(measured: dict[Job, Measured]) -> Iterator[str]:
+def table(measured: dict[Job, Measured]) -> Iterator[str]:
     yield f"{'row':<72} regs stack spills shared matrix  code"
     for job, m in measured.items():
         numbers = f"{m.registers:4} {m.stack:5} {m.spills:6} {m.shared:6} {m.matrix:6} {m.instructions:5}"
@@ -243,11 +251,11 @@ def main() -> int:
     if _launch.INTERPRETED:
         parser.error("TRITON_INTERPRET=1 has no compiler")
     torch.set_num_threads(1)
-    modules = arguments.module.split(",") if arguments.module else [m for m in _sources.modules() if CALLS.get(m)]
+    modules = arguments.module.split(",") if arguments.module else [m for m in _sources.modules() if m in CALLS]
     every = arguments.targets == "all"
     targets = list(_launch.TARGETS) if every else [int(t) for t in arguments.targets.split(",")]
     measured = measure_all([j for j in jobs(modules, targets) if arguments.call in j.call])
-    print("\n".join(_table(measured)))
+    print("\n".join(table(measured)))
     wrong = [line for job, m in measured.items() for line in faults(job, m)]
     print("\n".join(wrong) or f"{len(measured)} binaries, no warnings, no spills")
     return bool(wrong)

@@ -1,0 +1,214 @@
+"""Calls of the LSTM operators and of the matrix product: sizes that take another route, dtypes and options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.kernels._call import BF16, DTYPES, FP32, call, new
+
+
+def noise(T: int = 5, B: int = 7, H: int = 64, rows: bool = False) -> tuple[Any, ...]:
+    numbers = new(B, dtype=torch.int64) if rows else None
+    return (new(1, dtype=torch.int64), T, B, H, numbers, 5, 3, 0.2)
+
+
+call("lstm_noise", "lstm_noise", "plain", noise)
+call("lstm_noise", "lstm_noise", "rows", noise, rows=True)
+call("lstm_noise", "lstm_noise", "odd", noise, H=13)
+call("lstm_noise", "lstm_noise", "wide", noise, H=1024)
+
+
+def gemm(
+    N: int = 100,
+    M: int = 256,
+    K: int = 192,
+    dtype: torch.dtype = FP32,
+    bias: bool = True,
+    ta: bool = False,
+    tb: bool = True,
+) -> tuple[Any, ...]:
+    a, b = new(*((K, N) if ta else (N, K)), dtype=dtype), new(*((M, K) if tb else (K, M)), dtype=dtype)
+    return (a, b, new(M, dtype=dtype) if bias else None, ta, tb)
+
+
+for _name, _dtype in DTYPES.items():
+    call("gemm", "gemm", f"{_name}", gemm, dtype=_dtype)
+    call("gemm", "gemm", f"{_name} plain", gemm, dtype=_dtype, bias=False, tb=False)
+    call("gemm", "gemm", f"{_name} transposed", gemm, dtype=_dtype, bias=False, ta=True, tb=False)
+call("gemm", "gemm", "fp32 odd", gemm, M=13, K=7)
+
+
+class Recurrence(NamedTuple):
+    """Tensors of one LSTM call."""
+
+    lead: tuple[int, ...]
+    weight_hh: Tensor
+    h0: Tensor
+    c0: Tensor
+    state: tuple[Any, ...]  # weight_hr .. c_start
+    noise: tuple[Any, ...]
+    gate: tuple[Any, ...]
+
+
+def _batch_sizes(T: int, B: int) -> Tensor:
+    """Of packed data, on the CPU and with values: the last row has one step, the others all."""
+    return torch.tensor([B] + [max(1, B - 1)] * (T - 1))
+
+
+def recurrence(T: int, B: int, H: int, P: int | None, dtype: torch.dtype, words: str) -> Recurrence:
+    """Options are words: lengths, packed, reset, start, noise, rows, hard, reverse."""
+    on = set(words.split())
+    sizes = _batch_sizes(T, B) if "packed" in on else None
+    lead = (T, B) if sizes is None else (B + max(1, B - 1) * (T - 1),)
+    width = P or H
+    state = (
+        new(P, H, dtype=dtype) if P else None,
+        new(B, dtype=torch.int64) if "lengths" in on else None,
+        sizes,
+        new(*lead, dtype=torch.bool) if "reset" in on else None,
+        new(width, dtype=dtype) if "start" in on else None,
+        new(H) if "start" in on else None,
+    )
+    seed = new(1, dtype=torch.int64) if "noise" in on else None
+    rows = new(B, dtype=torch.int64) if "rows" in on else None
+    return Recurrence(
+        lead,
+        new(4 * H, width, dtype=dtype),
+        new(B, width, dtype=dtype),
+        new(B, H),
+        state,
+        (seed, rows, 0, 0, 1.0),
+        (0.9 if seed is not None else 1.0, "hard" in on, "reverse" in on),
+    )
+
+
+def forward(
+    T: int = 5,
+    B: int = 20,
+    H: int = 128,
+    P: int | None = None,
+    dtype: torch.dtype = BF16,
+    words: str = "",
+    save: int = 2,
+) -> tuple[Any, ...]:
+    r = recurrence(T, B, H, P, dtype, words)
+    return (new(*r.lead, 4 * H, dtype=dtype), r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate, save)
+
+
+def rebuilt(
+    T: int = 5, B: int = 20, H: int = 128, P: int | None = None, dtype: torch.dtype = BF16, words: str = ""
+) -> tuple[Any, ...]:
+    r = recurrence(T, B, H, P, dtype, words)
+    kept = (new(*r.lead, P or H, dtype=dtype), new(*r.lead, H))
+    return (new(*r.lead, 4 * H, dtype=dtype), *kept, r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate)
+
+
+def _grads(r: Recurrence, H: int, P: int | None, dtype: torch.dtype, words: str) -> tuple[Tensor | None, ...]:
+    """Gradients of h, c, gates, h_n and c_n: those of h and of the last state, or with ``all_grads`` all."""
+    width, every = P or H, "all_grads" in words
+    return (
+        new(*r.lead, width, dtype=dtype),
+        new(*r.lead, H) if every else None,
+        new(*r.lead, 4 * H, dtype=dtype) if every else None,
+        new(*r.h0.shape, dtype=dtype) if every else None,
+        new(*r.c0.shape) if every else None,
+    )
+
+
+def backward(
+    T: int = 5,
+    B: int = 20,
+    H: int = 128,
+    P: int | None = None,
+    dtype: torch.dtype = BF16,
+    words: str = "",
+    weights: bool = True,
+) -> tuple[Any, ...]:
+    r = recurrence(T, B, H, P, dtype, words)
+    kept = (new(*r.lead, 4 * H, dtype=dtype), new(*r.lead, P or H, dtype=dtype), new(*r.lead, H))
+    grads = _grads(r, H, P, dtype, words)
+    return (*grads, *kept, r.weight_hh, r.h0, r.c0, *r.state, *r.gate, weights)
+
+
+def layer_forward(
+    T: int = 5,
+    B: int = 20,
+    H: int = 128,
+    P: int | None = None,
+    dtype: torch.dtype = BF16,
+    words: str = "",
+    save: int = 2,
+) -> tuple[Any, ...]:
+    r = recurrence(T, B, H, P, dtype, words)
+    inputs = (new(*r.lead, 80, dtype=dtype), new(4 * H, 80, dtype=dtype), new(4 * H, dtype=dtype))
+    return (*inputs, r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate, save)
+
+
+def layer_backward(
+    T: int = 5,
+    B: int = 20,
+    H: int = 128,
+    P: int | None = None,
+    dtype: torch.dtype = BF16,
+    words: str = "",
+    rebuild: bool = False,
+) -> tuple[Any, ...]:
+    r = recurrence(T, B, H, P, dtype, words)
+    inputs = (new(*r.lead, 80, dtype=dtype), new(4 * H, 80, dtype=dtype), new(4 * H, dtype=dtype))
+    gates = None if rebuild else new(*r.lead, 4 * H, dtype=dtype)
+    kept = (gates, new(*r.lead, P or H, dtype=dtype), new(*r.lead, H))
+    grads = _grads(r, H, P, dtype, words)
+    return (*grads, *inputs, *kept, r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate, True, True, True, True)
+
+
+ROUTES: dict[str, dict[str, Any]] = {  # sizes and options that take another way through the kernels
+    "small": dict(H=64),
+    "": dict(H=128),
+    "odd": dict(H=37),
+    "large": dict(H=512),
+    "one row": dict(H=512, B=1),
+    "one step": dict(H=512, T=1),
+    "projection": dict(H=128, P=48),
+}
+OPTIONS: dict[str, str] = {
+    "lengths": "lengths reset start reverse",
+    "packed": "packed reset start",
+    "hard": "hard noise rows",
+    "noise packed": "noise packed reverse",
+}
+
+
+def _recurrent(op: str, make: Callable[..., tuple[Any, ...]], grads: bool) -> None:
+    for name, dtype in DTYPES.items():
+        for route, sizes in ROUTES.items():
+            if name == "fp16" and route not in ("", "large"):
+                continue
+            call("lstm", op, f"{name} {route}".strip(), make, dtype=dtype, **sizes)
+    for route in ("", "large"):
+        for option, words in OPTIONS.items():
+            every = f"{words} all_grads" if grads else words
+            call("lstm", op, f"bf16 {route} {option}".replace("  ", " "), make, words=every, **ROUTES[route])
+    call("lstm", op, "fp32 large lengths", make, dtype=FP32, words=OPTIONS["lengths"], H=512)
+
+
+_recurrent("lstm_forward", forward, False)
+_recurrent("lstm_backward", backward, True)
+for _save in (0, 1):
+    call("lstm", "lstm_forward", f"bf16 save {_save}", forward, save=_save)
+    call("lstm", "lstm_forward", f"bf16 large save {_save}", forward, save=_save, H=512)
+call("lstm", "lstm_backward", "bf16 frozen", backward, weights=False)
+for _name, _dtype in DTYPES.items():
+    call("lstm", "lstm_gates", _name, rebuilt, dtype=_dtype)
+call("lstm", "lstm_gates", "bf16 projection", rebuilt, P=48)
+for _option, _words in OPTIONS.items():
+    call("lstm", "lstm_gates", f"bf16 {_option}", rebuilt, words=_words)
+for _name, _dtype in DTYPES.items():
+    for _H in (128, 512):
+        call("lstm_layer", "lstm_layer_forward", f"{_name} {_H}", layer_forward, dtype=_dtype, H=_H)
+        call("lstm_layer", "lstm_layer_backward", f"{_name} {_H}", layer_backward, dtype=_dtype, H=_H)
+call("lstm_layer", "lstm_layer_forward", "bf16 noise", layer_forward, words="noise lengths")
+call("lstm_layer", "lstm_layer_backward", "bf16 rebuild", layer_backward, rebuild=True, words="noise lengths")
