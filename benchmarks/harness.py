@@ -201,8 +201,9 @@ def device() -> str:
     return f"{_processor()}, {_cores()} cores"
 
 
-def results_file() -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-")
+def results_file(name: str | None = None) -> Path:
+    """Where the rows of a device go, by default those of this processor."""
+    slug = re.sub(r"[^a-z0-9]+", "-", (name or device()).lower()).strip("-")
     return RESULTS / f"{slug}.jsonl"
 
 
@@ -226,27 +227,39 @@ def backend(op: str, backends: Sequence[Any]) -> str:
     return f"cpu-{_core.isa()}"
 
 
+def tree() -> dict[str, Any]:
+    """Commit, time, and whether the tree is clean. Results do not make it unclean: writing them is what a run does."""
+    status = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "clean": status == "" if status is not None else None,
+        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of the distributions that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def provenance(thread_count: int, packages: Sequence[str]) -> dict[str, Any]:
-    """What every row of one run shares. Results do not make the tree unclean: writing them is what a run does.
+    """What every row of one run shares.
 
     Args:
         packages: the distributions of the rivals, whose versions are noted.
     """
-    status = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     return {
         "device": device(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "fma_peak_gflops": _fma_peak(thread_count),
         "torch": torch.__version__,
-        **versions,
+        **versions(packages),
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "clean": status == "" if status is not None else None,
-        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **tree(),
     }
 
 

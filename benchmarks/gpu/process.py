@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def run(
     Args:
         env: from ``environment``. cores: that it may use. command: instead of the worker, for tests.
     """
-    path, log = folder / f"{part.replace(':', '-')}.jsonl", folder / f"{part.replace(':', '-')}.log"
+    stem = re.sub(r"\W", "-", part)
+    path, log = folder / f"{stem}.jsonl", folder / f"{stem}.log"
     clock, more = Clock(seconds), []
     pin = (lambda: os.sched_setaffinity(0, cores)) if cores and hasattr(os, "sched_setaffinity") else None
     for attempt in range(RESTARTS + 1):

@@ -57,7 +57,7 @@ def run(cases: Sequence[Unit], clock: Clock, write: Callable[[dict[str, Any]], N
 
 
 def _alive(context: Context) -> None:
-    if not context.dry:
+    if context.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
@@ -71,7 +71,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
     clock = Clock(given.seconds)
-    context = Context(torch.device("cpu" if given.dry_run else "cuda"), given.dry_run)
+    on_host = given.dry_run or given.part.startswith("host")
+    context = Context(torch.device("cpu" if on_host else "cuda"), given.dry_run)
     with given.rows.open("a") as file:
 
         def write(row: dict[str, Any]) -> None:

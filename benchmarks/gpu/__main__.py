@@ -1,0 +1,235 @@
+"""``make gpu``, or ``python -m benchmarks.gpu``: everything that has to be seen on a GPU, in ten minutes.
+
+Facts of the machine; every Triton host function against float64, which decides ``verified.json``; what the device can
+do; the LSTM, the lookup and layers beside their rivals; the tests that have a device. On cores of their own, or
+afterwards where there are few, the compiled core is built, and the tests and benchmarks of the processor run. Every
+part is a process: what fails or hangs costs no other part its rows. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import harness, table
+from benchmarks.gpu import process, tables
+from benchmarks.gpu.clock import Clock, Share, shares
+from benchmarks.gpu.part import Row
+
+KERNELS = process.ROOT / "kernels" / "fastseq_kernels"
+FAMILIES = ("lstm", "vq")
+DTYPES = ("bfloat16", "float32", "float16", "tf32")
+PARITY = tuple(f"parity:{f}-{d}" for d in DTYPES for f in FAMILIES if (f, d) != ("vq", "tf32"))
+SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))
+# in the order in which they run: parts that go side by side, since nothing is timed in them, or one that is timed
+STAGES: dict[tuple[str, ...], Share] = {
+    PARITY: Share("parity", 1, 60, 170),
+    ("limits",): Share("limits", 0, 20, 80),
+    ("lstm",): Share("lstm", 2, 45, 190),
+    ("vq",): Share("vq", 3, 30, 110),
+    ("layers",): Share("layers", 5, 20, 60),
+    SUITES: Share("tests", 4, 30, 100),
+}
+FACTS_SECONDS = 60.0
+HOST_CORES = 8  # so many and more: half of them are the host's own
+LANE_CORES = 2  # of each process of the host's tests
+LEAST_HOST_SECONDS = 30.0
+
+
+class Run(NamedTuple):
+    """One run: where it writes, and what is left of its time."""
+
+    folder: Path
+    clock: Clock
+    dry: bool
+    only: tuple[str, ...]
+    rows: list[Row]
+    notes: list[str]
+    lock: threading.Lock
+    keep: Callable[[list[Row]], None]
+
+    def part(self, name: str, seconds: float, cores: Sequence[int] | None, threads: int) -> list[Row]:
+        """Run a part and keep what it wrote."""
+        more = {"TRITON_INTERPRET": "1"} if self.dry and name.startswith("parity") else {}
+        env = process.environment(threads, more)
+        found = process.run(name, seconds, self.folder, env, self.dry, cores)
+        with self.lock:
+            self.rows.extend(found.rows)
+            self.notes.extend(found.notes)
+            self.notes.extend(f"dropped, no time: {name} {case}" for case in found.dropped)
+            self.keep(found.rows)
+        print(f"{name}: {len(found.rows)} rows; {self.clock.left:.0f} s left", flush=True)
+        return found.rows
+
+    def parts(self, names: Sequence[str], seconds: float, cores: Sequence[int]) -> None:
+        """Run parts side by side."""
+        threads = 1 if self.dry else max(1, len(cores) // len(names))
+        with ThreadPoolExecutor(len(names)) as pool:
+            for future in [pool.submit(self.part, name, seconds, cores, threads) for name in names]:
+                future.result()
+
+    def wants(self, name: str) -> bool:
+        return not self.only or name in self.only
+
+
+def device_lane(run: Run, cores: list[int], scale: float) -> None:
+    """The stages, each with its share of what is left."""
+    waiting = {parts: share for parts, share in STAGES.items() if run.wants(share.name)}
+    for parts, share in list(waiting.items()):
+        scaled = [s._replace(least=s.least * scale, wanted=s.wanted * scale) for s in waiting.values()]
+        seconds = shares(scaled, max(0.0, run.clock.left - process.GRACE * scale))[share.name]
+        del waiting[parts]
+        if not seconds:
+            run.notes.append(f"dropped, no time: {share.name}")
+            continue
+        if run.dry:
+            parts = parts[:2] if share.name == "parity" else parts[:1]
+        run.parts(parts, seconds, cores)
+
+
+def host_lane(run: Run, cores: list[int]) -> None:
+    """The compiled core first; then its benchmarks on two cores, and its tests on the others."""
+    if not run.wants("host"):
+        return
+    seconds = run.clock.left - process.GRACE
+    if seconds < LEAST_HOST_SECONDS:
+        run.notes.append("dropped, no time: build, tests and benchmarks of the processor")
+        return
+    built = run.part("host:build", seconds, cores, len(cores))
+    if not built or built[-1]["gate"] != "passed":
+        run.notes.append("no tests and no benchmarks of the processor: the compiled core is not there")
+        return
+    lanes = [cores[n : n + LANE_CORES] for n in range(0, len(cores), LANE_CORES)] or [cores]
+    names = [f"host:cpu-{n}/{len(lanes)}" for n in range(len(lanes))]
+
+    def one(number: int) -> None:
+        if number == 0 and not run.dry:
+            run.part("host:benchmarks", max(1.0, run.clock.left - process.GRACE), lanes[0], len(lanes[0]))
+        left = run.clock.left - process.GRACE
+        if left > LEAST_HOST_SECONDS or run.dry:
+            run.part(names[number], left, lanes[number], len(lanes[number]))
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        list(pool.map(one, range(1 if run.dry else len(lanes))))
+
+
+def lanes(run: Run, scale: float) -> None:
+    """Device and host side by side where there are cores for both, else one after the other."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if len(cores) >= HOST_CORES and not run.dry:
+        half = len(cores) // 2
+        beside = threading.Thread(target=host_lane, args=(run, cores[half:]))
+        beside.start()
+        device_lane(run, cores[:half], scale)
+        beside.join()
+    else:
+        device_lane(run, cores, scale)
+        host_lane(run, cores)
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """The parity in one row per module, and what was wrong: hundreds of passed cases need no row each."""
+    if not any(r["op"] == "plan" for r in rows):
+        return []
+    verdicts = importlib.import_module("benchmarks.gpu.parity").verdicts(rows)
+    found = []
+    for module, verdict in verdicts.items():
+        cases = sum(r["op"] == "parity" and r.get("module") == module and r["gate"] == "passed" for r in rows)
+        row: Row = {"op": "parity", "table": "parity", "case": module, "dtypes": verdict.dtypes, "cases": cases}
+        found.append({**row, "gate": "; ".join(verdict.reasons[:3]) or "passed"})
+    return found
+
+
+def verify(rows: Sequence[Row], facts: Row, path: Path) -> list[str]:
+    """Write ``verified.json``."""
+    if not any(r["op"] == "plan" for r in rows):
+        return ["the parity did not run: verified.json stays as it is"]
+    from fastseq_kernels._sources import source_hash
+
+    return list(importlib.import_module("benchmarks.gpu.parity").record(rows, facts, path, source_hash))
+
+
+def bad(rows: Sequence[Row]) -> list[str]:
+    """Ours that failed the gate, wrong kernels, failed tests."""
+    ours = [r for r in rows if r.get("provider") == "fastseq" or r["op"] in ("parity", "tests")]
+    reasons = [r for r in ours if r.get("gate", "passed") != "passed" and not r["gate"].startswith(harness.ABSENT)]
+    return [f"{r['op']} {r.get('label', '')} {r.get('case', '')}: {r['gate']}" for r in reasons]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    names = [share.name for share in STAGES.values()] + ["host"]
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all of it (default: 10)")
+    parser.add_argument("--parts", help=f"comma-separated, of {', '.join(names)} (default: all)")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="where the rows go (default: benchmarks/results)")
+    parser.add_argument("--verified", type=Path, metavar="FILE", default=KERNELS / "verified.json")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; keeps rows only in --rows")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: write README's table from the rows")
+    given = parser.parse_args()
+    given.only = tuple(given.parts.split(",")) if given.parts else ()
+    for name in given.only:
+        if name not in names:
+            parser.error(f"--parts: {name} is none of {', '.join(names)}")
+    return given
+
+
+def machine(run: Run) -> Row:
+    """The facts.
+
+    Raises:
+        SystemExit: there is no GPU that torch can use.
+    """
+    found = process.run("facts", FACTS_SECONDS, run.folder, process.environment(1, {}), run.dry)
+    if not found.rows or "device" not in found.rows[0]:
+        said = [*found.notes, *(r["gate"] for r in found.rows if "gate" in r)] or ["no answer"]
+        raise SystemExit(f"no GPU that this torch can use: {said[0]}")
+    return found.rows[0]
+
+
+def main() -> None:
+    given = arguments()
+    if given.markdown:
+        tables.write_markdown(harness.RESULTS, process.ROOT / "README.md")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = 60 * given.minutes
+        run = Run(Path(folder), Clock(seconds), given.dry_run, given.only, [], [], threading.Lock(), lambda rows: None)
+        facts = machine(run)
+        shared = {key: value for key, value in facts.items() if key not in ("op", "date")}
+        target = given.rows or (None if given.dry_run else harness.results_file(facts["device"]))
+
+        def keep(rows: list[Row]) -> None:
+            measured = [r for r in rows if r["op"] not in ("parity", "plan")]
+            host = [r for r in measured if "processor" in r]
+            if target:
+                harness.append([{**r, **shared} for r in measured if "processor" not in r], target)
+                harness.append([{k: v for k, v in r.items() if k != "processor"} for r in host], harness.results_file())
+
+        run = run._replace(keep=keep)
+        print("\n".join(f"{key}: {value}" for key, value in facts.items() if key != "op"), flush=True)
+        lanes(run, given.minutes / 10)
+    told = summary(run.rows)
+    keep_parity = [{**r, **shared} for r in told]
+    if target:
+        harness.append(keep_parity, target)
+    rows = [r for r in run.rows if r["op"] not in ("parity", "plan")] + told
+    for drawn in tables.of_rows(rows):
+        print(f"\n{table.text(drawn)}")
+    if not given.dry_run or given.verified != KERNELS / "verified.json":
+        print("\n" + "\n".join(verify(run.rows, facts, given.verified)))
+    print("\n".join(["", *run.notes]))
+    wrong = bad(rows)
+    if wrong:
+        sys.exit("\n".join([f"{len(wrong)} wrong:", *wrong]))
+
+
+if __name__ == "__main__":
+    main()

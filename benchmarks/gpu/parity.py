@@ -1,0 +1,175 @@
+"""Every Triton host function on the device against its definition in float64, and what that verifies.
+
+A part is ``parity:lstm-bfloat16`` and the like: families and dtypes go side by side, since most of the time goes into
+compilation. It needs pytest and hypothesis, since the inputs are those of the tests. In a dry run a few cases go
+through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from benchmarks.gpu.part import Context, Row, Unit
+from benchmarks.harness import ABSENT, CannotRun
+from tests.tolerance import OUTPUTS, assert_within_budget
+
+FAMILIES = ("lstm", "vq")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
+KINDS = [f"{family}-{dtype}" for dtype in ("bfloat16", "float32", "float16", "tf32") for family in FAMILIES][:-1]
+SECONDS = 2.0  # of a case, roughly: one in a few compiles anew
+Definition = Callable[..., Any]
+
+
+class Check(NamedTuple):
+    """One call of a host function. ``run`` raises AssertionError where its result is wrong."""
+
+    module: str
+    op: str
+    case: str
+    run: Callable[[], None]
+
+
+class Kernels(NamedTuple):
+    """How the checks call host functions: on which device, and in which dtype of DTYPES."""
+
+    context: Context
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def judged(self) -> torch.dtype:
+        """The dtype whose plain computation is as exact as the kernel may be: float16 rounds as TF32 does."""
+        return torch.float16 if self.dtype == "tf32" else self.torch_dtype
+
+    def call(self, module: str, op: str, args: Sequence[Any], stay: Sequence[Any] = ()) -> list[Tensor]:
+        """Results on the CPU of a host function called with ``args``, moved to the device but for those in ``stay``.
+
+        Raises:
+            CannotRun: there is no such function, or it says why not.
+        """
+        kernels = importlib.import_module(f"fastseq_kernels.{module}")
+        if not hasattr(kernels, op):
+            raise CannotRun(f"fastseq_kernels.{module} has no {op}")
+
+        def move(value: Any) -> Any:
+            moves = isinstance(value, Tensor) and not any(value is s for s in stay)
+            return value.to(self.context.device) if moves else value
+
+        moved = pytree.tree_map(move, list(args))
+        why_not = getattr(kernels, f"{op}_why_not", None)
+        reason = None if why_not is None else why_not(*moved)
+        if reason is not None:
+            raise CannotRun(reason)
+        out = getattr(kernels, op)(*moved)
+        return [v.cpu() for v in (out if isinstance(out, tuple) else (out,))]
+
+    def within_budget(
+        self,
+        names: str,
+        got: Sequence[Tensor],
+        definition: Callable[..., Any],
+        inputs: Sequence[Any],
+        factor: int = OUTPUTS,
+    ) -> None:
+        assert_within_budget(names, [g.to(self.judged) for g in got], definition, inputs, factor)
+
+
+def definition(op: str, table: Mapping[str, Any]) -> Definition:
+    """The operator in plain torch."""
+    return next(b.run for b in table[op] if b.name == "reference")
+
+
+def _row(check: Check, dtype: str) -> list[Row]:
+    row: Row = {"op": "parity", "table": "parity", "module": check.module, "operator": check.op, "case": check.case}
+    try:
+        check.run()
+        verdict = "passed"
+    except CannotRun as error:
+        verdict = f"{ABSENT[1]}{error}"
+    except AssertionError as error:
+        verdict = f"wrong: {str(error).splitlines()[0][:200]}"
+    return [{**row, "dtype": dtype, "gate": verdict}]
+
+
+def units(context: Context, kind: str) -> list[Unit]:
+    family, dtype = kind.split("-")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests import interpreter
+
+        interpreter.patch()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory is NaN until written
+    if hasattr(torch.backends.cudnn, "rnn"):
+        torch.backends.cudnn.rnn.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    checks = list(importlib.import_module(f"benchmarks.gpu.parity_{family}").checks(Kernels(context, dtype)))
+    planned = Counter(check.module for check in checks)
+    shared = {"op": "plan", "table": "parity", "dtype": dtype}
+    plan = [{**shared, "module": module, "cases": count} for module, count in planned.items()]
+    cases = [Unit(f"{c.module} {c.op} {c.case} {dtype}", SECONDS, functools.partial(_row, c, dtype)) for c in checks]
+    return [Unit(f"plan {kind}", 0.0, lambda: plan), *cases]
+
+
+class Verdict(NamedTuple):
+    """Of one module: the dtypes of which every case passed, and what is against the others."""
+
+    dtypes: list[str]
+    reasons: list[str]
+
+
+def verdicts(rows: Iterable[Row]) -> dict[str, Verdict]:
+    """What the rows of the parity say about each module. No dtype counts where a case of any dtype was wrong."""
+    planned: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["op"] == "plan":
+            planned[row["module"], row["dtype"]] = row["cases"]
+        elif row["op"] == "parity" and "module" in row:
+            found.setdefault((row["module"], row["dtype"]), []).append(row)
+    verdict: dict[str, Verdict] = {}
+    for (module, dtype), cases in planned.items():
+        own = verdict.setdefault(module, Verdict([], []))
+        mine = found.get((module, dtype), [])
+        absent = [r for r in mine if r["gate"].startswith(ABSENT)]
+        wrong = [r for r in mine if r["gate"] != "passed" and r not in absent]
+        own.reasons.extend(f"{r['operator']} {r['case']} {dtype}: {r['gate']}" for r in wrong)
+        if len(mine) < cases:
+            own.reasons.append(f"{dtype}: {cases - len(mine)} of {cases} cases have no result")
+        elif not wrong and len(absent) < cases:
+            own.dtypes.append(dtype)
+    return {m: v._replace(dtypes=[]) if any("wrong" in r for r in v.reasons) else v for m, v in verdict.items()}
+
+
+def record(rows: Iterable[Row], facts: Row, path: Path, source_hash: Callable[[str], str]) -> list[str]:
+    """Write what was verified on this compute capability into ``path``; rows of others stay. Returns lines to print.
+
+    A module whose results are wrong loses its entry. One of which cases are missing keeps an entry for another source:
+    that does not count anyway.
+    """
+    known = json.loads(path.read_text()) if path.exists() else {}
+    own = known.setdefault(facts["capability"], {})
+    lines = []
+    for module, verdict in sorted(verdicts(rows).items()):
+        if verdict.dtypes:
+            shared = {key: facts[key] for key in ("device", "driver", "torch", "triton", "date", "commit")}
+            own[module] = {"source": source_hash(module), "dtypes": sorted(verdict.dtypes), **shared}
+            lines.append(f"{module}: verified for {', '.join(sorted(verdict.dtypes))}")
+        elif any("wrong" in reason for reason in verdict.reasons):
+            own.pop(module, None)
+        lines += [f"{module}: {reason}" for reason in verdict.reasons[:5]]
+    if not own:
+        del known[facts["capability"]]
+    path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    return lines

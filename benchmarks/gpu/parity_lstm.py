@@ -1,0 +1,158 @@
+"""What the parity calls of the LSTM family, most important first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.parity import Check, Kernels, definition
+from fastseq import reference
+from fastseq.ops import lstm, lstm_layer
+from tests.ops import lstm_cases
+from tests.ops.lstm_cases import Case
+from tests.tolerance import GRADIENTS
+
+INPUTS = 40  # size of x where there is an input product
+OURS = {  # what small sizes do not reach: tiles of 16 rows, a program for many units, weights that stay, several graphs
+    "tiles": Case(6, 37, 64),
+    "resident": Case(9, 20, 128, reset=True),
+    "graphs": Case(70, 3, 96),
+    "wide": Case(3, 18, 256),
+    "large": Case(3, 16, 1024),
+}
+SIZES = ("one", "prime", "over_tile", "row", "deep", "no_steps", "no_rows")
+LAYERS = ("tiles", "prime", "all_lengths", "all_packed", "projection", "noise", "one", "no_rows")
+DRY = ("prime",)
+LAYER_GRADIENTS = f"dx dweight_ih dbias {lstm_cases.GRADIENTS.split(maxsplit=1)[1]}"
+PRODUCTS = {"odd": (37, 29, 53), "tile": (64, 128, 96), "one": (1, 1, 1), "long": (3, 40, 4100), "tall": (300, 24, 16)}
+
+
+def case_of(name: str) -> Case:
+    return OURS[name] if name in OURS else lstm_cases.CASES[name]
+
+
+def shortened(values: list[Any], dtype: torch.dtype, wide: set[int]) -> list[Any]:
+    """Floating-point arguments in ``dtype``, but for those at the places ``wide``: states c, which stay in float32."""
+
+    def one(n: int, value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(torch.float32 if n in wide else dtype) if floats else value
+
+    return [one(n, value) for n, value in enumerate(values)]
+
+
+def arguments(name: str, dtype: torch.dtype) -> list[Any]:
+    """Of ``lstm_forward``, with save 2."""
+    args = lstm_cases.inputs(case_of(name), torch.float32)
+    return shortened([*args[:4], *args.options, 2], dtype, {3, 9})
+
+
+def outputs(args: list[Any], dtype: torch.dtype) -> list[Tensor]:
+    """h, c, gates, h_n, c_n by the definition, as a kernel would have kept them."""
+    exact = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
+    return shortened(list(definition("lstm_forward", lstm.BACKENDS)(*exact)), dtype, {1, 4})
+
+
+def gradients(kept: list[Tensor], dtype: torch.dtype) -> list[Any]:
+    """Random ones of all outputs."""
+    return shortened(list(lstm_cases.upstream(tuple(kept))), dtype, {1, 4})
+
+
+def _compare(kernels: Kernels, module: str, op: str, table: Any, names: str, args: list[Any], factor: int = 2) -> None:
+    sizes = [a for a in args if isinstance(a, Tensor) and a.dtype == torch.int64 and a.dim() == 1]  # read on the CPU
+    got = kernels.call(module, op, args, stay=sizes)
+    kernels.within_budget(names, got, definition(op, table), args, factor)
+
+
+def forward(kernels: Kernels, name: str) -> None:
+    args = arguments(name, kernels.torch_dtype)
+    _compare(kernels, "lstm", "lstm_forward", lstm.BACKENDS, lstm_cases.OUTPUTS, args)
+
+
+def rebuilt(kernels: Kernels, name: str) -> None:
+    args = arguments(name, kernels.torch_dtype)
+    h, c = outputs(args, kernels.torch_dtype)[:2]
+    _compare(kernels, "lstm", "lstm_gates", lstm.BACKENDS, "gates", [args[0], h, c, *args[1:-1]])
+
+
+def backward(kernels: Kernels, name: str) -> None:
+    args = arguments(name, kernels.torch_dtype)
+    kept = outputs(args, kernels.torch_dtype)
+    grads = gradients(kept, kernels.torch_dtype)
+    h, c, gates = kept[:3]
+    given = [*grads, gates, h, c, *args[1:10], *args[15:18], True]
+    _compare(kernels, "lstm", "lstm_backward", lstm.BACKENDS, lstm_cases.GRADIENTS, given, GRADIENTS)
+
+
+def _layer(name: str, dtype: torch.dtype) -> list[Any]:
+    """Arguments of ``lstm_layer_forward``."""
+    args = arguments(name, dtype)
+    generator = torch.Generator().manual_seed(29)
+    shapes = ((*args[0].shape[:-1], INPUTS), (args[1].shape[0], INPUTS), (args[1].shape[0],))
+    first = [(torch.randn(shape, generator=generator) / (1, INPUTS**0.5, 1)[n]) for n, shape in enumerate(shapes)]
+    return [*(t.to(dtype) for t in first), *args[1:]]
+
+
+def layer_forward(kernels: Kernels, name: str) -> None:
+    args = _layer(name, kernels.torch_dtype)
+    _compare(kernels, "lstm_layer", "lstm_layer_forward", lstm_layer.BACKENDS, lstm_cases.OUTPUTS, args)
+
+
+def layer_backward(kernels: Kernels, name: str) -> None:
+    args = _layer(name, kernels.torch_dtype)
+    exact = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
+    kept = shortened(list(definition("lstm_layer_forward", lstm_layer.BACKENDS)(*exact)), kernels.torch_dtype, {1, 4})
+    h, c, gates = kept[:3]
+    given = [*gradients(kept, kernels.torch_dtype), *args[:3], gates, h, c, *args[3:-1], True, True, True, True]
+    table = lstm_layer.BACKENDS
+    _compare(kernels, "lstm_layer", "lstm_layer_backward", table, LAYER_GRADIENTS, given, GRADIENTS)
+
+
+def noise(kernels: Kernels, rows: bool, probability: float) -> None:
+    numbers = torch.tensor([4, 0, 2**31, 7, 1]) if rows else None
+    given = [torch.tensor([-0x0123456789ABCDEF]), 9, 5, 70, numbers, 3, 1, probability]
+    got = kernels.call("lstm_noise", "lstm_noise", given)
+    assert_words = reference.gate_noise(*given, dtype=torch.float64)
+    assert torch.equal(got[0] == 0, assert_words == 0), "noise: zeros elsewhere"
+    inputs = [*given, torch.float64]
+    Kernels(kernels.context, "float32").within_budget("noise", got, reference.gate_noise, inputs)
+
+
+def product(kernels: Kernels, name: str, transpose_a: bool, transpose_b: bool) -> None:
+    M, N, K = PRODUCTS[name]
+    generator = torch.Generator().manual_seed(31)
+    shapes = ((K, M) if transpose_a else (M, K), (N, K) if transpose_b else (K, N), (N,))
+    args = [torch.randn(shape, generator=generator).to(kernels.torch_dtype) for shape in shapes]
+    given = [*args, transpose_a, transpose_b]
+    got = kernels.call("gemm", "gemm", given)
+    kernels.within_budget("out", got, reference.linear, given)
+
+
+def checks(kernels: Kernels) -> Iterator[Check]:
+    dry = kernels.context.dry
+    names = DRY if dry else (*OURS, *SIZES, *lstm_cases.OPTIONS)
+    if kernels.dtype != "float32":  # in other dtypes a rounding of h turns a gate now and then
+        names = tuple(name for name in names if not case_of(name).hard)
+    if kernels.dtype == "float32":
+        for rows, probability in ((False, 1.0), (True, 0.2))[: 1 if dry else 2]:
+            call = functools.partial(noise, kernels, rows, probability)
+            yield Check("lstm_noise", "lstm_noise", f"rows {rows} p {probability}", call)
+    for name in names:
+        yield Check("lstm", "lstm_forward", name, functools.partial(forward, kernels, name))
+        if not dry:
+            yield Check("lstm", "lstm_backward", name, functools.partial(backward, kernels, name))
+    if dry:
+        return
+    for name in LAYERS:
+        yield Check("lstm", "lstm_gates", name, functools.partial(rebuilt, kernels, name))
+        yield Check("lstm_layer", "lstm_layer_forward", name, functools.partial(layer_forward, kernels, name))
+        yield Check("lstm_layer", "lstm_layer_backward", name, functools.partial(layer_backward, kernels, name))
+    if kernels.dtype == "tf32":
+        return
+    for name in PRODUCTS:
+        for ta, tb in ((False, True), (True, False)):
+            yield Check("gemm", "gemm", f"{name} {ta} {tb}", functools.partial(product, kernels, name, ta, tb))

@@ -1,0 +1,188 @@
+"""Tables from the rows of a run on a GPU, and README's: measured figures, or modelled ones that are called so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import harness, table
+from benchmarks.gpu.part import Row
+from benchmarks.gpu.targets import find, targets
+from benchmarks.table import Table, by_case, failed, ms
+
+MARKS = "<!-- bench:gpu -->", "<!-- /bench:gpu -->"
+# A step of the LSTM by a model of its terms, in microseconds: rows, units, replayed as a graph (3.0 for node and exchange
+# of h, plus the larger of 1.45 times the product and reading the weights from L2), and in one program that keeps the
+# weights, where it can.
+MODELLED = [
+    (1, 128, None, 0.6),
+    (1, 256, 3.1, None),
+    (16, 256, 3.1, None),
+    (1, 512, 3.4, None),
+    (16, 512, 3.4, None),
+    (64, 512, 3.4, None),
+    (256, 512, 4.0, None),
+    (1, 1024, 4.5, None),
+    (16, 1024, 4.5, None),
+    (64, 1024, 4.5, None),
+    (256, 1024, 6.9, None),
+    (16, 2048, 9.1, None),
+    (256, 2048, 18.8, None),
+]
+
+
+def limits(rows: list[Row]) -> Table:
+    lines = [[r["case"], f"{r['value']:.4g}", r["unit"]] for r in rows if "value" in r]
+    return Table("What the device can do", ["what", "measured", "unit"], lines, [])
+
+
+def stock(rows: list[Row]) -> Table:
+    """nn.LSTM: forward and training step, and the kernel that takes most of the forward."""
+    dtypes = [d for d in ("float16", "bfloat16", "float32") if any(r["dtype"] == d for r in rows)]
+    header = ["case", *(f"{d} us/step" for d in dtypes), *(f"{d} trains" for d in dtypes), "kernels of the first"]
+    lines = []
+    for case in dict.fromkeys(r["case"] for r in rows):
+        T = int(case[1:].split("_")[0])
+        cells, names = [], ""
+        for mode in ("infer", "train"):
+            for dtype in dtypes:
+                row = find(rows, case=case, mode=mode, dtype=dtype)
+                cells.append(f"{row['ms'] * 1e3 / T:.2f}" if row else "-")
+                names = names or "; ".join((row or {}).get("kernels", [])[:1])
+        lines.append([case, *cells, names])
+    return Table("Stock nn.LSTM, one layer", header, lines, failed(rows))
+
+
+def _over(row: Row, group: dict[str, Row], label: str) -> str:
+    return table.times_faster(row, label) if label in group else "-"
+
+
+def lstm(rows: list[Row]) -> Table:
+    header = ["case", "dtype", "mode", "provider", "ms", "us/step", "than stock", "than loop", "TFLOP/s", "peak MB"]
+    lines = []
+    for key in dict.fromkeys((r["mode"], r["dtype"]) for r in rows):
+        for case, group in by_case([r for r in rows if (r["mode"], r["dtype"]) == key]).items():
+            for label, r in group.items():
+                line = [case, key[1], key[0], label, ms(r), f"{r['us_per_step']:.3g}" if "ms" in r else "-"]
+                line += [_over(r, group, "stock"), _over(r, group, "loop")]
+                lines.append([*line, f"{r['tflops']:.3g}" if "ms" in r else "-", f"{r.get('peak_mb', '-')}"])
+    return Table("LSTM, one layer", header, lines, failed(rows))
+
+
+def vq(rows: list[Row]) -> Table:
+    header = ["case", "dtype", "provider", "ms", "TFLOP/s", "wrong indices", "peak MB", "fastseq's time over it"]
+    lines = []
+    for dtype in dict.fromkeys(r["dtype"] for r in rows):
+        for case, group in by_case([r for r in rows if r["dtype"] == dtype]).items():
+            ours = group.get("fastseq", {})
+            for label, r in group.items():
+                line = [case, dtype, label, ms(r), f"{r['tflops']:.4g}" if "ms" in r else "-"]
+                line += [f"{r['wrong']:.2%}" if "wrong" in r else "-", f"{r.get('peak_mb', '-')}"]
+                lines.append([*line, table.ratio(ours, label)])
+    return Table("Lookup of the nearest code, cold cache", header, lines, failed(rows))
+
+
+def layers(rows: list[Row]) -> Table:
+    header = ["case", "dtype", "mode", "provider", "ms", "peak MB", "fastseq's time over it"]
+    lines = []
+    for mode in dict.fromkeys(r["mode"] for r in rows):
+        for case, group in by_case([r for r in rows if r["mode"] == mode]).items():
+            ours = group.get("fastseq", {})
+            for label, r in group.items():
+                line = [case, r["dtype"], mode, label, ms(r), f"{r.get('peak_mb', '-')}", table.ratio(ours, label)]
+                lines.append(line)
+    return Table("Layers", header, lines, failed(rows))
+
+
+def tests(rows: list[Row]) -> Table:
+    header, lines, notes = ["suite", "files", "passed", "skipped", "failed"], [], []
+    for suite in dict.fromkeys(r["suite"] for r in rows):
+        mine = [r for r in rows if r["suite"] == suite]
+        counts = [str(sum(r.get(key, 0) for r in mine)) for key in ("passed", "skipped")]
+        wrong = sum(r.get("failed", 0) + r.get("error", 0) for r in mine)
+        lines.append([suite, str(len(mine)), *counts, str(wrong)])
+        notes += [f"{suite} {r['case']}: {r['gate']}" for r in mine if r["gate"] != "passed"]
+    return Table("Tests", header, lines, notes)
+
+
+def parity(rows: list[Row]) -> Table:
+    lines = [[r["case"], ", ".join(r["dtypes"]) or "-", str(r["cases"]), r["gate"]] for r in rows]
+    return Table("Kernels against float64", ["module", "verified for", "cases", "verdict"], lines, [])
+
+
+def aims(rows: Sequence[Row]) -> Table:
+    lines = []
+    for t in targets(rows):
+        value = "-" if t.value is None else f"{t.value:.3g} {t.unit}".strip()
+        lines.append([t.name, value, f"{'>=' if t.at_least else '<='} {t.aim:g} {t.unit}".strip(), t.verdict])
+    counts = ", ".join(f"{sum(line[3] == v for line in lines)} {v}" for v in ("met", "missed", "open"))
+    return Table("Targets", ["what", "measured", "target", "verdict"], lines, [f"targets: {counts}"])
+
+
+TABLES: dict[str, Callable[[list[Row]], Table]] = {
+    "parity": parity,
+    "limits": limits,
+    "stock": stock,
+    "lstm": lstm,
+    "vq": vq,
+    "layers": layers,
+    "tests": tests,
+}
+
+
+def of_rows(rows: Sequence[Row]) -> list[Table]:
+    found = []
+    for name, draw in TABLES.items():
+        mine = [r for r in rows if r.get("table") == name and "processor" not in r]
+        if mine:
+            found.append(draw(mine))
+    return [*found, aims(rows)]
+
+
+def pending() -> list[str]:
+    """What README says until a GPU has been there."""
+    header = ["rows", "units", "step in a graph, us", "one program, us", "ms of 1024 steps"]
+    lines = []
+    for B, H, graph, resident in MODELLED:
+        best = min(v for v in (graph, resident) if v is not None)
+        cells = ["-" if v is None else f"{v:.1f}" for v in (graph, resident)]
+        lines.append([str(B), str(H), *cells, f"{best * 1.024:.1f}"])
+    title = "LSTM in bfloat16 on an H200, forward: modelled, not measured"
+    return [
+        "GPU numbers are pending: nothing here was measured on one. `make gpu` does it, in ten minutes. The figures "
+        "below come from a model of the terms of a step (launch or graph node, exchange of the state, product, reads "
+        "of the weights from L2), which came out 15 % below the one published time that it was held against.",
+        table.markdown(Table(title, header, lines, [])),
+    ]
+
+
+def newest(folder: Path) -> list[Row]:
+    """The rows of the last run on a GPU among all files of rows."""
+    rows = [r for path in sorted(folder.glob("*.jsonl")) for r in harness.read(path) if "capability" in r]
+    last = max((r["run"] for r in rows), default=None)
+    return [r for r in rows if r["run"] == last]
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    first = rows[0]
+    tree = "" if first["clean"] else " with uncommitted changes"
+    versions = f"driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, Triton {first['triton']}"
+    source = f"Measured on {first['device']}, {versions}, commit {first['commit']}{tree}, {first['run'][:10]}."
+    drawn = [t for t in of_rows(rows) if t.title != "Tests"]
+    return [*(table.markdown(t) for t in drawn), source]
+
+
+def write_markdown(folder: Path, readme: Path) -> None:
+    """Put the newest rows between the marks in ``readme``, or say there that numbers are pending.
+
+    Raises:
+        SystemExit: without marks.
+    """
+    begin, end = MARKS
+    text = readme.read_text()
+    if begin not in text or end not in text:
+        raise SystemExit(f"{readme.name} lacks the marks {begin} and {end}")
+    rows = newest(folder)
+    block = "\n\n".join([begin, *(measured(rows) if rows else pending()), end])
+    readme.write_text(re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.S))
