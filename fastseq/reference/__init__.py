@@ -1,7 +1,7 @@
 """The definitions: plain differentiable torch, any dtype, no speed. Everything else is judged by them."""
 
 from fastseq.reference.linear import linear
-from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, packed_index, philox
+from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, packed_index, philox, unpack
 from fastseq.reference.lstm_int8 import int8_product, lstm_int8, quantized
 from fastseq.reference.lstm_lowrank import lowrank_product, lstm_lowrank, lstm_lowrank_backward
 from fastseq.reference.vq import (
@@ -31,6 +31,7 @@ __all__ = [
     "packed_index",
     "philox",
     "quantized",
+    "unpack",
     "vq_backward",
     "vq_gather",
     "vq_nearest",

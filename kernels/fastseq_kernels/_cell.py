@@ -50,3 +50,28 @@ def cell_backward(dm, dc, i, f, g, o, c, c_before, di, df, dg, do, inverse_tau, 
     else:
         di, df = di * i * (1.0 - i) * inverse_tau, df * f * (1.0 - f) * inverse_tau
     return di, df, dg * (1.0 - g * g), do * o * (1.0 - o), dc * f
+
+
+@triton.jit
+def load_c(state_ptr, start_ptr, b, n, cut, live, H):
+    """c of units n before a step, from [B, H] that is kept from step to step; the start state in rows that are cut."""
+    own = state_ptr + b.to(tl.int64)[:, None] * H + n[None, :]
+    c = tl.load(own, mask=live & (cut == 0)[:, None], other=0.0)
+    if start_ptr is not None:
+        start = tl.load(start_ptr + n, mask=n < H, other=0.0)
+        c = tl.where(cut[:, None], start[None, :], c)
+    return c
+
+
+@triton.jit
+def store_step(h_ptr, c_ptr, gates_ptr, h_n_ptr, state_ptr, place, b, n, H, live, ends, i, f, g, o, c, m):
+    """Write what a step gives for units n: h, c and gates where kept, c for the next step, h_n in rows that end."""
+    own, at = b.to(tl.int64)[:, None] * H + n[None, :], place[:, None] * H + n[None, :]
+    tl.debug_barrier()  # other threads of this program may have read what is written here: c, and x where it is gates
+    tl.store(h_ptr + at, m, mask=live)
+    tl.store(state_ptr + own, c, mask=live)
+    if c_ptr is not None:
+        tl.store(c_ptr + at, c, mask=live)
+    if gates_ptr is not None:
+        store_gates(gates_ptr + place[:, None] * (4 * H) + n[None, :], H, i, f, g, o, live)
+    tl.store(h_n_ptr + own, m, mask=live & ends)

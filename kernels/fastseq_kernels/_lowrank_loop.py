@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastseq_kernels._cell import cell, cell_backward, load_gates, store_gates
+from fastseq_kernels._cell import cell, cell_backward, load_c, load_gates, store_gates, store_step
 from fastseq_kernels._steps import element, is_cut, state_before, steps_of
 
 _RUN_TIME = ["first", "last", "T", "B", "inverse_tau"]  # what must not compile anew
@@ -127,23 +127,12 @@ def forward_kernel(
             for block in range(tl.program_id(1), tl.cdiv(H, BLOCK_H), tl.num_programs(1)):
                 n = block * BLOCK_H + tl.arange(0, BLOCK_H)
                 live = alive[:, None] & (n < H)[None, :]
-                own, at = b.to(tl.int64)[:, None] * H + n[None, :], place[:, None] * (4 * H) + n[None, :]
-                i, f, g, o = load_gates(x_ptr + at, H, live)
-                c = tl.load(c_n_ptr + own, mask=live & (cut == 0)[:, None], other=0.0)
-                if c_start_ptr is not None:
-                    c_start = tl.load(c_start_ptr + n, mask=n < H, other=0.0)
-                    c = tl.where(cut[:, None], c_start[None, :], c)
+                i, f, g, o = load_gates(x_ptr + place[:, None] * (4 * H) + n[None, :], H, live)
+                c = load_c(c_n_ptr, c_start_ptr, b, n, cut, live, H)
                 i, f, g, o = _widen(i, f, g, o, up_ptr, v_rows, alive, n, H, R, DOWNS, PRECISION, BLOCK_R)
                 i, f, g, o, c, m = cell(i, f, g, o, c, inverse_tau, HARD)
-                tl.debug_barrier()  # other threads may have read what is written here: c, and x where it is gates
-                tl.store(h_ptr + place[:, None] * H + n[None, :], m, mask=live)
-                tl.store(c_n_ptr + own, c, mask=live)
-                if c_ptr is not None:
-                    tl.store(c_ptr + place[:, None] * H + n[None, :], c, mask=live)
-                if gates_ptr is not None:
-                    store_gates(gates_ptr + at, H, i, f, g, o, live)
-                ends = live & ((t == 0) if REVERSE else (t + 1 == steps)[:, None])
-                tl.store(h_n_ptr + own, m, mask=ends)
+                ends = (t == 0) if REVERSE else (t + 1 == steps)[:, None]
+                store_step(h_ptr, c_ptr, gates_ptr, h_n_ptr, c_n_ptr, place, b, n, H, live, ends, i, f, g, o, c, m)
         if PART == 0:
             tl.debug_barrier()  # the next step reads h and c, which other threads wrote, and writes v
 

@@ -1,7 +1,8 @@
 """Low-rank LSTM, factors resident: one program takes 16 rows through all steps, with the factors in shared memory.
 
 At H = 512, r = 32 in 16 bits the factors take 160 KiB. A step has one product over H and four over r, and waits for no
-other program. Which sizes fit is said by ``lstm_lowrank.plan``.
+other program. Units come in chunks of BLOCK_H, one after the other, so that the numbers of one chunk fit in registers;
+h and c stay there. Which sizes fit is said by ``lstm_lowrank.plan``.
 """
 
 from __future__ import annotations
@@ -16,16 +17,82 @@ _RUN_TIME = ["T", "B", "inverse_tau"]  # what must not compile anew
 
 
 @triton.jit
-def _planes(first, distance, mask, COUNT: tl.constexpr):
-    """Four blocks of weights, ``distance`` apart, or one for all four."""
-    i = tl.load(first, mask=mask, other=0.0)
-    if COUNT == 1:
-        return i, i, i, i
-    else:
-        f = tl.load(first + distance, mask=mask, other=0.0)
-        g = tl.load(first + 2 * distance, mask=mask, other=0.0)
-        o = tl.load(first + 3 * distance, mask=mask, other=0.0)
-        return i, f, g, o
+def _units(chunk: tl.constexpr, BLOCK_H: tl.constexpr):
+    return chunk * BLOCK_H + tl.arange(0, BLOCK_H)
+
+
+@triton.jit
+def _load_chunks(first, rows, width, inside, H, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A row of numbers per row of the tile, in chunks; rows that are not ``inside`` are zeros."""
+    found = ()
+    for chunk in tl.static_range(CHUNKS):
+        n = _units(chunk, BLOCK_H)
+        mask = inside[:, None] & (n < H)[None, :]
+        found = found + (tl.load(first + rows.to(tl.int64)[:, None] * width + n[None, :], mask=mask, other=0.0),)
+    return found
+
+
+@triton.jit
+def _store_chunks(first, rows, width, inside, values, H, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr):
+    for chunk in tl.static_range(CHUNKS):
+        n = _units(chunk, BLOCK_H)
+        mask = inside[:, None] & (n < H)[None, :]
+        tl.store(first + rows.to(tl.int64)[:, None] * width + n[None, :], values[chunk], mask=mask)
+
+
+@triton.jit
+def _load_factor(
+    factor_ptr,
+    plane,
+    unit,
+    rank,
+    H,
+    R,
+    PLANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+):
+    """The blocks of a factor, chunk by chunk, in each gate by gate; ``unit``, ``rank``, ``plane``: its strides."""
+    found = ()
+    k = tl.arange(0, BLOCK_R)
+    for chunk in tl.static_range(CHUNKS):
+        n = _units(chunk, BLOCK_H)
+        for gate in tl.static_range(PLANES):
+            if UNITS_FIRST:
+                at, inside = n[:, None] * unit + k[None, :] * rank, (n < H)[:, None] & (k < R)[None, :]
+            else:
+                at, inside = n[None, :] * unit + k[:, None] * rank, (n < H)[None, :] & (k < R)[:, None]
+            found = found + (tl.load(factor_ptr + gate * plane + at, mask=inside, other=0.0),)
+    return found
+
+
+@triton.jit
+def _restarted(state, start_ptr, cut, H, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The start state, or zeros, in rows that are cut."""
+    found = ()
+    for chunk in tl.static_range(CHUNKS):
+        n = _units(chunk, BLOCK_H)
+        start = tl.zeros([BLOCK_H], state[chunk].dtype)
+        if start_ptr is not None:
+            start = tl.load(start_ptr + n, mask=n < H, other=0.0)
+        found = found + (tl.where(cut[:, None], start[None, :], state[chunk]),)
+    return found
+
+
+@triton.jit
+def _load_wide(first, b, B, H, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """``_load_chunks`` of [B, H] in float32; zeros where there is none."""
+    found = ()
+    for chunk in tl.static_range(CHUNKS):
+        value = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+        if first is not None:
+            n = _units(chunk, BLOCK_H)
+            at, inside = b.to(tl.int64)[:, None] * H + n[None, :], (b < B)[:, None] & (n < H)[None, :]
+            value = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+        found = found + (value,)
+    return found
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -54,58 +121,58 @@ def forward_kernel(
     HARD: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
-    in_h = (n < H)[None, :]
     steps = steps_of(lengths_ptr, b, T, B)
     most = tl.max(steps, 0)
-    own, inside = b.to(tl.int64)[:, None] * H + n[None, :], (b < B)[:, None] & in_h
-    h = tl.load(h0_ptr + own, mask=inside, other=0.0)
-    c = tl.load(c0_ptr + own, mask=inside, other=0.0)
-    h_start, c_start = tl.zeros([1, BLOCK_H], h.dtype), tl.zeros([1, BLOCK_H], tl.float32)
-    if h_start_ptr is not None:
-        h_start = tl.load(h_start_ptr + n[None, :], mask=in_h, other=0.0)
-    if c_start_ptr is not None:
-        c_start = tl.load(c_start_ptr + n[None, :], mask=in_h, other=0.0)
-    turned = n[:, None] + k[None, :] * H
-    down_i, down_f, down_g, down_o = _planes(down_ptr + turned, R * H, (n < H)[:, None] & (k < R)[None, :], DOWNS)
-    turned = n[None, :] * R + k[:, None]
-    up_i, up_f, up_g, up_o = _planes(up_ptr + turned, R * H, in_h & (k < R)[:, None], 4)
+    h = _load_chunks(h0_ptr, b, H, b < B, H, CHUNKS, BLOCK_H)
+    c = _load_chunks(c0_ptr, b, H, b < B, H, CHUNKS, BLOCK_H)
+    down = _load_factor(down_ptr, R * H, 1, H, H, R, DOWNS, CHUNKS, BLOCK_H, BLOCK_R, True)
+    up = _load_factor(up_ptr, R * H, R, 1, H, R, 4, CHUNKS, BLOCK_H, BLOCK_R, False)
+    narrow = h_ptr.dtype.element_ty
 
     for s in range(most):
-        t = s
-        if REVERSE:
-            t = most - 1 - s
-        place = element(offsets_ptr, t, b, T, B)[:, None]
-        live = (t < steps)[:, None] & in_h
-        i, f, g, o = load_gates(x_ptr + place * (4 * H) + n[None, :], H, live)
+        t = most - 1 - s if REVERSE else s
+        alive = t < steps
+        place = element(offsets_ptr, t, b, T, B)
         if reset_ptr is not None:
-            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)[:, None]
-            h, c = tl.where(cut, h_start, h), tl.where(cut, c_start, c)
-        v_i = tl.dot(h, down_i, input_precision=PRECISION).to(h.dtype)
-        v_f, v_g, v_o = v_i, v_i, v_i
-        if DOWNS == 4:
-            v_f = tl.dot(h, down_f, input_precision=PRECISION).to(h.dtype)
-            v_g = tl.dot(h, down_g, input_precision=PRECISION).to(h.dtype)
-            v_o = tl.dot(h, down_o, input_precision=PRECISION).to(h.dtype)
-        i = tl.dot(v_i, up_i, i, input_precision=PRECISION)
-        f = tl.dot(v_f, up_f, f, input_precision=PRECISION)
-        g = tl.dot(v_g, up_g, g, input_precision=PRECISION)
-        o = tl.dot(v_o, up_o, o, input_precision=PRECISION)
-        i, f, g, o, c_new, m = cell(i, f, g, o, c, inverse_tau, HARD)
-        h, c = tl.where(live, m.to(h.dtype), h), tl.where(live, c_new, c)
-        tl.store(h_ptr + place * H + n[None, :], h, mask=live)
-        if c_ptr is not None:
-            tl.store(c_ptr + place * H + n[None, :], c, mask=live)
-        if gates_ptr is not None:
-            tl.debug_barrier()  # gates may be x: other threads of this program have read their part of it
-            store_gates(gates_ptr + place * (4 * H) + n[None, :], H, i, f, g, o, live)
-    tl.store(h_n_ptr + own, h, mask=inside)
-    tl.store(c_n_ptr + own, c, mask=inside)
+            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
+            h = _restarted(h, h_start_ptr, cut, H, CHUNKS, BLOCK_H)
+            c = _restarted(c, c_start_ptr, cut, H, CHUNKS, BLOCK_H)
+        v = ()
+        for gate in tl.static_range(DOWNS):
+            total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+            for chunk in tl.static_range(CHUNKS):
+                total = tl.dot(h[chunk], down[chunk * DOWNS + gate], total, input_precision=PRECISION)
+            v = v + (total.to(narrow),)
+        if DOWNS == 1:
+            v = (v[0], v[0], v[0], v[0])
+        h_next, c_next = (), ()
+        for chunk in tl.static_range(CHUNKS):
+            n = _units(chunk, BLOCK_H)
+            live = alive[:, None] & (n < H)[None, :]
+            at, at_gates = place[:, None] * H + n[None, :], place[:, None] * (4 * H) + n[None, :]
+            i, f, g, o = load_gates(x_ptr + at_gates, H, live)
+            i = tl.dot(v[0], up[4 * chunk], i, input_precision=PRECISION)
+            f = tl.dot(v[1], up[4 * chunk + 1], f, input_precision=PRECISION)
+            g = tl.dot(v[2], up[4 * chunk + 2], g, input_precision=PRECISION)
+            o = tl.dot(v[3], up[4 * chunk + 3], o, input_precision=PRECISION)
+            i, f, g, o, c_new, m = cell(i, f, g, o, c[chunk], inverse_tau, HARD)
+            tl.store(h_ptr + at, m, mask=live)
+            if c_ptr is not None:
+                tl.store(c_ptr + at, c_new, mask=live)
+            if gates_ptr is not None:
+                tl.debug_barrier()  # gates may be x: other threads of this program have read their part of it
+                store_gates(gates_ptr + at_gates, H, i, f, g, o, live)
+            h_next = h_next + (tl.where(live, m.to(narrow), h[chunk]),)
+            c_next = c_next + (tl.where(live, c_new, c[chunk]),)
+        h, c = h_next, c_next
+    _store_chunks(h_n_ptr, b, H, b < B, h, H, CHUNKS, BLOCK_H)
+    _store_chunks(c_n_ptr, b, H, b < B, c, H, CHUNKS, BLOCK_H)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -128,8 +195,8 @@ def backward_kernel(
     dv_ptr,  # [N, DOWNS*R] out, of down @ h
     dh0_ptr,  # [B, H] out
     dc0_ptr,  # [B, H] out
-    dv_start_ptr,  # [B, DOWNS*R] out, sum of dv over the steps whose state was cut; or None, as the next
-    dc_start_ptr,  # [B, H] out, what each row gives
+    dv_start_ptr,  # [B, DOWNS*R] in and out, sum of dv over the steps whose state was cut: zeros at first; or None
+    dc_start_ptr,  # [B, H] in and out, likewise of dc
     T,
     B,
     H,
@@ -139,95 +206,91 @@ def backward_kernel(
     HARD: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
-    in_h, in_r = (n < H)[None, :], (k < R)[None, :]
+    k = tl.arange(0, BLOCK_R)
     steps = steps_of(lengths_ptr, b, T, B)
     most = tl.max(steps, 0)
-    own, inside = b.to(tl.int64)[:, None] * H + n[None, :], (b < B)[:, None] & in_h
-    dh, dc = tl.zeros([BLOCK_B, BLOCK_H], tl.float32), tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    if dh_n_ptr is not None:
-        dh = tl.load(dh_n_ptr + own, mask=inside, other=0.0).to(tl.float32)
-    if dc_n_ptr is not None:
-        dc = tl.load(dc_n_ptr + own, mask=inside, other=0.0)
-    dc_start = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    v_i = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
-    v_f, v_g, v_o = v_i, v_i, v_i
-    up_i, up_f, up_g, up_o = _planes(up_ptr + n[:, None] * R + k[None, :], R * H, (n < H)[:, None] & in_r, 4)
-    down_i, down_f, down_g, down_o = _planes(
-        down_ptr + n[None, :] + k[:, None] * H, R * H, in_h & (k < R)[:, None], DOWNS
-    )
-    narrow = up_i.dtype
+    dh = _load_wide(dh_n_ptr, b, B, H, CHUNKS, BLOCK_B, BLOCK_H)
+    dc = _load_wide(dc_n_ptr, b, B, H, CHUNKS, BLOCK_B, BLOCK_H)
+    up = _load_factor(up_ptr, R * H, R, 1, H, R, 4, CHUNKS, BLOCK_H, BLOCK_R, True)
+    down = _load_factor(down_ptr, R * H, 1, H, H, R, DOWNS, CHUNKS, BLOCK_H, BLOCK_R, False)
+    narrow = d_ptr.dtype.element_ty
 
     for s in range(most):
-        t = most - 1 - s
-        if REVERSE:
-            t = s
+        t = s if REVERSE else most - 1 - s
         alive = t < steps
-        live = alive[:, None] & in_h
-        row = element(offsets_ptr, t, b, T, B)
-        place = row[:, None]
-        i, f, g, o = load_gates(gates_ptr + place * (4 * H) + n[None, :], H, live)
-        c = tl.load(c_ptr + place * H + n[None, :], mask=live, other=0.0)
-        cut = alive & False
-        if reset_ptr is not None:
-            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
         before = t + 1 if REVERSE else t - 1
         begins = (before < 0) | (before >= steps)
-        earlier = element(offsets_ptr, before, b, T, B)
-        rows, read = state_before(c_ptr, c0_ptr, c_start_ptr, earlier, b, begins, cut, alive, H)
-        c_in = tl.load(rows[:, None] + n[None, :], mask=read[:, None] & in_h, other=0.0)
-        dh_t, dc_t = dh, dc
-        if dh_ptr is not None:
-            dh_t += tl.load(dh_ptr + place * H + n[None, :], mask=live, other=0.0).to(tl.float32)
-        if dc_ptr is not None:
-            dc_t += tl.load(dc_ptr + place * H + n[None, :], mask=live, other=0.0)
-        di = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-        df, dg, do = di, di, di
-        if dgates_ptr is not None:
-            di, df, dg, do = load_gates(dgates_ptr + place * (4 * H) + n[None, :], H, live)
-        di, df, dg, do, dc_in = cell_backward(dh_t, dc_t, i, f, g, o, c, c_in, di, df, dg, do, inverse_tau, HARD)
-        zero = tl.zeros([BLOCK_B, BLOCK_H], narrow)
-        d_i, d_f = tl.where(live, di.to(narrow), zero), tl.where(live, df.to(narrow), zero)
-        d_g, d_o = tl.where(live, dg.to(narrow), zero), tl.where(live, do.to(narrow), zero)
-        store_gates(d_ptr + place * (4 * H) + n[None, :], H, d_i, d_f, d_g, d_o, live)
-        dv_i = tl.dot(d_i, up_i, input_precision=PRECISION)
-        dv_at, dv_mask = dv_ptr + place * (DOWNS * R) + k[None, :], alive[:, None] & in_r
-        if DOWNS == 1:
-            dv_i = tl.dot(d_f, up_f, dv_i, input_precision=PRECISION)
-            dv_i = tl.dot(d_g, up_g, dv_i, input_precision=PRECISION)
-            dv_i = tl.dot(d_o, up_o, dv_i, input_precision=PRECISION)
-            dh_in = tl.dot(dv_i.to(narrow), down_i, input_precision=PRECISION)
-            tl.store(dv_at, dv_i, mask=dv_mask)
-        else:
-            dv_f = tl.dot(d_f, up_f, input_precision=PRECISION)
-            dv_g = tl.dot(d_g, up_g, input_precision=PRECISION)
-            dv_o = tl.dot(d_o, up_o, input_precision=PRECISION)
-            store_gates(dv_at, R, dv_i, dv_f, dv_g, dv_o, dv_mask)
-            dh_in = tl.dot(dv_i.to(narrow), down_i, input_precision=PRECISION)
-            dh_in = tl.dot(dv_f.to(narrow), down_f, dh_in, input_precision=PRECISION)
-            dh_in = tl.dot(dv_g.to(narrow), down_g, dh_in, input_precision=PRECISION)
-            dh_in = tl.dot(dv_o.to(narrow), down_o, dh_in, input_precision=PRECISION)
-        dh, dc = tl.where(live, dh_in, dh), tl.where(live, dc_in, dc)
+        cut = begins & False
         if reset_ptr is not None:
-            if dc_start_ptr is not None:
-                dc_start += tl.where(cut[:, None], dc, 0.0)
-                v_i += tl.where(cut[:, None], dv_i, 0.0)
-                if DOWNS == 4:
-                    v_f += tl.where(cut[:, None], dv_f, 0.0)
-                    v_g += tl.where(cut[:, None], dv_g, 0.0)
-                    v_o += tl.where(cut[:, None], dv_o, 0.0)
-            dh, dc = tl.where(cut[:, None], 0.0, dh), tl.where(cut[:, None], 0.0, dc)
-    tl.store(dh0_ptr + own, dh, mask=inside)
-    tl.store(dc0_ptr + own, dc, mask=inside)
-    if dc_start_ptr is not None:
-        tl.store(dc_start_ptr + own, dc_start, mask=inside)
-        v_at, v_mask = dv_start_ptr + b.to(tl.int64)[:, None] * (DOWNS * R) + k[None, :], (b < B)[:, None] & in_r
-        if DOWNS == 1:
-            tl.store(v_at, v_i, mask=v_mask)
-        else:
-            store_gates(v_at, R, v_i, v_f, v_g, v_o, v_mask)
+            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
+        place, earlier = element(offsets_ptr, t, b, T, B), element(offsets_ptr, before, b, T, B)
+        c_rows, known = state_before(c_ptr, c0_ptr, c_start_ptr, earlier, b, begins, cut, alive, H)
+        dv_i = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+        dv_f, dv_g, dv_o = dv_i, dv_i, dv_i
+        dc_next = ()
+        for chunk in tl.static_range(CHUNKS):
+            n = _units(chunk, BLOCK_H)
+            live = alive[:, None] & (n < H)[None, :]
+            at, at_gates = place[:, None] * H + n[None, :], place[:, None] * (4 * H) + n[None, :]
+            i, f, g, o = load_gates(gates_ptr + at_gates, H, live)
+            c = tl.load(c_ptr + at, mask=live, other=0.0)
+            c_before = tl.load(c_rows[:, None] + n[None, :], mask=known[:, None] & (n < H)[None, :], other=0.0)
+            dm, dc_t = dh[chunk], dc[chunk]
+            if dh_ptr is not None:
+                dm += tl.load(dh_ptr + at, mask=live, other=0.0).to(tl.float32)
+            if dc_ptr is not None:
+                dc_t += tl.load(dc_ptr + at, mask=live, other=0.0)
+            di = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+            df, dg, do = di, di, di
+            if dgates_ptr is not None:
+                di, df, dg, do = load_gates(dgates_ptr + at_gates, H, live)
+            di, df, dg, do, dc_t = cell_backward(dm, dc_t, i, f, g, o, c, c_before, di, df, dg, do, inverse_tau, HARD)
+            di, df = tl.where(live, di, 0.0).to(narrow), tl.where(live, df, 0.0).to(narrow)
+            dg, do = tl.where(live, dg, 0.0).to(narrow), tl.where(live, do, 0.0).to(narrow)
+            store_gates(d_ptr + at_gates, H, di, df, dg, do, live)
+            dv_i = tl.dot(di, up[4 * chunk], dv_i, input_precision=PRECISION)
+            if DOWNS == 1:
+                dv_i = tl.dot(df, up[4 * chunk + 1], dv_i, input_precision=PRECISION)
+                dv_i = tl.dot(dg, up[4 * chunk + 2], dv_i, input_precision=PRECISION)
+                dv_i = tl.dot(do, up[4 * chunk + 3], dv_i, input_precision=PRECISION)
+            else:
+                dv_f = tl.dot(df, up[4 * chunk + 1], dv_f, input_precision=PRECISION)
+                dv_g = tl.dot(dg, up[4 * chunk + 2], dv_g, input_precision=PRECISION)
+                dv_o = tl.dot(do, up[4 * chunk + 3], dv_o, input_precision=PRECISION)
+            if reset_ptr is not None:
+                if dc_start_ptr is not None:
+                    own = b.to(tl.int64)[:, None] * H + n[None, :]
+                    crossing = live & cut[:, None]
+                    sums = dc_t + tl.load(dc_start_ptr + own, mask=crossing, other=0.0)
+                    tl.debug_barrier()  # other threads may have read what is written here
+                    tl.store(dc_start_ptr + own, sums, mask=crossing)
+                dc_t = tl.where(cut[:, None], 0.0, dc_t)
+            dc_next = dc_next + (tl.where(live, dc_t, dc[chunk]),)
+        dc = dc_next
+        dv = (dv_i,) if DOWNS == 1 else (dv_i, dv_f, dv_g, dv_o)
+        for gate in tl.static_range(DOWNS):
+            mask = alive[:, None] & (k < R)[None, :]
+            tl.store(dv_ptr + place[:, None] * (DOWNS * R) + gate * R + k[None, :], dv[gate], mask=mask)
+            if dv_start_ptr is not None:
+                own = dv_start_ptr + b.to(tl.int64)[:, None] * (DOWNS * R) + gate * R + k[None, :]
+                crossing = mask & cut[:, None]
+                sums = dv[gate] + tl.load(own, mask=crossing, other=0.0)
+                tl.debug_barrier()  # as above
+                tl.store(own, sums, mask=crossing)
+        dh_next = ()
+        for chunk in tl.static_range(CHUNKS):
+            total = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+            for gate in tl.static_range(DOWNS):
+                total = tl.dot(dv[gate].to(narrow), down[chunk * DOWNS + gate], total, input_precision=PRECISION)
+            total = tl.where(alive[:, None], total, dh[chunk])
+            dh_next = dh_next + (tl.where((alive & cut)[:, None], 0.0, total),)
+        dh = dh_next
+        tl.debug_barrier()  # the sums of the start states are read again in the next step
+    _store_chunks(dh0_ptr, b, H, b < B, dh, H, CHUNKS, BLOCK_H)
+    _store_chunks(dc0_ptr, b, H, b < B, dc, H, CHUNKS, BLOCK_H)

@@ -18,6 +18,7 @@ from fastseq_kernels._steps import Grads, Recurrence
 from fastseq_kernels.gemm import layer_product
 from fastseq_kernels.lstm_states import states_before
 
+_STAGED = 8192  # numbers that pass through shared memory beside the factors
 _IN_ONE = 3 << 19  # bytes of factors per step that one program reads faster than two launches take
 
 
@@ -33,17 +34,16 @@ class Plan(NamedTuple):
 
 def plan(H: int, R: int, downs: int, dtype: torch.dtype, device: Target) -> Plan:
     """By the sizes of the model. Products without tensor cores keep their operands in registers, so tiles are small."""
-    block_h, block_r = power_of_two(H, 16), power_of_two(R, 16)
+    block_h, block_r = power_of_two(H, 16, 128), power_of_two(R, 16)
     size = (4 + downs) * dtype.itemsize
-    narrow = dtype == torch.float32
-    if narrow and rnn_precision(dtype) == "ieee":
-        route = "loop" if size * H * R <= _IN_ONE else "steps"
-        return Plan(route, min(block_h, 32), 16, 4, 1)
-    factors, staged = size * block_h * block_r, 2 * BLOCK_B * (block_h + block_r) * dtype.itemsize
-    if block_h <= 512 and factors + staged <= device.shared:
-        return Plan("resident", block_h, block_r, max(4, min(16, block_h // 32)), 1)
     route = "loop" if size * H * R <= _IN_ONE else "steps"
-    return Plan(route, min(block_h, 64 if narrow else 128), min(block_r, 32 if narrow else 64), 8, 2)
+    wide = dtype == torch.float32
+    if wide and rnn_precision(dtype) == "ieee":
+        return Plan(route, min(block_h, 32), 16, 4, 1)
+    factors, staged = size * cdiv(H, block_h) * block_h * block_r, _STAGED * dtype.itemsize
+    if H <= 512 and factors + staged <= device.shared:
+        return Plan("resident", block_h, block_r, 4 if block_h < 128 else 8, 1)
+    return Plan(route, min(block_h, 64 if wide else 128), min(block_r, 32 if wide else 64), 8, 2)
 
 
 class _Call(NamedTuple):
@@ -82,6 +82,10 @@ class _Call(NamedTuple):
         )
 
     @property
+    def chunks(self) -> int:
+        return cdiv(self.base.H, self.at.block_h)
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """Blocks of units, and of ranks."""
         return cdiv(self.base.H, self.at.block_h), self.downs * cdiv(self.up.shape[2], self.at.block_r)
@@ -101,7 +105,7 @@ def lstm_lowrank_forward(
     starts = (base.h_start, base.c_start)
     if call.at.route == "resident":
         states = (h0, c0, *base.places, *starts)
-        call.run(_lowrank_resident.forward_kernel, 1, out.x, up, down, *states, *out[1:])
+        call.run(_lowrank_resident.forward_kernel, 1, out.x, up, down, *states, *out[1:], CHUNKS=call.chunks)
         return out.results()
     T, v = base.rows.T, x_gates.new_empty(base.rows.B, down.shape[0] * down.shape[1])
     given = (out.x, up, down, v, h0, *base.places, *starts, *out[1:])
@@ -127,7 +131,7 @@ def lstm_lowrank_backward(*args: Any) -> tuple[Tensor, ...]:
     starts = tuple(c0.new_zeros(base.rows.B, n) if start else None for n in (dv.shape[-1], base.H))
     given, out = (gates, c, up, down, c0, *base.places, base.c_start), (d, dv, dh0, dc0, *starts)
     if call.at.route == "resident":
-        call.run(_lowrank_resident.backward_kernel, 1, *grads, *given, *out)
+        call.run(_lowrank_resident.backward_kernel, 1, *grads, *given, *out, CHUNKS=call.chunks)
     else:
         dc0.zero_() if grads.c_n is None else dc0.copy_(grads.c_n)
         _backward_loop(call, (*grads[:4], *given, *out))
@@ -149,7 +153,8 @@ def _backward_loop(call: _Call, given: tuple[Any, ...]) -> None:
 def _factor_gradients(call: _Call, d: Tensor, dv: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """dup = d.T @ v with v = down @ h of the step before, and ddown = dv.T @ h, over all elements."""
     (downs, R, H), dup, ddown = call.down.shape, torch.zeros_like(call.up), torch.zeros_like(call.down)
-    d, dv = d.reshape(-1, 4 * H), dv.reshape(-1, downs * R)
+    N = h.shape[:-1].numel()
+    d, dv = d.reshape(N, 4 * H), dv.reshape(N, downs * R)
     for part in states_before(call.base, h):
         these = slice(part.first, part.first + part.states.shape[0])
         v = layer_product(part.states, call.down.reshape(downs * R, H), None, False, True)
@@ -157,7 +162,7 @@ def _factor_gradients(call: _Call, d: Tensor, dv: Tensor, h: Tensor) -> tuple[Te
         for g in range(downs):
             some = d[these, g * H : (g + 1) * H] if downs == 4 else d[these]
             one = layer_product(some, v[:, g * R : (g + 1) * R], None, True, False)
-            dup[g * 4 // downs : (g + 1) * 4 // downs] += one.view(-1, H, R)
+            dup[g * 4 // downs : (g + 1) * 4 // downs] += one.view(4 // downs, H, R)
     return dup, ddown
 
 
