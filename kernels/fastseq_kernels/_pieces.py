@@ -37,8 +37,7 @@ from fastseq_kernels._launch import cdiv, launch
 
 MOST_D = 8192  # longer sums of squares are too inexact for the bound
 LANES = 16  # classes of codes
-BLOCK_N, BLOCK_K = 128, 128  # rows and codes of a tile of the screen
-_GROUPS = BLOCK_K // LANES
+BLOCK_N = 128  # rows of a tile of the screen
 _NEVER = 2.0**126  # the score of codes that are not finite
 _SLACK = 1.0  # what the bound is multiplied by; a test divides it to see wrong codes
 
@@ -214,13 +213,14 @@ class Codes(NamedTuple):
     most: Tensor  # float32 [G, 5]
     centre: Tensor | None
     products: int
+    groups: int  # of LANES codes in a tile
 
 
-def split_codes(codebook: Tensor, starts: Tensor, dot: bool, x: Tensor, width: int) -> Codes:
-    """All codes for rows of x's dtype, in pieces of ``width`` columns."""
+def split_codes(codebook: Tensor, starts: Tensor, dot: bool, x: Tensor, width: int, block_k: int) -> Codes:
+    """All codes for rows of x's dtype, in pieces of ``width`` columns and tiles of ``block_k``."""
     G, K, D = codebook.shape
     products, dtype = products_of(x, codebook)
-    codes, pieces = cdiv(K, BLOCK_K) * BLOCK_K, pieces_of(products)[1]
+    codes, pieces = cdiv(K, block_k) * block_k, pieces_of(products)[1]
     centre = _centre(codebook, starts) if products == 3 else None
     found = torch.empty(G, pieces, codes, width, dtype=dtype, device=x.device)
     h = torch.empty(G, codes, dtype=torch.float32, device=x.device)
@@ -236,7 +236,7 @@ def split_codes(codebook: Tensor, starts: Tensor, dot: bool, x: Tensor, width: i
         BLOCK_D=32,
         num_warps=4,
     )
-    return Codes(found, h, lengths.amax(-1), centre, products)
+    return Codes(found, h, lengths.amax(-1), centre, products, block_k // LANES)
 
 
 def split_rows(x: Tensor, codes: Codes, dot: bool, first: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -254,7 +254,7 @@ def split_rows(x: Tensor, codes: Codes, dot: bool, first: int, rows: int) -> tup
         PIECES=pieces,
         EXACT=codes.products < 3,
         DOT=dot,
-        GROUPS=_GROUPS,
+        GROUPS=codes.groups,
         BLOCK_N=32,
         BLOCK_D=32,
         num_warps=4,

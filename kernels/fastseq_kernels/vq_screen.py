@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fastseq_kernels._launch import Target, cdiv, launch, power_of_two, target
 from fastseq_kernels._pieces import (
-    BLOCK_K,
     BLOCK_N,
     LANES,
     MOST,
@@ -53,6 +52,7 @@ class Lookup(NamedTuple):
 class Tiles(NamedTuple):
     """What one program of the screen holds."""
 
+    block_k: int  # codes
     block_d: int  # columns that are multiplied together
     whole: bool  # all columns of the rows stay on the chip
     num_stages: int
@@ -240,22 +240,27 @@ def _resolve_kernel(
 
 
 def tiles_for(D: int, products: int, chip: Target) -> Tiles:
-    """Columns per step, by what fits on the chip: rows stay there where two tiles of codes have room beside them."""
-    column = 2 * BLOCK_N  # bytes of one column of one piece; tiles of codes are as large
+    """What fits on the chip. Rows stay there, where two tiles of codes have room beside them.
+
+    Buffers of what is loaded: one per stage where the tensor core reads shared memory (sm_90), one more on sm_100, one
+    less where it reads registers. On sm_90 a tile of 128 x 256 still is without spills, and needs fewer bytes for a
+    product; 128 x 128 lets two programs share a multiprocessor where D is short, so that one multiplies while the
+    other looks for minima. Found by compiling, not by timing.
+    """
     row_pieces, code_pieces = pieces_of(products)
-    width = power_of_two(D, least=32)
-    room = chip.shared - 4096
-    wide = min(width, 64)
-    if width - D < width // 4:
-        resident = width * row_pieces * column
-        stages = (room - resident) // (width * code_pieces * column)
-        registers = width * row_pieces // 4  # 32-bit ones of each thread, where rows are an operand in registers
-        if stages >= 2 and (chip.capability in (90, 100) or registers <= 32):
-            return Tiles(width, True, min(stages, 4))
-    for block, least in ((wide, 3), (32, 2)):
-        stages = room // (block * (row_pieces + code_pieces) * column)
-        if stages >= least:
-            return Tiles(block, False, min(stages, 4))
+    more = {90: 0, 100: 1}.get(chip.capability, -1)
+    room, width = chip.shared - 4096, power_of_two(D, least=32)
+    resident = 2 * BLOCK_N * width * row_pieces
+    stages = (room - resident) // (2 * 128 * width * code_pieces) - more
+    short = width - D < width // 4 and stages >= 2 + (more < 0)
+    if short and (chip.capability == 90 or (more < 0 and width * row_pieces <= 128)):  # 32 registers of rows
+        return Tiles(128, width, True, min(stages, 4))
+    block_k = 256 if chip.capability == 90 else 128
+    most_d = 32 if more < 0 and products == 3 else 64  # longer ones spill registers
+    for block_d in (min(width, most_d), 32):
+        stages = room // (2 * block_d * (BLOCK_N * row_pieces + block_k * code_pieces)) - more
+        if stages >= 2 + (more < 0):
+            return Tiles(block_k, block_d, False, min(stages, 4))
     raise AssertionError(f"no tile for {chip}")
 
 
@@ -265,7 +270,7 @@ def screened(call: Lookup) -> Iterator[Screened]:
     products, _ = products_of(call.x, call.codebook)
     tiles = tiles_for(D, products, target(call.x.device))
     width = cdiv(D, tiles.block_d) * tiles.block_d
-    codes = split_codes(call.codebook, call.starts, call.dot, call.x, width)
+    codes = split_codes(call.codebook, call.starts, call.dot, call.x, width, tiles.block_k)
     room = _PIECES // (2 * width * pieces_of(products)[0] * G * BLOCK_N)
     most = min(max(1, room) * BLOCK_N, _MOST_ROWS)
     for first in range(0, N, most):
@@ -277,7 +282,7 @@ def _screen_rows(call: Lookup, codes: Codes, tiles: Tiles, first: int, rows: int
     device = call.x.device
     pieces, bound = split_rows(call.x, codes, call.dot, first, rows)
     padded, width = pieces.shape[2:]
-    along = cdiv(K, BLOCK_K)
+    along = cdiv(K, tiles.block_k)
     splits = min(along, max(1, target(device).multiprocessors // (padded // BLOCK_N * G)))
     span = cdiv(along, splits)
     splits = cdiv(along, span)
@@ -288,13 +293,13 @@ def _screen_rows(call: Lookup, codes: Codes, tiles: Tiles, first: int, rows: int
         _screen_kernel,
         (padded // BLOCK_N, splits, G),
         *(pieces, codes.pieces, codes.h, least, place, second),
-        *(padded, along * BLOCK_K, width, width // tiles.block_d, span),
+        *(padded, along * tiles.block_k, width, width // tiles.block_d, span),
         ROW_PIECES=pieces.shape[1],
         CODE_PIECES=codes.pieces.shape[1],
         WHOLE=tiles.whole,
         LANES=LANES,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=tiles.block_k,
         BLOCK_D=tiles.block_d,
         num_warps=8,
         num_stages=tiles.num_stages,
