@@ -7,7 +7,6 @@ python -m tests.kernels.budget --check    compile every kernel for every target 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import sys
@@ -37,13 +36,6 @@ def modules() -> list[str]:
     return [m for m in _sources.modules() if m in CALLS]
 
 
-def source(module: str) -> str:
-    """Hash of all that decides the module's rows: kernels and the calls that launch them."""
-    calls = sorted(Path(__file__).parent.glob("*call*.py"))
-    text = b"".join(path.read_bytes() for path in calls)
-    return hashlib.sha256(_sources.source_hash(module).encode() + text).hexdigest()[:16]
-
-
 def exceeded(budget: dict[str, Any], job: Job, found: Measured) -> list[str]:
     """What is over the job's row, with the row's name; the faults that no budget allows come first."""
     wrong = faults(job, found)
@@ -70,9 +62,9 @@ def misnamed(budget: dict[str, Any], todo: Iterable[Job], of: Iterable[str]) -> 
     ]
 
 
-def changed(budget: dict[str, Any]) -> list[str]:
-    """Modules whose source is not the one that the rows were measured on."""
-    return [m for m in modules() if budget["sources"].get(m) != source(m)]
+def changed(budget: dict[str, Any], todo: Iterable[Job]) -> list[Job]:
+    """The binaries that are not those whose rows were measured: the kernel, its types or its constants differ."""
+    return [job for job in todo if budget["rows"].get(job.row, {}).get("source") != job.specialised.key]
 
 
 def why_not_comparable(budget: dict[str, Any]) -> str | None:
@@ -83,20 +75,18 @@ def why_not_comparable(budget: dict[str, Any]) -> str | None:
 
 def write(only: list[str]) -> int:
     """Compile what is not known, and write the rows of all that have no fault; rows of other modules stay."""
-    before = load() if FILE.exists() else {"sources": {}, "rows": {}}
+    before = load()["rows"] if FILE.exists() else {}
     measured = measure_all(jobs(only, TARGETS))
-    wrong = {job: faults(job, found) for job, found in measured.items()}
-    faulty = {job.module for job in wrong if wrong[job]}
-    rows = {row: values for row, values in before["rows"].items() if row.split("/")[0] not in only}
-    rows |= {job.row: {n: getattr(found, n) for n in ROW} for job, found in measured.items() if not wrong[job]}
-    sources = {m: h for m, h in before["sources"].items() if m not in only}
-    sources |= {m: source(m) for m in only if m not in faulty}
-    version = importlib.metadata.version("triton")
-    head = json.dumps({"triton": version, "sources": dict(sorted(sources.items()))}, indent=2).removesuffix("\n}")
+    wrong = [line for job, found in measured.items() for line in faults(job, found)]
+    rows = {row: values for row, values in before.items() if row.split("/")[0] not in only}
+    for job, found in measured.items():
+        if not faults(job, found):
+            rows[job.row] = {**{name: getattr(found, name) for name in ROW}, "source": job.specialised.key}
     lines = ",\n".join(f"    {json.dumps(row)}: {json.dumps(rows[row])}" for row in sorted(rows))
-    FILE.write_text(f'{head},\n  "rows": {{\n{lines}\n  }}\n}}\n')
-    print("\n".join([*(line for lines in wrong.values() for line in lines), f"{FILE}: {len(rows)} rows"]))
-    return bool(faulty)
+    version = json.dumps(importlib.metadata.version("triton"))
+    FILE.write_text(f'{{\n  "triton": {version},\n  "rows": {{\n{lines}\n  }}\n}}\n')
+    print("\n".join([*wrong, f"{FILE}: {len(rows)} rows"]))
+    return bool(wrong)
 
 
 def check() -> int:

@@ -53,14 +53,18 @@ class Specialised(NamedTuple):
     source: ASTSource
     options: dict[str, Any]
     target: GPUTarget
-    constexprs: dict[str, Any]  # by name, for people
 
     @property
     def key(self) -> str:
-        """Content hash of everything that decides the binary, this file included."""
-        triton_version = importlib.metadata.version("triton")
-        told = (self.source.hash(), sorted(self.options.items()), self.target, triton_version)
-        return hashlib.sha256(repr(told).encode() + Path(__file__).read_bytes()).hexdigest()[:24]
+        """Content hash of everything that decides the binary, but for triton's version."""
+        told = (self.source.hash(), sorted(self.options.items()), self.target)
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+    @property
+    def file(self) -> Path:
+        """Where what was measured is kept: for this triton and this file."""
+        tool = importlib.metadata.version("triton").encode() + Path(__file__).read_bytes()
+        return CACHE / f"{self.key}-{hashlib.sha256(tool).hexdigest()[:8]}.json"
 
 
 class Measured(NamedTuple):
@@ -84,6 +88,14 @@ class Job(NamedTuple):
     place: int  # which launch of the call
     capability: int
     row: str  # its name in the budget
+
+    @property
+    def launch(self) -> _launch.Launch:
+        return launches(self.module, self.call, self.capability)[self.place]
+
+    @property
+    def specialised(self) -> Specialised:
+        return specialised(self.module, self.call, self.capability, self.place)
 
 
 @functools.cache
@@ -111,7 +123,12 @@ def specialise(launch: _launch.Launch, capability: int) -> Specialised:
     bound, specialization, rest = binder(*args, **given)
     parsed, signature, constexprs, attrs = kernel._pack_args(backend, given, bound, specialization, rest)
     source = ASTSource(kernel, signature, constexprs, attrs)
-    return Specialised(source, parsed.__dict__, target, launch.constexprs)
+    return Specialised(source, parsed.__dict__, target)
+
+
+@functools.cache
+def specialised(module: str, call: str, capability: int, place: int) -> Specialised:
+    return specialise(launches(module, call, capability)[place], capability)
 
 
 @contextlib.contextmanager
@@ -165,7 +182,7 @@ def _read(cubin: bytes) -> dict[str, int]:
 
 def measure(specialised: Specialised) -> Measured:
     """Compile, or take what was found for the same content before."""
-    known = CACHE / f"{specialised.key}.json"
+    known = specialised.file
     if known.exists():
         return Measured(**json.loads(known.read_text()))
     with _listening() as said, triton.knobs.compilation.scope(), triton.knobs.nvidia.scope():
@@ -190,7 +207,7 @@ def jobs(modules: Iterable[str], capabilities: Iterable[int]) -> list[Job]:
             for call in written(module):
                 names: Counter[str] = Counter()
                 for place, launch in enumerate(launches(module, call.name, capability)):
-                    key = (module, specialise(launch, capability).key)
+                    key = (module, specialised(module, call.name, capability, place).key)
                     if key not in found:
                         name = launch.kernel.__name__
                         names[name] += 1
@@ -201,24 +218,19 @@ def jobs(modules: Iterable[str], capabilities: Iterable[int]) -> list[Job]:
 
 
 def measure_job(job: Job) -> Measured:
-    launch = launches(job.module, job.call, job.capability)[job.place]
     try:
-        return measure(specialise(launch, job.capability))
+        return measure(job.specialised)
     except Exception as error:
         raise RuntimeError(f"{job.row} does not compile: {error}") from error
 
 
 def measure_all(todo: list[Job], processes: int = PROCESSES) -> dict[Job, Measured]:
     """Compile what is not known yet, in a few processes."""
-    new = [j for j in todo if not (CACHE / f"{_key(j)}.json").exists()]
+    new = [job for job in todo if not job.specialised.file.exists()]
     if len(new) > 3 and processes > 1:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             list(pool.map(measure_job, new))
     return {job: measure_job(job) for job in todo}
-
-
-def _key(job: Job) -> str:
-    return specialise(launches(job.module, job.call, job.capability)[job.place], job.capability).key
 
 
 def faults(job: Job, found: Measured) -> list[str]:
@@ -238,8 +250,8 @@ def table(measured: dict[Job, Measured]) -> Iterator[str]:
     yield f"{'row':<72} regs stack spills shared matrix  code"
     for job, m in measured.items():
         numbers = f"{m.registers:4} {m.stack:5} {m.spills:6} {m.shared:6} {m.matrix:6} {m.instructions:5}"
-        constants = launches(job.module, job.call, job.capability)[job.place].constexprs
-        yield f"{job.row:<72} {numbers}  {' '.join(f'{k}={v}' for k, v in constants.items())}"
+        constants = " ".join(f"{name}={value}" for name, value in job.launch.constexprs.items())
+        yield f"{job.row:<72} {numbers}  {constants} warps={job.launch.num_warps}"
 
 
 def main() -> int:
