@@ -31,6 +31,11 @@ library.define(
 )
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What distances, scores, counts and sums have where x has this dtype: float32 for one of 16 bits."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
 @fake("vq_nearest")
 def _(
     x: Tensor,
@@ -46,8 +51,8 @@ def _(
     size = (x.shape[0], x.shape[1], best)
     return (
         x.new_empty(size, dtype=INDEX_BITS[bits]),
-        x.new_empty(size if distance else 0),
-        x.new_empty(size if score else 0),
+        x.new_empty(size if distance else 0, dtype=wide(x.dtype)),
+        x.new_empty(size if score else 0, dtype=wide(x.dtype)),
     )
 
 
@@ -58,22 +63,26 @@ def _(x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, sums: bool) -
     return (
         x.new_empty(G, N, D),
         x.new_empty(G, N, dtype=torch.int64),
-        x.new_empty(G, N),
-        x.new_empty((G, K) if sums else 0),
-        x.new_empty((G, K, D) if sums else 0),
+        x.new_empty(G, N, dtype=wide(x.dtype)),
+        x.new_empty((G, K) if sums else 0, dtype=wide(x.dtype)),
+        x.new_empty((G, K, D) if sums else 0, dtype=wide(x.dtype)),
     )
 
 
 @fake("vq_sums")
 def _(x: Tensor, index: Tensor, K: int) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape[0], K), x.new_empty(x.shape[0], K, x.shape[2])
+    G, dtype = x.shape[0], wide(x.dtype)
+    return x.new_empty(G, K, dtype=dtype), x.new_empty(G, K, x.shape[2], dtype=dtype)
 
 
 @fake("vq_backward")
 def _(*args: Any) -> tuple[Tensor, ...]:
     x, K, (need_x, need_codebook) = args[3], args[6], args[8:]
     G, N, D = x.shape
-    return x.new_empty((G, N, D) if need_x else 0), x.new_empty((G, K, D) if need_codebook else 0)
+    return (
+        x.new_empty((G, N, D) if need_x else 0),
+        x.new_empty((G, K, D) if need_codebook else 0, dtype=wide(x.dtype)),
+    )
 
 
 def _nearest_reference(
@@ -87,6 +96,7 @@ def _nearest_reference(
     score: bool,
     screen: int,
 ) -> tuple[Tensor, ...]:
+    x, codebook = x.to(wide(x.dtype)), codebook.to(wide(x.dtype))
     index = reference.vq_nearest(x, codebook, mask, dot, best)
     codes = reference.vq_gather(codebook, index.flatten(1)).view(*index.shape, codebook.shape[2])
     apart = scores = x.new_empty(0)
@@ -101,23 +111,30 @@ def _nearest_reference(
 
 
 def _quantize_reference(x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, sums: bool) -> tuple[Tensor, ...]:
-    codes, index, distance = reference.vq_quantize(x, codebook, mask, dot)
-    none = x.new_empty(0)
-    found = reference.vq_sums(x, index, codebook.shape[1]) if sums else (none, none.clone())
-    return codes, index, distance, *found
+    rows = x.to(wide(x.dtype))
+    codes, index, distance = reference.vq_quantize(rows, codebook.to(rows.dtype), mask, dot)
+    none = rows.new_empty(0)
+    found = reference.vq_sums(rows, index, codebook.shape[1]) if sums else (none, none.clone())
+    return codes.to(x.dtype), index, distance, *found
+
+
+def _sums_reference(x: Tensor, index: Tensor, K: int) -> tuple[Tensor, ...]:
+    return reference.vq_sums(x.to(wide(x.dtype)), index, K)
 
 
 def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
     need_x, need_codebook = args[8:]
-    given: Any = (*args[:7], GRADIENTS[args[7]])
+    x = args[3]
+    tensors = [a.to(wide(x.dtype)) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args[:7]]
+    given: Any = (*tensors, GRADIENTS[args[7]])
     dx, dcodebook = reference.vq_backward(*given)
-    return dx if need_x else dx.new_empty(0), dcodebook if need_codebook else dx.new_empty(0)
+    return dx.to(x.dtype) if need_x else x.new_empty(0), dcodebook if need_codebook else dcodebook.new_empty(0)
 
 
 BACKENDS = {
     "vq_nearest": backends("vq_nearest", _nearest_reference, "vq_nearest"),
     "vq_quantize": backends("vq_quantize", _quantize_reference, "vq_quantize"),
-    "vq_sums": backends("vq_sums", reference.vq_sums, "vq_sums"),
+    "vq_sums": backends("vq_sums", _sums_reference, "vq_sums"),
     "vq_backward": backends("vq_backward", _backward_reference, "vq_backward"),
 }
 for _op in BACKENDS:

@@ -7,9 +7,9 @@ lo. t is what the tensor core finds for s'. Then t differs from s, but for what 
 
     e = |x'-X| |c'| + |X| |c'-C|            rounding to pieces (Cauchy and Schwarz); x' is rounded too, by u |x'|
       + |lo of X| |lo of C|                  the product that is left out
-      + P D 2^-22 A B                        sums: each of P*D products loses at most 2^-23 of the largest sum, by
-                                             truncation, and that is taken twice; sums stay below A B, the product of
-                                             |hi| + |lo| of the row and of the code
+      + P D 2^-22 (|h| + A B)                sums: each of P*D products loses at most 2^-23 of the largest sum, by
+                                             truncation, and that is taken twice; sums stay below |h| + A B, for they
+                                             may begin with h, and A and B are |hi| + |lo| of the row and of the code
       + (GROUPS + 4) 2^-23 (|h| + A B)       rounding h, adding it, places in the lowest bits, and the comparison
       + (D + 2) u (c*c/2 + |x| |c|) 1.002    the definition's own chain, of x and c as they are (with dot: no c*c/2)
       + 2^-109                               numbers below the least normal one, which may count as zero
@@ -180,7 +180,7 @@ def _rows_kernel(
     chain = row * code if DOT else row * code + 0.5 * code * code
     dimensions = tl.cast(D, tl.float32)
     e = left * code_moved + within * code_left + lo * code_lo
-    e += PRODUCTS * dimensions * 2.0**-22 * sums + (GROUPS + 4) * 2.0**-23 * (h + sums)
+    e += (PRODUCTS * dimensions * 2.0**-22 + (GROUPS + 4) * 2.0**-23) * (h + sums)
     e += (dimensions + 2.0) * 2.0**-24 * chain * 1.002 + 2.0**-109
     holds = h + sums + chain < MOST  # not where it is NaN
     tl.store(width_ptr + g * padded + i, tl.where(holds, 2 * e * _MORE * slack, float("inf")))
