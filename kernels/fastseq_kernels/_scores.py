@@ -81,7 +81,7 @@ def turned_codes(codebook: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
 def best_code(
     row_ptrs,  # [BLOCK_N] the first column of each row
     row_step,  # from a column to the next, in elements
-    alive,  # bool [BLOCK_N] the rows that may be read
+    alive,  # bool [BLOCK_N] the rows that may be read, or None: all
     turned_ptr,  # float32, column d of code k at k + d * code_step; of ``turned_codes``
     code_step,
     starts_ptr,  # float32 [K] of ``turned_codes``
@@ -96,8 +96,8 @@ def best_code(
     """The smallest score of codes first..last-1 for each row, and the lowest code that has it.
 
     Scores that are NaN count as +inf. Where all are +inf the code is 0, whatever ``first`` is; so sweeps over parts in
-    ascending order are merged by taking the later one where its score is less. A row that is not finite is the
-    caller's business: the definition gives it code 0.
+    ascending order are merged by taking the later one where its score is less. What rows get that are not alive means
+    nothing. A row that is not finite is the caller's business: the definition gives it code 0.
 
     Threads lie side by side as LANES_N rows and LANES_K codes, LANES_N * LANES_K = 32 * num_warps, and each holds
     BLOCK_N / LANES_N times BLOCK_K / LANES_K. BLOCK_N and BLOCK_K must be less than the number of threads: for
@@ -107,24 +107,25 @@ def best_code(
     HELD_K: tl.constexpr = BLOCK_K // LANES_K
     TILE: tl.constexpr = [HELD_N, HELD_K, LANES_N, LANES_K]  # the last dimensions are what triton gives to threads
     row_ptrs = tl.reshape(row_ptrs, [HELD_N, 1, LANES_N, 1])
-    alive = tl.reshape(alive, [HELD_N, 1, LANES_N, 1])
+    if alive is not None:
+        alive = tl.reshape(alive, [HELD_N, 1, LANES_N, 1])
     lanes = tl.reshape(tl.arange(0, BLOCK_K), [1, HELD_K, 1, LANES_K])
-    # Each place of the tile keeps its own best, and they are compared once at the end.
-    best = tl.full(TILE, float("inf"), tl.float32)
-    place = tl.zeros(TILE, tl.int32)
+    # Each thread keeps one best for each of its rows, and threads are compared once at the end.
+    best = tl.full([HELD_N, LANES_N, LANES_K], float("inf"), tl.float32)
+    place = tl.zeros([HELD_N, LANES_N, LANES_K], tl.int32)
     for k0 in range(first, last, BLOCK_K):
         k = k0 + lanes
-        inside = k < last
-        code_ptrs = turned_ptr + k
-        score = tl.broadcast_to(tl.load(starts_ptr + k, mask=inside, other=float("inf")), TILE)
+        # Beyond the end the last code is read again, which costs no masks; a start of +inf keeps it from being taken.
+        code_ptrs = turned_ptr + tl.minimum(k, last - 1)
+        score = tl.broadcast_to(tl.load(starts_ptr + k, mask=k < last, other=float("inf")), TILE)
         for d in tl.range(0, D, loop_unroll_factor=4):
-            x = tl.load(row_ptrs + tl.cast(d, tl.int64) * row_step, mask=alive, other=0.0).to(tl.float32)
-            c = tl.load(code_ptrs + tl.cast(d, tl.int64) * code_step, mask=inside, other=0.0)
+            x = tl.load(row_ptrs + tl.cast(d, tl.int64) * row_step, mask=alive).to(tl.float32)
+            c = tl.load(code_ptrs + tl.cast(d, tl.int64) * code_step)
             score = tl.fma(tl.broadcast_to(x, TILE), tl.broadcast_to(c, TILE), score)
-        less = score < best  # never where it is NaN; the earlier code stays among equals
-        best = tl.where(less, score, best)
-        place = tl.where(less, tl.broadcast_to(k, TILE), place)
-    least = tl.min(tl.min(best, axis=3), axis=1)
-    places = tl.where(best == tl.reshape(least, [HELD_N, 1, LANES_N, 1]), place, 2147483647)
-    index = tl.min(tl.min(places, axis=3), axis=1)
+        least = tl.min(score, axis=1)  # within each thread; passes over NaN
+        k = tl.min(tl.where(score == tl.reshape(least, [HELD_N, 1, LANES_N, LANES_K]), k, 2147483647), axis=1)
+        less = least < best  # never where all were NaN; the earlier code stays among equals
+        best, place = tl.where(less, least, best), tl.where(less, k, place)
+    least = tl.min(best, axis=2)
+    index = tl.min(tl.where(best == least[:, :, None], place, 2147483647), axis=2)
     return tl.reshape(least, [BLOCK_N]), tl.reshape(index, [BLOCK_N])

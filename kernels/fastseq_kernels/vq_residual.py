@@ -79,7 +79,7 @@ def _levels_kernel(
     offsets_ptr,  # int64 [M + 1] where the codes of each level begin
     mask_ptr,  # bool [N] or None
     levels_ptr,  # int64 [N] or None
-    rest_ptr,  # float32 scratch: [M, N, D], the rows before each level, or [programs, 2, BLOCK_N, D]
+    rest_ptr,  # float32 scratch: [M, N, D], the rows before each level, and a tile; or [programs, 2, BLOCK_N, D]
     quantized_ptr,  # [N, D] out
     index_ptr,  # int64 [N, M] out
     distance_ptr,  # float32 [M, N] out
@@ -94,21 +94,22 @@ def _levels_kernel(
     LANES_N: tl.constexpr,
     LANES_K: tl.constexpr,
 ):
+    row = tl.arange(0, BLOCK_N)  # within the tile; what is the same for all rows of it stays out of the vectors
     for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
-        n = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = n < N
-        depth = tl.zeros([BLOCK_N], tl.int64) + M  # levels that each row uses
+        first_row = tl.cast(tile, tl.int64) * BLOCK_N
+        inside = row < N - first_row
+        depth = tl.zeros([BLOCK_N], tl.int32) + M  # levels that each row uses
         if levels_ptr is not None:
-            depth = tl.minimum(tl.load(levels_ptr + n, mask=inside, other=0), depth)
+            depth = tl.minimum(tl.load(levels_ptr + first_row + row, mask=inside, other=0), M).to(tl.int32)
         if mask_ptr is not None:
-            depth = tl.where(tl.load(mask_ptr + n, mask=inside, other=0) != 0, depth, 0)
+            depth = tl.where(tl.load(mask_ptr + first_row + row, mask=inside, other=0) != 0, depth, 0)
         depth = tl.where(inside, depth, 0)
 
-        rest_ptrs, other_ptrs = rest_ptr + n * D, rest_ptr + n * D
+        at = first_row
         if keys_ptr is None:
-            slot = tl.cast(tl.program_id(0), tl.int64) * 2 * BLOCK_N + tl.arange(0, BLOCK_N)
-            rest_ptrs, other_ptrs = rest_ptr + slot * D, rest_ptr + (slot + BLOCK_N) * D
-        wild = _enter(x_ptr + n * D, rest_ptrs, depth > 0, D, BLOCK_N, BLOCK_D)
+            at = tl.cast(tl.program_id(0), tl.int64) * 2 * BLOCK_N
+        rest, other = rest_ptr + at * D, rest_ptr + (at + BLOCK_N) * D
+        wild = _enter(x_ptr + first_row * D + row * D, rest + row * D, depth > 0, D, BLOCK_N, BLOCK_D)
         for m in range(0, M):
             # The sweep and the subtraction read what other threads of this program wrote.
             tl.debug_barrier()
@@ -116,22 +117,26 @@ def _levels_kernel(
             first = tl.load(offsets_ptr + m)
             K = (tl.load(offsets_ptr + m + 1) - first).to(tl.int32)
             index = tl.zeros([BLOCK_N], tl.int32)
+            # Rows that are not used are swept all the same: their scratch is there, and masks would cost a fifth.
             if tl.max(used.to(tl.int32), axis=0) > 0:
                 turned, starts = turned_ptr + first, starts_ptr + first
-                sizes: tl.constexpr = [BLOCK_N, BLOCK_K, LANES_N, LANES_K]
-                _, index = best_code(rest_ptrs, 1, used, turned, codes, starts, 0, K, D, *sizes)
+                _, index = best_code(
+                    rest + row * D, 1, None, turned, codes, starts, 0, K, D, BLOCK_N, BLOCK_K, LANES_N, LANES_K
+                )
             index = tl.where(wild == 0, index, 0)  # such a row takes code 0
+            place = tl.cast(m, tl.int64) * N + first_row
             if keys_ptr is not None:
-                tl.store(keys_ptr + tl.cast(m, tl.int64) * N + n, tl.where(used, first + index, codes), mask=inside)
-                other_ptrs = rest_ptrs + tl.cast(N, tl.int64) * D
-            tl.store(index_ptr + n * M + m, tl.where(used, index, -1).to(tl.int64), mask=inside)
+                tl.store(keys_ptr + place + row, tl.where(used, first + index, codes), mask=inside)
+                other = rest + tl.cast(N, tl.int64) * D
+            tl.store(index_ptr + first_row * M + m + row * M, tl.where(used, index, -1).to(tl.int64), mask=inside)
             code_ptrs = codes_ptr + (first + index) * D
-            apart, wild = _subtract(rest_ptrs, other_ptrs, code_ptrs, used, m + 1 < M, D, BLOCK_N, BLOCK_D)
-            tl.store(distance_ptr + tl.cast(m, tl.int64) * N + n, apart, mask=inside)
-            rest_ptrs, other_ptrs = other_ptrs, rest_ptrs
+            kept = m + 1 < M
+            apart, wild = _subtract(rest + row * D, other + row * D, code_ptrs, used, kept, D, BLOCK_N, BLOCK_D)
+            tl.store(distance_ptr + place + row, apart, mask=inside)
+            rest, other = other, rest
         tl.debug_barrier()  # index is read back by other threads than wrote it; the scratch is free again
-        index_ptrs = index_ptr + n * M
-        _add_up(index_ptrs, codes_ptr, offsets_ptr, quantized_ptr + n * D, inside, M, D, BLOCK_N, BLOCK_D)
+        index_ptrs, out_ptrs = index_ptr + first_row * M + row * M, quantized_ptr + first_row * D + row * D
+        _add_up(index_ptrs, codes_ptr, offsets_ptr, out_ptrs, inside, M, D, BLOCK_N, BLOCK_D)
 
 
 def _offsets(sizes: Sequence[int], device: torch.device) -> Tensor:
@@ -157,8 +162,8 @@ def vq_residual(
     starts, turned = turned_codes(copies)
     codes, tiles = copies.shape[0], _tiles(D)
     programs = min(cdiv(N, tiles["BLOCK_N"]), _PROGRAMS * target(device).multiprocessors)
-    rest_shape = (M, N, D) if sums else (programs, 2, tiles["BLOCK_N"], D)
-    rest = torch.empty(rest_shape, dtype=torch.float32, device=device)
+    rest_rows = M * N + tiles["BLOCK_N"] if sums else programs * 2 * tiles["BLOCK_N"]  # the last tile reads beyond N
+    rest = torch.empty(rest_rows, D, dtype=torch.float32, device=device)
     keys = empty_keys(M * N, codes, device) if sums else None
     quantized = torch.empty_like(x)
     index = torch.empty(N, M, dtype=torch.int64, device=device)
@@ -173,7 +178,7 @@ def vq_residual(
     )
     counts = total = torch.empty(0, dtype=torch.float32, device=device)
     if keys is not None:
-        counts, total = sums_by_key(keys, codes, rest.view(M * N, D))
+        counts, total = sums_by_key(keys, codes, rest[: M * N])
     else:
         total = total.clone()  # no two results may be one tensor
     return quantized, index, distance, counts, total, copies if keep else copies.new_empty(0)
