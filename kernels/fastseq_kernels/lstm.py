@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq_kernels import lstm_states, lstm_step
+from fastseq_kernels import lstm_resident, lstm_states, lstm_step
+from fastseq_kernels._launch import target
 from fastseq_kernels._rows import rows_of
 from fastseq_kernels._steps import Found, Grads, Recurrence
 from fastseq_kernels.gemm import layer_product
@@ -35,6 +36,23 @@ def recurrence(data: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, state: A
     return Recurrence(rows, weight_hh, h0, c0, weight_hr, reset, h_start, c_start, *gate)
 
 
+class Plan(NamedTuple):
+    """Which way a call takes, and why."""
+
+    route: str  # resident, step
+    why: str
+
+
+def plan(call: Recurrence, data: Tensor) -> Plan:
+    """The route of one call; it depends on sizes of the model, the dtype and the device, not on T or B."""
+    if call.weight_hr is not None:
+        return Plan("step", "a launch per step and one for the projection, whose result all units need")
+    reason = lstm_resident.why_not(call.H, data.dtype, target(data.device))
+    if reason is None:
+        return Plan("resident", "one kernel for all steps, which holds weight_hh")
+    return Plan("step", f"a launch per step: {reason}")
+
+
 def noisy(call: Recurrence, x_gates: Tensor, noise: Noise, ours: bool) -> tuple[Tensor, bool]:
     """x_gates with noise, and whether that is memory that may be written; in place where x_gates is ``ours``."""
     if noise.seed is None:
@@ -53,7 +71,10 @@ def forward(
     h = x.new_empty(*lead, call.P)
     c = call.c0.new_empty(*lead, call.H) if save >= 1 else None
     gates = None if save < 2 else x if ours else torch.empty_like(x)
-    h_n, c_n = lstm_step.forward(call, x, h, c, gates)
+    if plan(call, x).route == "resident":
+        h_n, c_n = lstm_resident.forward([lstm_resident.Direction(call, x, h, c, gates)])[0]
+    else:
+        h_n, c_n = lstm_step.forward(call, x, h, c, gates)
     return h, call.c0.new_empty(0) if c is None else c, x.new_empty(0) if gates is None else gates, h_n, c_n
 
 
@@ -67,7 +88,10 @@ def rebuilt(call: Recurrence, x_gates: Tensor, h: Tensor, noise: Noise, ours: bo
 
 def backward(call: Recurrence, grads: Grads, gates: Tensor, h: Tensor, c: Tensor, weights: bool) -> tuple[Tensor, ...]:
     """dx_gates, dweight_hh, dh0, dc0, dweight_hr, dh_start, dc_start, without elements where there is none."""
-    found = lstm_step.backward(call, grads, gates, c)
+    if plan(call, gates).route == "resident":
+        found = lstm_resident.backward([lstm_resident.Given(call, grads, gates, c)])[0]
+    else:
+        found = lstm_step.backward(call, grads, gates, c)
     none = gates.new_empty(0)
     dweight_hh, dweight_hr = none, none.clone()
     if weights:
