@@ -23,7 +23,8 @@ from benchmarks.harness import ABSENT
 
 FIRST = ("tests/kernels/test_gpu.py", "tests/ops", "tests/nn")
 SECONDS = {"cuda": 25.0, "cpu": 25.0}  # of a file, roughly
-LONGEST = 240.0  # of a file, before it counts as hung
+LONGEST = 240.0  # of a file or a benchmark, before it counts as hung
+LIMIT = LONGEST + 30.0
 SELECT = {"cuda": "cuda", "cpu": "not cuda"}
 DRY_FILES = ["tests/ops/test_tolerance.py"]
 BENCHMARKS = {
@@ -94,9 +95,9 @@ def benchmark(name: str) -> list[Row]:
 def units(context: Context, kind: str) -> list[Unit]:
     suite, _, part = kind.partition("-")
     if suite == "build":
-        return [Unit("build of the compiled core", 60.0, functools.partial(build, context))]
+        return [Unit("build of the compiled core", 60.0, functools.partial(build, context), LIMIT)]
     if suite == "benchmarks":
-        return [Unit(f"benchmarks {name}", 60.0, functools.partial(benchmark, name)) for name in BENCHMARKS]
+        return [Unit(f"benchmarks {n}", 60.0, functools.partial(benchmark, n), LIMIT) for n in BENCHMARKS]
     for package in ("pytest", "hypothesis"):
         if importlib.util.find_spec(package) is None:
             row: Row = {"op": "tests", "table": "tests", "suite": suite, "case": "all", "gate": f"{ABSENT[0]}{package}"}
@@ -104,4 +105,4 @@ def units(context: Context, kind: str) -> list[Unit]:
     first, count = (int(n) for n in part.split("/"))
     chosen = DRY_FILES if context.dry else files(suite)[first::count]
     os.environ.pop("FASTSEQ_BACKEND", None)
-    return [Unit(f"{suite} {file}", SECONDS[suite], functools.partial(pytest, file, suite)) for file in chosen]
+    return [Unit(f"{suite} {f}", SECONDS[suite], functools.partial(pytest, f, suite), LIMIT) for f in chosen]

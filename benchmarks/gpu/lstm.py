@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -130,20 +131,29 @@ PROVIDERS: dict[str, Provider] = {
 
 @contextlib.contextmanager
 def route(name: str | None) -> Iterator[None]:
-    """Ask our kernels for a route.
+    """Send our kernels by a route, whatever their plan says; None: as it says.
 
     Raises:
-        CannotRun: they cannot be told.
+        CannotRun: this machine's kernels cannot go that way.
     """
     if name is None:
         yield
         return
     from fastseq_kernels import lstm as kernels
 
-    force = getattr(kernels, "routed", None)
-    if force is None:
-        raise CannotRun("fastseq_kernels.lstm cannot be told its route")
-    with force(name):
+    usual = kernels.plan
+
+    def plan(*args: Any) -> Any:
+        found = usual(*args)
+        if found.route == name:
+            return found
+        if name == "resident":
+            raise CannotRun(found.why)
+        return found._replace(route=name)
+
+    if name not in getattr(kernels, "ROUTES", ("resident", "step")):
+        raise CannotRun(f"fastseq_kernels.lstm has no route {name}")
+    with mock.patch.object(kernels, "plan", plan):
         yield
 
 

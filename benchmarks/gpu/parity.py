@@ -24,9 +24,7 @@ from benchmarks.gpu.part import Context, Row, Unit
 from benchmarks.harness import ABSENT, CannotRun
 from tests.tolerance import OUTPUTS, assert_within_budget
 
-FAMILIES = ("lstm", "vq")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
-KINDS = [f"{family}-{dtype}" for dtype in ("bfloat16", "float32", "float16", "tf32") for family in FAMILIES][:-1]
 SECONDS = 2.0  # of a case, roughly: one in a few compiles anew
 Definition = Callable[..., Any]
 

@@ -62,21 +62,22 @@ def gradients(kept: list[Tensor], dtype: torch.dtype) -> list[Any]:
     return shortened(list(lstm_cases.upstream(tuple(kept))), dtype, {1, 4})
 
 
-def _compare(kernels: Kernels, module: str, op: str, table: Any, names: str, args: list[Any], factor: int = 2) -> None:
-    sizes = [a for a in args if isinstance(a, Tensor) and a.dtype == torch.int64 and a.dim() == 1]  # read on the CPU
+def compare(kernels: Kernels, module: str, op: str, table: Any, names: str, args: list[Any], factor: int = 2) -> None:
+    """A host function and its definition. Sizes that the host reads (lengths, batch_sizes, rows) stay on the CPU."""
+    sizes = [a for a in args if isinstance(a, Tensor) and a.dtype == torch.int64 and a.dim() == 1]
     got = kernels.call(module, op, args, stay=sizes)
     kernels.within_budget(names, got, definition(op, table), args, factor)
 
 
 def forward(kernels: Kernels, name: str) -> None:
     args = arguments(name, kernels.torch_dtype)
-    _compare(kernels, "lstm", "lstm_forward", lstm.BACKENDS, lstm_cases.OUTPUTS, args)
+    compare(kernels, "lstm", "lstm_forward", lstm.BACKENDS, lstm_cases.OUTPUTS, args)
 
 
 def rebuilt(kernels: Kernels, name: str) -> None:
     args = arguments(name, kernels.torch_dtype)
     h, c = outputs(args, kernels.torch_dtype)[:2]
-    _compare(kernels, "lstm", "lstm_gates", lstm.BACKENDS, "gates", [args[0], h, c, *args[1:-1]])
+    compare(kernels, "lstm", "lstm_gates", lstm.BACKENDS, "gates", [args[0], h, c, *args[1:-1]])
 
 
 def backward(kernels: Kernels, name: str) -> None:
@@ -85,7 +86,7 @@ def backward(kernels: Kernels, name: str) -> None:
     grads = gradients(kept, kernels.torch_dtype)
     h, c, gates = kept[:3]
     given = [*grads, gates, h, c, *args[1:10], *args[15:18], True]
-    _compare(kernels, "lstm", "lstm_backward", lstm.BACKENDS, lstm_cases.GRADIENTS, given, GRADIENTS)
+    compare(kernels, "lstm", "lstm_backward", lstm.BACKENDS, lstm_cases.GRADIENTS, given, GRADIENTS)
 
 
 def _layer(name: str, dtype: torch.dtype) -> list[Any]:
@@ -99,7 +100,7 @@ def _layer(name: str, dtype: torch.dtype) -> list[Any]:
 
 def layer_forward(kernels: Kernels, name: str) -> None:
     args = _layer(name, kernels.torch_dtype)
-    _compare(kernels, "lstm_layer", "lstm_layer_forward", lstm_layer.BACKENDS, lstm_cases.OUTPUTS, args)
+    compare(kernels, "lstm_layer", "lstm_layer_forward", lstm_layer.BACKENDS, lstm_cases.OUTPUTS, args)
 
 
 def layer_backward(kernels: Kernels, name: str) -> None:
@@ -109,7 +110,7 @@ def layer_backward(kernels: Kernels, name: str) -> None:
     h, c, gates = kept[:3]
     given = [*gradients(kept, kernels.torch_dtype), *args[:3], gates, h, c, *args[3:-1], True, True, True, True]
     table = lstm_layer.BACKENDS
-    _compare(kernels, "lstm_layer", "lstm_layer_backward", table, LAYER_GRADIENTS, given, GRADIENTS)
+    compare(kernels, "lstm_layer", "lstm_layer_backward", table, LAYER_GRADIENTS, given, GRADIENTS)
 
 
 def noise(kernels: Kernels, rows: bool, probability: float) -> None:

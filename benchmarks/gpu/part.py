@@ -23,11 +23,12 @@ class Context(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """One case of a part. seconds: what it takes, roughly, compilation included."""
+    """One case of a part. seconds: what it takes, roughly, with compilation. limit: after these it counts as hung."""
 
     name: str
     seconds: float
     run: Callable[[], list[Row]]
+    limit: float | None = None
 
 
 @contextmanager

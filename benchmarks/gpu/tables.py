@@ -12,9 +12,9 @@ from benchmarks.gpu.targets import find, targets
 from benchmarks.table import Table, by_case, failed, ms
 
 MARKS = "<!-- bench:gpu -->", "<!-- /bench:gpu -->"
-# A step of the LSTM by a model of its terms, in microseconds: rows, units, replayed as a graph (3.0 for node and exchange
-# of h, plus the larger of 1.45 times the product and reading the weights from L2), and in one program that keeps the
-# weights, where it can.
+# A step of the LSTM by a model of its terms, in microseconds: rows, units; replayed as a graph (3.0 for the node and
+# the exchange of h, plus the larger of 1.45 times the product and reading the weights from L2); and in one program that
+# keeps the weights, where it can.
 MODELLED = [
     (1, 128, None, 0.6),
     (1, 256, 3.1, None),

@@ -39,7 +39,7 @@ def run(cases: Sequence[Unit], clock: Clock, write: Callable[[dict[str, Any]], N
             write({"dropped": case.name})
             continue
         write({"begin": case.name})
-        faulthandler.dump_traceback_later(max(LEAST_LIMIT, 4 * case.seconds), exit=True)
+        faulthandler.dump_traceback_later(case.limit or max(LEAST_LIMIT, 4 * case.seconds), exit=True)
         try:
             rows = case.run()
         except Exception as error:  # whatever it is, the other cases go on
