@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -108,4 +109,6 @@ def register(op: str, table: tuple[Backend, ...]) -> None:
         library.impl(op, run, device)
     in_core = any(backend.name == "cpu" for backend in table)
     if not in_core or _why_not_compiled(op) or allowed() not in (None, "cpu"):
-        library.impl(op, run, "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of torch, that this overrides the compiled one
+            library.impl(op, run, "CPU", allow_override=True)
