@@ -149,8 +149,9 @@ def _offsets(sizes: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _tiles(D: int) -> dict[str, int]:
-    """64 rows and 64 codes, 32 of their scores a thread; 2048 numbers of a row tile at a time, 16 a thread."""
-    return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": power_of_two(D, most=32), "LANES_N": 8, "LANES_K": 16}
+    """64 rows and 64 codes, 32 of their scores a thread; of rows 16 columns at a time, 8 numbers a thread, because 32
+    columns make sm_80 spill where D is not divisible by 16."""
+    return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": power_of_two(D, most=16), "LANES_N": 8, "LANES_K": 16}
 
 
 def vq_residual(
@@ -178,7 +179,7 @@ def vq_residual(
     )
     counts = total = torch.empty(0, dtype=torch.float32, device=device)
     if keys is not None:
-        counts, total = sums_by_key(keys, codes, rest[: M * N])
+        counts, total = sums_by_key(keys, codes, rest.narrow(0, 0, M * N))
     else:
         total = total.clone()  # no two results may be one tensor
     return quantized, index, distance, counts, total, copies if keep else copies.new_empty(0)
