@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq_kernels import lstm_resident, lstm_states, lstm_step
+from fastseq_kernels import lstm_cell, lstm_resident, lstm_states, lstm_step
 from fastseq_kernels._launch import target
 from fastseq_kernels._rows import rows_of
 from fastseq_kernels._steps import Found, Grads, Recurrence
 from fastseq_kernels.gemm import layer_product
 from fastseq_kernels.lstm_noise import add_noise
+from fastseq_kernels.lstm_resident import Direction, Given
 
 
 class Noise(NamedTuple):
@@ -39,12 +40,14 @@ def recurrence(data: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, state: A
 class Plan(NamedTuple):
     """Which way a call takes, and why."""
 
-    route: str  # resident, step
+    route: str  # cell, resident or step
     why: str
 
 
 def plan(call: Recurrence, data: Tensor) -> Plan:
-    """The route of one call; it depends on sizes of the model, the dtype and the device, not on T or B."""
+    """The route of one call: of one step, or by the sizes of the model, the dtype and the device, not by T or B."""
+    if lstm_cell.fits(call):
+        return Plan("cell", "one step: torch's product and a pointwise kernel")
     if call.weight_hr is not None:
         return Plan("step", "a launch per step and one for the projection, whose result all units need")
     reason = lstm_resident.why_not(call.H, data.dtype, target(data.device))
@@ -62,20 +65,35 @@ def noisy(call: Recurrence, x_gates: Tensor, noise: Noise, ours: bool) -> tuple[
     return out, True
 
 
+def prepared(call: Recurrence, x_gates: Tensor, noise: Noise, save: int, ours: bool) -> Direction:
+    """What the loop over time reads and writes; ``ours``: x_gates may be overwritten."""
+    lead = x_gates.shape[:-1]
+    x, ours = noisy(call, x_gates, noise, ours)
+    c = call.c0.new_empty(*lead, call.H) if save >= 1 else None
+    gates = None if save < 2 else x if ours else torch.empty_like(x)
+    return Direction(call, x, x.new_empty(*lead, call.P), c, gates)
+
+
+def run_forward(directions: list[Direction]) -> list[tuple[Tensor, Tensor]]:
+    """h_n and c_n of one direction or of a pair, which the resident kernel runs in one launch."""
+    route = plan(directions[0].call, directions[0].x_gates).route
+    if route == "resident":
+        return lstm_resident.forward(directions)
+    return [(lstm_cell if route == "cell" else lstm_step).forward(*d) for d in directions]
+
+
+def kept(d: Direction, h_n: Tensor, c_n: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h, c, gates, h_n, c_n; what is not kept has no elements."""
+    c = d.call.c0.new_empty(0) if d.c is None else d.c
+    return d.h, c, d.x_gates.new_empty(0) if d.gates is None else d.gates, h_n, c_n
+
+
 def forward(
     call: Recurrence, x_gates: Tensor, noise: Noise, save: int, ours: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, c, gates, h_n, c_n; ``ours``: x_gates may be overwritten."""
-    lead = x_gates.shape[:-1]
-    x, ours = noisy(call, x_gates, noise, ours)
-    h = x.new_empty(*lead, call.P)
-    c = call.c0.new_empty(*lead, call.H) if save >= 1 else None
-    gates = None if save < 2 else x if ours else torch.empty_like(x)
-    if plan(call, x).route == "resident":
-        h_n, c_n = lstm_resident.forward([lstm_resident.Direction(call, x, h, c, gates)])[0]
-    else:
-        h_n, c_n = lstm_step.forward(call, x, h, c, gates)
-    return h, call.c0.new_empty(0) if c is None else c, x.new_empty(0) if gates is None else gates, h_n, c_n
+    direction = prepared(call, x_gates, noise, save, ours)
+    return kept(direction, *run_forward([direction])[0])
 
 
 def rebuilt(call: Recurrence, x_gates: Tensor, h: Tensor, noise: Noise, ours: bool) -> Tensor:
@@ -86,13 +104,22 @@ def rebuilt(call: Recurrence, x_gates: Tensor, h: Tensor, noise: Noise, ours: bo
     return gates
 
 
+def run_backward(directions: list[Given]) -> list[Found]:
+    """Gradients of one direction or of a pair, which the resident kernel runs in one launch."""
+    route = plan(directions[0].call, directions[0].gates).route
+    if route == "resident":
+        return lstm_resident.backward(directions)
+    return [(lstm_cell if route == "cell" else lstm_step).backward(*d) for d in directions]
+
+
 def backward(call: Recurrence, grads: Grads, gates: Tensor, h: Tensor, c: Tensor, weights: bool) -> tuple[Tensor, ...]:
     """dx_gates, dweight_hh, dh0, dc0, dweight_hr, dh_start, dc_start, without elements where there is none."""
-    if plan(call, gates).route == "resident":
-        found = lstm_resident.backward([lstm_resident.Given(call, grads, gates, c)])[0]
-    else:
-        found = lstm_step.backward(call, grads, gates, c)
-    none = gates.new_empty(0)
+    return gradients(call, run_backward([Given(call, grads, gates, c)])[0], h, weights)
+
+
+def gradients(call: Recurrence, found: Found, h: Tensor, weights: bool) -> tuple[Tensor, ...]:
+    """What ``lstm_backward`` returns, from what a route found."""
+    none = h.new_empty(0)
     dweight_hh, dweight_hr = none, none.clone()
     if weights:
         dweight_hh = lstm_states.weight_gradient(call, found.dx_gates, h)

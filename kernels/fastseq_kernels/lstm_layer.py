@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastseq_kernels import lstm
-from fastseq_kernels._steps import Grads
+from fastseq_kernels import lstm, lstm_resident
+from fastseq_kernels._steps import Grads, Recurrence
 from fastseq_kernels.gemm import layer_product
 
 
@@ -46,3 +46,105 @@ def lstm_layer_backward(*args: Any) -> tuple[Tensor, ...]:
         gates = lstm.rebuilt(call, _x_gates(x, weight_ih, bias), h, lstm.Noise(*args[20:25]), True)
     d, *rest = lstm.backward(call, grads, gates, h, c, weights)
     return *_input_gradients(d, x, weight_ih, needs_x, needs_weight_ih, needs_bias), *rest
+
+
+def lstm_layer_both_forward(
+    x: Tensor,
+    weight_ih: list[Tensor],
+    bias: list[Tensor] | None,
+    weight_hh: list[Tensor],
+    h0: list[Tensor],
+    c0: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    h_start: list[Tensor] | None,
+    c_start: list[Tensor] | None,
+    *args: Any,
+) -> tuple[list[Tensor], ...]:
+    """``lstm_layer_forward`` of both directions of one layer, without projection: the first goes forward, the second
+    in reverse, with ``stream`` and ``stream + 1``. Where a program holds weight_hh, both run in one launch.
+
+    Args:
+        lists: one entry per direction. args: seed, rows, row_offset, stream, noise_probability, tau, hard, save.
+
+    Returns:
+        h, c, gates, h_n, c_n as lists of two.
+    """
+    seed, rows, row_offset, stream, probability, tau, hard, save = args
+    starts = [(None if h_start is None else h_start[n], None if c_start is None else c_start[n]) for n in (0, 1)]
+    calls = _pair(x, weight_hh, h0, c0, (lengths, batch_sizes, reset), starts, tau, hard)
+    directions = []
+    for n, call in enumerate(calls):
+        x_gates = _x_gates(x, weight_ih[n], None if bias is None else bias[n])
+        noise = lstm.Noise(seed, rows, row_offset, stream + n, probability)
+        directions.append(lstm.prepared(call, x_gates, noise, save, True))
+    last = lstm.run_forward(directions)
+    out = [lstm.kept(d, *states) for d, states in zip(directions, last, strict=True)]
+    return tuple(list(pair) for pair in zip(*out, strict=True))
+
+
+def _pair(
+    x: Tensor,
+    weight_hh: list[Tensor],
+    h0: list[Tensor],
+    c0: list[Tensor],
+    shared: tuple[Tensor | None, Tensor | None, Tensor | None],
+    starts: list[tuple[Tensor | None, Tensor | None]],
+    tau: float,
+    hard: bool,
+) -> list[Recurrence]:
+    """The calls of both directions, whose rows are the same tensors."""
+    first = lstm.recurrence(x, weight_hh[0], h0[0], c0[0], (None, *shared, *starts[0]), (tau, hard, False))
+    h_start, c_start = starts[1]
+    second = first._replace(weight_hh=weight_hh[1], h0=h0[1], c0=c0[1], h_start=h_start, c_start=c_start, reverse=True)
+    return [first, second]
+
+
+def lstm_layer_both_backward(
+    grads: list[list[Tensor | None]],
+    x: Tensor,
+    weight_ih: list[Tensor],
+    bias: list[Tensor] | None,
+    gates: list[Tensor] | None,
+    h: list[Tensor],
+    c: list[Tensor],
+    weight_hh: list[Tensor],
+    h0: list[Tensor],
+    c0: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    h_start: list[Tensor] | None,
+    c_start: list[Tensor] | None,
+    *args: Any,
+) -> tuple[Any, ...]:
+    """``lstm_layer_backward`` of both directions of one layer.
+
+    Args:
+        grads: per direction those of h, c, gates, h_n and c_n, or None. args: seed, rows, row_offset, stream,
+            noise_probability, tau, hard, needs_x, needs_weight_ih, needs_bias, weights.
+
+    Returns:
+        dx, the sum over both directions, and per direction as lists of two dweight_ih, dbias, dweight_hh, dh0, dc0,
+        dh_start, dc_start.
+    """
+    seed, rows, row_offset, stream, probability, tau, hard, needs_x, *needs, weights = args
+    starts = [(None if h_start is None else h_start[n], None if c_start is None else c_start[n]) for n in (0, 1)]
+    calls = _pair(x, weight_hh, h0, c0, (lengths, batch_sizes, reset), starts, tau, hard)
+    given = []
+    for n, call in enumerate(calls):
+        if gates is None:
+            noise = lstm.Noise(seed, rows, row_offset, stream + n, probability)
+            own = lstm.rebuilt(call, _x_gates(x, weight_ih[n], None if bias is None else bias[n]), h[n], noise, True)
+        else:
+            own = gates[n]
+        given.append(lstm_resident.Given(call, Grads(*grads[n]), own, c[n]))
+    out, dx = [], None
+    for n, found in enumerate(lstm.run_backward(given)):
+        d, *rest = lstm.gradients(calls[n], found, h[n], weights)
+        one, *product = _input_gradients(d, x, weight_ih[n], needs_x, *needs)
+        dx = one if dx is None else dx.add_(one)
+        dweight_hh, dh0, dc0, _, dh_start, dc_start = rest
+        out.append((*product, dweight_hh, dh0, dc0, dh_start, dc_start))
+    return dx, *(list(pair) for pair in zip(*out, strict=True))

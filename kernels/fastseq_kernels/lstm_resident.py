@@ -274,7 +274,9 @@ def _resident_backward_kernel(
         if reset_ptr is not None:  # else it was the state before of the step after
             c = tl.load(c_ptr + place * H + h[None, :], mask=here, other=0.0)
         # A row whose last step comes next needs its cell there already.
-        pointers, known = state_before(c_ptr, c0_ptr, c_start_ptr, place_before, b, begins, cut, alive | (begins == 0), H)
+        pointers, known = state_before(
+            c_ptr, c0_ptr, c_start_ptr, place_before, b, begins, cut, alive | (begins == 0), H
+        )
         c_before = tl.load(pointers[:, None] + h[None, :], mask=known[:, None] & columns, other=0.0)
         ahead = (begins == 0)[:, None] & columns
         at_h = place_before[:, None] * H + h[None, :]
@@ -359,15 +361,21 @@ class Direction(NamedTuple):
     gates: Tensor | None
 
 
+def _or_zeros(given: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return torch.zeros_like(other) if given is None and other is not None else given
+
+
 def _launch(kernel: Any, calls: list[Recurrence], dtype: torch.dtype, sets: list[tuple[Any, ...]]) -> None:
     """One launch for one or two directions; ``sets`` are their own arguments."""
     call = calls[0]
-    other = sets[1] if len(sets) > 1 else (None,) * len(sets[0])
+    own, other = sets[0], (None,) * len(sets[0])
+    if len(sets) > 1:  # what one direction is given and the other is not counts as zeros there
+        own, other = (tuple(_or_zeros(*pair) for pair in zip(a, b, strict=True)) for a, b in (sets, sets[::-1]))
     at = tile(call.H)
     launch(
         kernel,
         (cdiv(call.rows.B, BLOCK_B), len(sets)),
-        *sets[0],
+        *own,
         *other,
         *call.places,
         *(1.0 / call.tau, call.rows.T, call.rows.B, call.H),
