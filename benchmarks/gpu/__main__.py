@@ -32,7 +32,7 @@ SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))
 # in the order in which they run: parts that go side by side, since nothing is timed in them, or one that is timed
 STAGES: dict[tuple[str, ...], Share] = {
     PARITY: Share("parity", 1, 60, 170),
-    ("limits",): Share("limits", 0, 20, 80),
+    ("limits",): Share("limits", 0, 20, 90),
     ("lstm",): Share("lstm", 2, 45, 190),
     ("vq",): Share("vq", 3, 30, 110),
     ("layers",): Share("layers", 5, 20, 60),

@@ -80,15 +80,13 @@ def run(
     stem = re.sub(r"\W", "-", part)
     path, log = folder / f"{stem}.jsonl", folder / f"{stem}.log"
     clock, more = Clock(seconds), []
-    pin = (lambda: os.sched_setaffinity(0, cores)) if cores and hasattr(os, "sched_setaffinity") else None
     for attempt in range(RESTARTS + 1):
         done = read(path)[1]
         line = [*(command or (sys.executable, "-m", "benchmarks.gpu.worker")), part, "--seconds", f"{clock.left:.1f}"]
         line += ["--rows", str(path), "--skip", str(done), *(["--dry-run"] if dry else [])]
+        line += ["--cores", ",".join(map(str, cores))] if cores else []
         with log.open("ab") as out:
-            process = subprocess.Popen(
-                line, cwd=ROOT, env=dict(env), stdout=out, stderr=out, start_new_session=True, preexec_fn=pin
-            )
+            process = subprocess.Popen(line, cwd=ROOT, env=dict(env), stdout=out, stderr=out, start_new_session=True)
             try:
                 status = process.wait(clock.left + GRACE)
             except subprocess.TimeoutExpired:

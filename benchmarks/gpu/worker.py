@@ -68,8 +68,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--skip", type=int, default=0, help="how many cases are done already")
+    parser.add_argument("--cores", help="comma-separated: the cores to stay on")
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
+    if given.cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, map(int, given.cores.split(",")))
     clock = Clock(given.seconds)
     on_host = given.dry_run or given.part.startswith("host")
     context = Context(torch.device("cpu" if on_host else "cuda"), given.dry_run)
