@@ -16,7 +16,7 @@ TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
-.PHONY: demo test bench check format clean
+.PHONY: demo test bench check format clean gpu
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
@@ -26,6 +26,10 @@ test: $(VENV)/.built $(VENV)/.pretrained
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(or $(ARGS),lstm)
+
+# ten minutes on a machine with a GPU, with the torch and Triton of $(PYTHON): no .venv, nothing is downloaded
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .
