@@ -2,7 +2,8 @@
 
 ``vq_residual`` returns quantized [N, D], index int64 [N, M], distance [M, N], and of all codebooks, one after the
 other: counts [K_1 + ... + K_M], sums [K_1 + ... + K_M, D] and the codes themselves, copied for a backward that comes
-when they have changed; without elements where not asked for.
+when they have changed; without elements where not asked for. Quantized has x's dtype, the codes that of the
+codebooks; distance, counts and sums are float32 where x has 16 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.autograd import Function, forward_ad
 from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
-from fastseq.ops.vq import GRADIENTS
+from fastseq.ops.vq import GRADIENTS, wide
 
 library.define(
     "vq_residual(Tensor x, Tensor[] codebooks, Tensor? mask, Tensor? levels, bool sums, bool keep)"
@@ -36,10 +37,10 @@ def _(
     return (
         x.new_empty(N, D),
         x.new_empty(N, M, dtype=torch.int64),
-        x.new_empty(M, N),
-        x.new_empty(K if sums else 0),
-        x.new_empty((K, D) if sums else 0),
-        x.new_empty((K, D) if keep else 0),
+        x.new_empty(M, N, dtype=wide(x.dtype)),
+        x.new_empty(K if sums else 0, dtype=wide(x.dtype)),
+        x.new_empty((K, D) if sums else 0, dtype=wide(x.dtype)),
+        codebooks[0].new_empty((K, D) if keep else 0),
     )
 
 
@@ -51,18 +52,22 @@ def _(dquantized: Tensor | None, dcommitment: Tensor | None, x: Tensor, *args: A
 def _reference(
     x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, keep: bool
 ) -> tuple[Tensor, ...]:
-    quantized, index, distance, residuals = reference.vq_residual(x, codebooks, mask, levels)
-    counts, total = x.new_empty(0), x.new_empty(0)
+    rows, books = x.to(wide(x.dtype)), [c.to(wide(x.dtype)) for c in codebooks]
+    quantized, index, distance, residuals = reference.vq_residual(rows, books, mask, levels)
+    counts, total = rows.new_empty(0), rows.new_empty(0)
     if sums:
-        each = [reference.vq_sums(residuals[m][None], index[None, :, m], len(c)) for m, c in enumerate(codebooks)]
+        each = [reference.vq_sums(residuals[m][None], index[None, :, m], len(c)) for m, c in enumerate(books)]
         counts, total = (torch.cat([pair[n][0] for pair in each]) for n in (0, 1))
-    return quantized, index, distance, counts, total, torch.cat(codebooks) if keep else x.new_empty(0)
+    codes = torch.cat(codebooks) if keep else codebooks[0].new_empty(0)
+    return quantized.to(x.dtype), index, distance, counts, total, codes
 
 
 def _backward_reference(*args: Any) -> Tensor:
-    dquantized, dcommitment, x, codes, sizes, index, gradient = args
-    given = (dquantized, dcommitment, x, codes.split(list(sizes)), index, GRADIENTS[gradient])
-    return reference.vq_residual_backward(*given)
+    *tensors, sizes, index, gradient = args
+    dtype = tensors[2].dtype
+    given: Any = [None if t is None else t.to(wide(dtype)) for t in tensors]
+    given[3] = given[3].split(list(sizes))
+    return reference.vq_residual_backward(*given, index, GRADIENTS[gradient]).to(dtype)
 
 
 BACKENDS = {
