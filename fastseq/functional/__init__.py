@@ -1,6 +1,9 @@
 """What users call: checks, dtypes and layout around the operators; one file per operator."""
 
+from fastseq.functional._recurrence import Recurrence, RecurrenceOptions
 from fastseq.functional.lstm import Gates, Result, State, Weights, draw_seed, lstm, lstm_cell, packed_places
+from fastseq.functional.lstm_int8 import lstm_int8
+from fastseq.functional.lstm_lowrank import lstm_lowrank
 from fastseq.functional.vq import Nearest, Quantized, vq_nearest, vq_quantize, vq_sums
 from fastseq.functional.vq_codes import code_bits, vq_pack, vq_unpack
 from fastseq.functional.vq_residual import Residual, vq_residual
@@ -9,6 +12,8 @@ __all__ = [
     "Gates",
     "Nearest",
     "Quantized",
+    "Recurrence",
+    "RecurrenceOptions",
     "Residual",
     "Result",
     "State",
@@ -17,6 +22,8 @@ __all__ = [
     "draw_seed",
     "lstm",
     "lstm_cell",
+    "lstm_int8",
+    "lstm_lowrank",
     "packed_places",
     "vq_nearest",
     "vq_pack",

@@ -75,3 +75,55 @@ def store_step(h_ptr, c_ptr, gates_ptr, h_n_ptr, state_ptr, place, b, n, H, live
     if gates_ptr is not None:
         store_gates(gates_ptr + place[:, None] * (4 * H) + n[None, :], H, i, f, g, o, live)
     tl.store(h_n_ptr + own, m, mask=live & ends)
+
+
+@triton.jit
+def step_backward(
+    dh_ptr,
+    dc_ptr,
+    dgates_ptr,
+    gates_ptr,
+    c_ptr,
+    c_rows,  # pointers to the rows of c before the step; those that are not ``known`` are zeros
+    known,
+    d_ptr,
+    state_ptr,  # [B, H] gradient of c from the steps done so far
+    start_ptr,  # [B, H] sum of it over the steps whose state was cut, or None
+    place,
+    b,
+    n,
+    alive,
+    cut,
+    dm,  # gradient of h from the step done before
+    H,
+    inverse_tau,
+    HARD: tl.constexpr,
+):
+    """The backward of the cells of units n: writes and returns the gradients of their pre-activations."""
+    in_h = (n < H)[None, :]
+    live = alive[:, None] & in_h
+    own, at = b.to(tl.int64)[:, None] * H + n[None, :], place[:, None] * H + n[None, :]
+    at_gates = place[:, None] * (4 * H) + n[None, :]
+    i, f, g, o = load_gates(gates_ptr + at_gates, H, live)
+    c = tl.load(c_ptr + at, mask=live, other=0.0)
+    c_before = tl.load(c_rows[:, None] + n[None, :], mask=known[:, None] & in_h, other=0.0)
+    dc = tl.load(state_ptr + own, mask=live, other=0.0)
+    if dh_ptr is not None:
+        dm += tl.load(dh_ptr + at, mask=live, other=0.0).to(tl.float32)
+    if dc_ptr is not None:
+        dc += tl.load(dc_ptr + at, mask=live, other=0.0)
+    di = tl.zeros_like(dm)
+    df, dg, do = di, di, di
+    if dgates_ptr is not None:
+        di, df, dg, do = load_gates(dgates_ptr + at_gates, H, live)
+    di, df, dg, do, dc = cell_backward(dm, dc, i, f, g, o, c, c_before, di, df, dg, do, inverse_tau, HARD)
+    crossing = live & cut[:, None]
+    sums = dc
+    if start_ptr is not None:
+        sums += tl.load(start_ptr + own, mask=crossing, other=0.0)
+    tl.debug_barrier()  # the sums and dc are written where other threads may have read them
+    if start_ptr is not None:
+        tl.store(start_ptr + own, sums, mask=crossing)
+    tl.store(state_ptr + own, tl.where(cut[:, None], 0.0, dc), mask=live)
+    store_gates(d_ptr + at_gates, H, di, df, dg, do, live)
+    return tl.where(live, di, 0.0), tl.where(live, df, 0.0), tl.where(live, dg, 0.0), tl.where(live, do, 0.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastseq_kernels._cell import cell, cell_backward, load_c, load_gates, store_gates, store_step
+from fastseq_kernels._cell import cell, load_c, load_gates, step_backward, store_step
 from fastseq_kernels._steps import element, is_cut, state_before, steps_of
 
 _RUN_TIME = ["first", "last", "T", "B", "inverse_tau"]  # what must not compile anew
@@ -266,34 +266,14 @@ def backward_kernel(
             c_rows, known = state_before(c_ptr, c0_ptr, c_start_ptr, earlier, b, begins, cut, alive, H)
             for block in range(tl.program_id(1), tl.cdiv(H, BLOCK_H), tl.num_programs(1)):
                 n = block * BLOCK_H + tl.arange(0, BLOCK_H)
-                in_h = (n < H)[None, :]
-                live = alive[:, None] & in_h
-                own, at = b.to(tl.int64)[:, None] * H + n[None, :], place[:, None] * (4 * H) + n[None, :]
-                i, f, g, o = load_gates(gates_ptr + at, H, live)
-                c = tl.load(c_ptr + place[:, None] * H + n[None, :], mask=live, other=0.0)
-                c_before = tl.load(c_rows[:, None] + n[None, :], mask=known[:, None] & in_h, other=0.0)
-                dc = tl.load(dc0_ptr + own, mask=live, other=0.0)
                 dm = _carried(
                     *(dv_ptr, down_ptr, dh_n_ptr, place_after, taken, cut_after, b, n, B, H, DOWNS * R),
                     *(PRECISION, BLOCK_B, BLOCK_H, BLOCK_R),
                 )
-                if dh_ptr is not None:
-                    dm += tl.load(dh_ptr + place[:, None] * H + n[None, :], mask=live, other=0.0).to(tl.float32)
-                if dc_ptr is not None:
-                    dc += tl.load(dc_ptr + place[:, None] * H + n[None, :], mask=live, other=0.0)
-                di = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-                df, dg, do = di, di, di
-                if dgates_ptr is not None:
-                    di, df, dg, do = load_gates(dgates_ptr + at, H, live)
-                di, df, dg, do, dc = cell_backward(dm, dc, i, f, g, o, c, c_before, di, df, dg, do, inverse_tau, HARD)
-                crossing = live & cut[:, None]
-                if dc_start_ptr is not None:
-                    sums = dc + tl.load(dc_start_ptr + own, mask=crossing, other=0.0)
-                tl.debug_barrier()  # the sums and dc are written where other threads may have read them
-                if dc_start_ptr is not None:
-                    tl.store(dc_start_ptr + own, sums, mask=crossing)
-                tl.store(dc0_ptr + own, tl.where(cut[:, None], 0.0, dc), mask=live)
-                store_gates(d_ptr + at, H, di, df, dg, do, live)
+                step_backward(
+                    *(dh_ptr, dc_ptr, dgates_ptr, gates_ptr, c_ptr, c_rows, known, d_ptr, dc0_ptr, dc_start_ptr),
+                    *(place, b, n, alive, cut, dm, H, inverse_tau, HARD),
+                )
         if PART == 0:
             tl.debug_barrier()  # other threads of this program wrote d
         if PART != 1:

@@ -2,7 +2,8 @@
 
 At H = 512, r = 32 in 16 bits the factors take 160 KiB. A step has one product over H and four over r, and waits for no
 other program. Units come in chunks of BLOCK_H, one after the other, so that the numbers of one chunk fit in registers;
-h and c stay there. Which sizes fit is said by ``lstm_lowrank.plan``.
+h stays there, or its gradient. H and R are constants, else the addresses of all chunks would fill the registers. Which
+sizes fit is said by ``lstm_lowrank.plan``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastseq_kernels._cell import cell, cell_backward, load_gates, store_gates
+from fastseq_kernels._cell import cell, load_c, load_gates, step_backward, store_step
 from fastseq_kernels._steps import element, is_cut, state_before, steps_of
 
 _RUN_TIME = ["T", "B", "inverse_tau"]  # what must not compile anew
@@ -101,7 +102,6 @@ def forward_kernel(
     up_ptr,  # [4, H, R]
     down_ptr,  # [DOWNS, R, H]
     h0_ptr,  # [B, H]
-    c0_ptr,  # [B, H]
     lengths_ptr,  # int64 [B] or None
     offsets_ptr,  # int64 [T] or None
     reset_ptr,  # bool [N] or None
@@ -110,12 +110,12 @@ def forward_kernel(
     h_ptr,  # [N, H] out
     c_ptr,  # [N, H] out, or None
     gates_ptr,  # [N, 4*H] out, or None
-    h_n_ptr,  # [B, H] out
-    c_n_ptr,  # [B, H] out
+    h_n_ptr,  # [B, H] out, the rows that end
+    c_n_ptr,  # [B, H] in and out: c0 at first
     T,
     B,
-    H,
-    R,
+    H: tl.constexpr,
+    R: tl.constexpr,
     inverse_tau,
     DOWNS: tl.constexpr,
     HARD: tl.constexpr,
@@ -130,7 +130,6 @@ def forward_kernel(
     steps = steps_of(lengths_ptr, b, T, B)
     most = tl.max(steps, 0)
     h = _load_chunks(h0_ptr, b, H, b < B, H, CHUNKS, BLOCK_H)
-    c = _load_chunks(c0_ptr, b, H, b < B, H, CHUNKS, BLOCK_H)
     down = _load_factor(down_ptr, R * H, 1, H, H, R, DOWNS, CHUNKS, BLOCK_H, BLOCK_R, True)
     up = _load_factor(up_ptr, R * H, R, 1, H, R, 4, CHUNKS, BLOCK_H, BLOCK_R, False)
     narrow = h_ptr.dtype.element_ty
@@ -139,10 +138,10 @@ def forward_kernel(
         t = most - 1 - s if REVERSE else s
         alive = t < steps
         place = element(offsets_ptr, t, b, T, B)
+        cut = alive & False
         if reset_ptr is not None:
             cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
             h = _restarted(h, h_start_ptr, cut, H, CHUNKS, BLOCK_H)
-            c = _restarted(c, c_start_ptr, cut, H, CHUNKS, BLOCK_H)
         v = ()
         for gate in tl.static_range(DOWNS):
             total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
@@ -151,37 +150,30 @@ def forward_kernel(
             v = v + (total.to(narrow),)
         if DOWNS == 1:
             v = (v[0], v[0], v[0], v[0])
-        h_next, c_next = (), ()
+        h_next = ()
+        ends = (t == 0) if REVERSE else (t + 1 == steps)[:, None]
         for chunk in tl.static_range(CHUNKS):
             n = _units(chunk, BLOCK_H)
             live = alive[:, None] & (n < H)[None, :]
-            at, at_gates = place[:, None] * H + n[None, :], place[:, None] * (4 * H) + n[None, :]
-            i, f, g, o = load_gates(x_ptr + at_gates, H, live)
+            i, f, g, o = load_gates(x_ptr + place[:, None] * (4 * H) + n[None, :], H, live)
+            c = load_c(c_n_ptr, c_start_ptr, b, n, cut, live, H)
             i = tl.dot(v[0], up[4 * chunk], i, input_precision=PRECISION)
             f = tl.dot(v[1], up[4 * chunk + 1], f, input_precision=PRECISION)
             g = tl.dot(v[2], up[4 * chunk + 2], g, input_precision=PRECISION)
             o = tl.dot(v[3], up[4 * chunk + 3], o, input_precision=PRECISION)
-            i, f, g, o, c_new, m = cell(i, f, g, o, c[chunk], inverse_tau, HARD)
-            tl.store(h_ptr + at, m, mask=live)
-            if c_ptr is not None:
-                tl.store(c_ptr + at, c_new, mask=live)
-            if gates_ptr is not None:
-                tl.debug_barrier()  # gates may be x: other threads of this program have read their part of it
-                store_gates(gates_ptr + at_gates, H, i, f, g, o, live)
+            i, f, g, o, c, m = cell(i, f, g, o, c, inverse_tau, HARD)
+            store_step(h_ptr, c_ptr, gates_ptr, h_n_ptr, c_n_ptr, place, b, n, H, live, ends, i, f, g, o, c, m)
             h_next = h_next + (tl.where(live, m.to(narrow), h[chunk]),)
-            c_next = c_next + (tl.where(live, c_new, c[chunk]),)
-        h, c = h_next, c_next
-    _store_chunks(h_n_ptr, b, H, b < B, h, H, CHUNKS, BLOCK_H)
-    _store_chunks(c_n_ptr, b, H, b < B, c, H, CHUNKS, BLOCK_H)
+        h = h_next
+        tl.debug_barrier()  # the next step reads c, which other threads may have written
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def backward_kernel(
-    dh_ptr,  # [N, H] or None, as the next four
+    dh_ptr,  # [N, H] or None, as the next three
     dc_ptr,  # [N, H]
     dgates_ptr,  # [N, 4*H]
     dh_n_ptr,  # [B, H]
-    dc_n_ptr,  # [B, H]
     gates_ptr,  # [N, 4*H]
     c_ptr,  # [N, H]
     up_ptr,  # [4, H, R]
@@ -194,13 +186,13 @@ def backward_kernel(
     d_ptr,  # [N, 4*H] out, of the pre-activations
     dv_ptr,  # [N, DOWNS*R] out, of down @ h
     dh0_ptr,  # [B, H] out
-    dc0_ptr,  # [B, H] out
+    dc0_ptr,  # [B, H] in and out: dc_n at first
     dv_start_ptr,  # [B, DOWNS*R] in and out, sum of dv over the steps whose state was cut: zeros at first; or None
     dc_start_ptr,  # [B, H] in and out, likewise of dc
     T,
     B,
-    H,
-    R,
+    H: tl.constexpr,
+    R: tl.constexpr,
     inverse_tau,
     DOWNS: tl.constexpr,
     HARD: tl.constexpr,
@@ -216,7 +208,6 @@ def backward_kernel(
     steps = steps_of(lengths_ptr, b, T, B)
     most = tl.max(steps, 0)
     dh = _load_wide(dh_n_ptr, b, B, H, CHUNKS, BLOCK_B, BLOCK_H)
-    dc = _load_wide(dc_n_ptr, b, B, H, CHUNKS, BLOCK_B, BLOCK_H)
     up = _load_factor(up_ptr, R * H, R, 1, H, R, 4, CHUNKS, BLOCK_H, BLOCK_R, True)
     down = _load_factor(down_ptr, R * H, 1, H, H, R, DOWNS, CHUNKS, BLOCK_H, BLOCK_R, False)
     narrow = d_ptr.dtype.element_ty
@@ -233,27 +224,13 @@ def backward_kernel(
         c_rows, known = state_before(c_ptr, c0_ptr, c_start_ptr, earlier, b, begins, cut, alive, H)
         dv_i = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
         dv_f, dv_g, dv_o = dv_i, dv_i, dv_i
-        dc_next = ()
         for chunk in tl.static_range(CHUNKS):
             n = _units(chunk, BLOCK_H)
-            live = alive[:, None] & (n < H)[None, :]
-            at, at_gates = place[:, None] * H + n[None, :], place[:, None] * (4 * H) + n[None, :]
-            i, f, g, o = load_gates(gates_ptr + at_gates, H, live)
-            c = tl.load(c_ptr + at, mask=live, other=0.0)
-            c_before = tl.load(c_rows[:, None] + n[None, :], mask=known[:, None] & (n < H)[None, :], other=0.0)
-            dm, dc_t = dh[chunk], dc[chunk]
-            if dh_ptr is not None:
-                dm += tl.load(dh_ptr + at, mask=live, other=0.0).to(tl.float32)
-            if dc_ptr is not None:
-                dc_t += tl.load(dc_ptr + at, mask=live, other=0.0)
-            di = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-            df, dg, do = di, di, di
-            if dgates_ptr is not None:
-                di, df, dg, do = load_gates(dgates_ptr + at_gates, H, live)
-            di, df, dg, do, dc_t = cell_backward(dm, dc_t, i, f, g, o, c, c_before, di, df, dg, do, inverse_tau, HARD)
-            di, df = tl.where(live, di, 0.0).to(narrow), tl.where(live, df, 0.0).to(narrow)
-            dg, do = tl.where(live, dg, 0.0).to(narrow), tl.where(live, do, 0.0).to(narrow)
-            store_gates(d_ptr + at_gates, H, di, df, dg, do, live)
+            di, df, dg, do = step_backward(
+                *(dh_ptr, dc_ptr, dgates_ptr, gates_ptr, c_ptr, c_rows, known, d_ptr, dc0_ptr, dc_start_ptr),
+                *(place, b, n, alive, cut, dh[chunk], H, inverse_tau, HARD),
+            )
+            di, df, dg, do = di.to(narrow), df.to(narrow), dg.to(narrow), do.to(narrow)
             dv_i = tl.dot(di, up[4 * chunk], dv_i, input_precision=PRECISION)
             if DOWNS == 1:
                 dv_i = tl.dot(df, up[4 * chunk + 1], dv_i, input_precision=PRECISION)
@@ -263,16 +240,6 @@ def backward_kernel(
                 dv_f = tl.dot(df, up[4 * chunk + 1], dv_f, input_precision=PRECISION)
                 dv_g = tl.dot(dg, up[4 * chunk + 2], dv_g, input_precision=PRECISION)
                 dv_o = tl.dot(do, up[4 * chunk + 3], dv_o, input_precision=PRECISION)
-            if reset_ptr is not None:
-                if dc_start_ptr is not None:
-                    own = b.to(tl.int64)[:, None] * H + n[None, :]
-                    crossing = live & cut[:, None]
-                    sums = dc_t + tl.load(dc_start_ptr + own, mask=crossing, other=0.0)
-                    tl.debug_barrier()  # other threads may have read what is written here
-                    tl.store(dc_start_ptr + own, sums, mask=crossing)
-                dc_t = tl.where(cut[:, None], 0.0, dc_t)
-            dc_next = dc_next + (tl.where(live, dc_t, dc[chunk]),)
-        dc = dc_next
         dv = (dv_i,) if DOWNS == 1 else (dv_i, dv_f, dv_g, dv_o)
         for gate in tl.static_range(DOWNS):
             mask = alive[:, None] & (k < R)[None, :]
@@ -291,6 +258,5 @@ def backward_kernel(
             total = tl.where(alive[:, None], total, dh[chunk])
             dh_next = dh_next + (tl.where((alive & cut)[:, None], 0.0, total),)
         dh = dh_next
-        tl.debug_barrier()  # the sums of the start states are read again in the next step
+        tl.debug_barrier()  # the next step reads dc and the sums, which other threads may have written
     _store_chunks(dh0_ptr, b, H, b < B, dh, H, CHUNKS, BLOCK_H)
-    _store_chunks(dc0_ptr, b, H, b < B, dc, H, CHUNKS, BLOCK_H)

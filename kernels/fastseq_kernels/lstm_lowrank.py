@@ -34,7 +34,7 @@ class Plan(NamedTuple):
 
 def plan(H: int, R: int, downs: int, dtype: torch.dtype, device: Target) -> Plan:
     """By the sizes of the model. Products without tensor cores keep their operands in registers, so tiles are small."""
-    block_h, block_r = power_of_two(H, 16, 128), power_of_two(R, 16)
+    block_h, block_r = power_of_two(H, 16, 64), power_of_two(R, 16)
     size = (4 + downs) * dtype.itemsize
     route = "loop" if size * H * R <= _IN_ONE else "steps"
     wide = dtype == torch.float32
@@ -42,8 +42,8 @@ def plan(H: int, R: int, downs: int, dtype: torch.dtype, device: Target) -> Plan
         return Plan(route, min(block_h, 32), 16, 4, 1)
     factors, staged = size * cdiv(H, block_h) * block_h * block_r, _STAGED * dtype.itemsize
     if H <= 512 and factors + staged <= device.shared:
-        return Plan("resident", block_h, block_r, 4 if block_h < 128 else 8, 1)
-    return Plan(route, min(block_h, 64 if wide else 128), min(block_r, 32 if wide else 64), 8, 2)
+        return Plan("resident", block_h, block_r, 4 if H <= 64 else 8, 1)
+    return Plan(route, power_of_two(H, 16, 64 if wide else 128), min(block_r, 32 if wide else 64), 8, 2)
 
 
 class _Call(NamedTuple):
@@ -104,7 +104,7 @@ def lstm_lowrank_forward(
     base, out = call.base, outputs(call.base, x_gates, args[5:10], args[13])
     starts = (base.h_start, base.c_start)
     if call.at.route == "resident":
-        states = (h0, c0, *base.places, *starts)
+        states = (h0, *base.places, *starts)
         call.run(_lowrank_resident.forward_kernel, 1, out.x, up, down, *states, *out[1:], CHUNKS=call.chunks)
         return out.results()
     T, v = base.rows.T, x_gates.new_empty(base.rows.B, down.shape[0] * down.shape[1])
@@ -127,13 +127,12 @@ def lstm_lowrank_backward(*args: Any) -> tuple[Tensor, ...]:
     start = base.reset is not None and (base.h_start is not None or base.c_start is not None)
     d = fresh(base, *gates.shape, like=gates)
     dv = fresh(base, *gates.shape[:-1], down.shape[0] * down.shape[1], like=gates)
-    dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0)
+    dh0, dc0 = torch.empty_like(h0), torch.zeros_like(c0) if grads.c_n is None else grads.c_n.clone()
     starts = tuple(c0.new_zeros(base.rows.B, n) if start else None for n in (dv.shape[-1], base.H))
     given, out = (gates, c, up, down, c0, *base.places, base.c_start), (d, dv, dh0, dc0, *starts)
     if call.at.route == "resident":
-        call.run(_lowrank_resident.backward_kernel, 1, *grads, *given, *out, CHUNKS=call.chunks)
+        call.run(_lowrank_resident.backward_kernel, 1, *grads[:4], *given, *out, CHUNKS=call.chunks)
     else:
-        dc0.zero_() if grads.c_n is None else dc0.copy_(grads.c_n)
         _backward_loop(call, (*grads[:4], *given, *out))
     dup, ddown = _factor_gradients(call, d, dv, h) if weights else (up.new_empty(0), down.new_empty(0))
     return (d, dup, ddown, dh0, dc0, *_start_gradients(call, *starts))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastseq import reference
+from fastseq.ops._triton import interpreted
 from fastseq.ops.lstm import BACKENDS, Options
 from tests.tolerance import one_thread
 
@@ -258,6 +259,13 @@ def backends(op: str = "lstm_forward", table: Any = BACKENDS) -> list[Any]:
         marks = [] if reason is None else [pytest.mark.skip(reason=f"{backend.name}: {reason}")]
         found.append(pytest.param(backend.name, marks=marks))
     return found
+
+
+def triton_alone(test: Any) -> Any:
+    """What only the kernels have, in the process that interprets them."""
+    reason = None if interpreted() else "kernels are interpreted with TRITON_INTERPRET=1"
+    skip = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
+    return skip(pytest.mark.parametrize("backend", ["triton"])(test))
 
 
 def compiled(op: str = "lstm_forward", table: Any = BACKENDS) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -162,3 +161,93 @@ def check_last(args: Inputs, h: Tensor, c: Tensor, h_n: Tensor, c_n: Tensor) -> 
 @each_backend
 def test_every_step(backend: str, case: Case) -> None:
     check_steps(backend, inputs(case))
+
+
+@pytest.mark.parametrize("case", ["all_lengths", "all_packed_reverse"])
+@pytest.mark.parametrize("name", ["loop", "steps"])
+@cases.triton_alone
+def test_routes(backend: str, name: str, case: str) -> None:
+    """Every route gives the same bits: the sums are exact, and what follows them is the same arithmetic."""
+    from fastseq_kernels import lstm_int8 as kernels
+
+    args = inputs(Case(4, 5, 70, layout=CASES[case].layout, **ALL))
+    resident = forward(backend, args)
+    with mock.patch.object(kernels, "plan", lambda *_: kernels.Plan(name, 32, 32, 4, 1)):
+        assert_same_bits(cases.OUTPUTS, forward(backend, args), resident)
+        check_steps(backend, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@each_backend
+def test_low_precision(backend: str, dtype: torch.dtype) -> None:
+    args = inputs(CASES["all_lengths"], dtype)
+    assert [v.dtype for v in forward(backend, args)] == [dtype, torch.float32, dtype, dtype, torch.float32]
+    check_steps(backend, args)
+
+
+@cases.triton_alone
+def test_row_alone_and_in_a_batch(backend: str) -> None:
+    args = inputs(Case(3, 18, 19, reset=True, start=True))
+    outputs = forward(backend, args)
+    for row in (0, 17):
+        own = slice(row, row + 1)
+        options = (*args.options[:2], args.options[2][:, own].contiguous(), *args.options[3:])
+        x, h0, c0 = args.x_gates[:, own].contiguous(), args.h0[own], args.c0[own]
+        got = forward(backend, Inputs(x, args.weight_hh, args.scale, h0, c0, options))
+        assert_same_bits(cases.OUTPUTS, got, [*(v[:, own] for v in outputs[:3]), *(v[own] for v in outputs[3:])])
+
+
+@each_backend
+def test_states_that_are_not_numbers_or_large(backend: str) -> None:
+    """h counts as 0 where it is NaN and as 1 or -1 beyond; c keeps its NaN."""
+    h0 = torch.tensor([[torch.nan, 0.3, torch.inf, -torch.inf, 5.0]])
+    weight, scale = torch.randint(-128, 128, (20, 5), dtype=torch.int8), torch.full((20,), 0.01)
+    got = one_step(backend, torch.zeros(1, 20), weight, scale, h0)
+    expected = one_step(backend, torch.zeros(1, 20), weight, scale, torch.tensor([[0, 0.3, 1, -1, 1]]))
+    assert_same_bits("gates", got, expected)
+
+
+@pytest.mark.parametrize("save", [0, 1])
+@each_backend
+def test_what_is_kept(backend: str, save: int) -> None:
+    args = inputs(CASES["all_lengths"])
+    full, part = forward(backend, args), forward(backend, args, save)
+    kept = [True, save >= 1, False, True, True]
+    for name, keep, a, b in zip(cases.OUTPUTS.split(), kept, part, full, strict=True):
+        assert_same_bits(name, a, b if keep else b.new_empty(0))
+
+
+@pytest.mark.parametrize("case", ["all_lengths_reverse", "all_packed"])
+def test_opcheck(case: str) -> None:
+    args = inputs(CASES[case])
+    found = torch.library.opcheck(torch.ops.fastseq.lstm_int8_forward.default, (*args[:5], *args.options, 2))
+    assert set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("case", ["all_dense", "all_packed"])
+def test_functional(case: str) -> None:
+    args = inputs(CASES[case])
+    named = dict(zip(functional.RecurrenceOptions._fields, args.options, strict=True))
+    found = functional.lstm_int8(*args[:3], args[3:5], return_gates=True, **named)
+    h, c, gates, h_n, c_n = torch.ops.fastseq.lstm_int8_forward(*args[:5], *args.options, 2)
+    assert_same_bits("h h_n c_n c gates", found, (h, h_n, c_n, c, gates))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "dtype": ({"weight_hh": torch.zeros(20, 5)}, "weight_hh must be torch.int8, got torch.float32"),
+    "size": ({"weight_hh": torch.zeros(19, 5, dtype=torch.int8)}, r"weight_hh must be \[4\*H, H\] = \[20, 5\], got"),
+    "scale": ({"scale": torch.ones(5)}, r"scale must be \[4\*H\] = \[20\], got \[5\]"),
+    "scale_dtype": ({"scale": torch.ones(20).half()}, "scale must be torch.float32, got torch.float16"),
+    "gradient": (
+        {"x_gates": torch.zeros(4, 3, 20, requires_grad=True)},
+        r"x_gates must be without a gradient \(torch.no_grad, or detach\), got one that requires it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    weight, scale = torch.zeros(20, 5, dtype=torch.int8), torch.ones(20)
+    given = {"x_gates": torch.zeros(4, 3, 20), "weight_hh": weight, "scale": scale} | change
+    with pytest.raises(ValueError, match=f"lstm_int8: {message}"):
+        functional.lstm_int8(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastseq import reference
+from fastseq import functional, reference
+from fastseq.ops import _select
 from fastseq.ops.lstm_lowrank import BACKENDS, lstm_lowrank
 from tests import tolerance
 from tests.ops import lstm_cases as cases
@@ -140,15 +142,10 @@ def route(name: str, H: int, rank: int) -> Iterator[None]:
         yield
 
 
-triton_alone = pytest.mark.parametrize(
-    "backend", [p for p in cases.backends("lstm_lowrank_forward", BACKENDS) if p.values[0] == "triton"]
-)
-
-
-@pytest.mark.parametrize("case", ["all_lengths", "all_packed_reverse", "reset_alone", "no_steps"])
+@pytest.mark.parametrize("case", ["all_lengths", "all_packed_reverse"])
 @pytest.mark.parametrize("name", ["resident", "loop", "steps"])
 @each_shared
-@triton_alone
+@cases.triton_alone
 def test_routes(backend: str, shared: bool, name: str, case: str) -> None:
     with route(name, CASES[case].H, 18):
         check(backend, inputs(CASES[case], shared, rank=18))
@@ -157,7 +154,7 @@ def test_routes(backend: str, shared: bool, name: str, case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["resident", "loop"])
 @each_shared
-@triton_alone
+@cases.triton_alone
 def test_low_precision(backend: str, shared: bool, name: str, dtype: torch.dtype) -> None:
     """c and its gradients are float32, whatever the rest is; the budget is that of the definition in 16 bits."""
     args = inputs(CASES["all_lengths"], shared, dtype=dtype)
@@ -176,7 +173,7 @@ def test_low_precision(backend: str, shared: bool, name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("name", ["resident", "loop", "steps"])
-@triton_alone
+@cases.triton_alone
 def test_row_alone_and_in_a_batch(backend: str, name: str) -> None:
     args = inputs(Case(3, 18, 19, reset=True, start=True), False)
     with route(name, 19, 3):
@@ -272,3 +269,60 @@ def test_autograd(shared: bool) -> None:
     names = [f"d{name}" for name in present(plain)]
     got = torch.autograd.grad(outputs, tuple(present(plain).values()), grads)
     assert_within_budget(names, got, definition_gradients, (*exact(plain), grads), tolerance.GRADIENTS)
+
+
+def named(args: Inputs) -> dict[str, Any]:
+    """The options of one call by name, as ``functional`` takes them."""
+    return dict(zip(functional.RecurrenceOptions._fields, args.options, strict=True))
+
+
+@pytest.mark.parametrize("case", ["all_dense", "all_lengths_reverse", "all_packed"])
+@each_shared
+def test_functional(shared: bool, case: str) -> None:
+    args = inputs(CASES[case], shared)
+    found = functional.lstm_lowrank(*args[:3], args[3:5], return_gates=True, **named(args))
+    assert_within_budget(OUTPUTS, (*found[:1], *found[3:], *found[1:3]), definition, exact(args))
+    started = functional.lstm_lowrank(*args[:3], **named(args))
+    starts = [v.expand(len(args.h0), -1).contiguous() for v in args.options[3:5]]
+    assert_within_budget("h", started.h, lambda *a: definition(*a)[0], exact(args._replace(h0=starts[0], c0=starts[1])))
+    assert started.c is None and started.gates is None
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "up_rank": ({"up": torch.zeros(4, 5)}, r"up must be \[4, H, r\], got \[4, 5\]"),
+    "down_size": ({"down": torch.zeros(2, 3, 5)}, r"down must be \[4, r, H\] = \[4, 3, 5\], got \[2, 3, 5\]"),
+    "down_dtype": ({"down": torch.zeros(1, 3, 5).double()}, "down must be torch.float32, got torch.float64"),
+    "x_size": ({"x_gates": torch.zeros(4, 3, 19)}, r"x_gates must be \[T, B, 4\*H\] = \[T, B, 20\], got \[4, 3, 19\]"),
+    "x_dtype": ({"x_gates": torch.zeros(4, 3, 20).int()}, "x_gates|up must be torch.int32"),
+    "h0_size": ({"hx": (torch.zeros(2, 5), torch.zeros(3, 5))}, r"h0 must be \[B, H\] = \[3, 5\], got \[2, 5\]"),
+    "lengths": ({"lengths": torch.zeros(3)}, "lengths must be integers, got torch.float32"),
+    "lengths_size": ({"lengths": torch.zeros(2).int()}, r"lengths must be \[B\] = \[3\], got \[2\]"),
+    "sizes": ({"batch_sizes": torch.ones(4).long()}, r"x_gates must be packed \[N, 4\*H\]"),
+    "reset": ({"reset": torch.zeros(4, 3)}, "reset must be torch.bool, got torch.float32"),
+    "seed": ({"seed": torch.zeros(2).long()}, r"seed must be int64 \[1\] on the CPU, got \[2\]"),
+    "rows": ({"rows": torch.zeros(3)}, r"rows must be int64 \[3\] on the CPU, got \[3\] of torch.float32"),
+    "start": ({"h_start": torch.zeros(4)}, r"h_start must be \[H\] = \[5\], got \[4\]"),
+    "tau": ({"tau": 0.0}, "tau must be a finite number > 0, got 0.0"),
+    "probability": ({"noise_probability": 2}, r"noise_probability must be a number in \[0, 1\], got 2"),
+    "device": ({"down": torch.zeros(1, 3, 5, device="meta")}, "down must be on cpu, got one on meta"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    given = {"x_gates": torch.zeros(4, 3, 20), "up": torch.zeros(4, 5, 3), "down": torch.zeros(1, 3, 5)} | change
+    with pytest.raises(ValueError, match=f"lstm_lowrank: ({message})"):
+        functional.lstm_lowrank(**given)
+
+
+def test_the_definition_on_the_cpu_is_announced(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    """Once, with the reason; it stands in where no kernel for the CPU exists."""
+    monkeypatch.setattr(_select, "_told", set())
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    args = inputs(CASES["prime"], True)
+    with caplog.at_level(logging.WARNING, "fastseq"):
+        for _ in range(2):
+            functional.lstm_lowrank(*args[:3])
+    assert [r.message for r in caplog.records] == [
+        "lstm_lowrank_forward: using reference, because triton: input is on cpu"
+    ]
