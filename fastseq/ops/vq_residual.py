@@ -66,8 +66,8 @@ def _backward_reference(*args: Any) -> Tensor:
     *tensors, sizes, index, gradient = args
     dtype = tensors[2].dtype
     given: Any = [None if t is None else t.to(wide(dtype)) for t in tensors]
-    given[3] = given[3].split(list(sizes))
-    return reference.vq_residual_backward(*given, index, GRADIENTS[gradient]).to(dtype)
+    given[3:] = given[3].split(list(sizes)), index, GRADIENTS[gradient]
+    return reference.vq_residual_backward(*given).to(dtype)
 
 
 BACKENDS = {
