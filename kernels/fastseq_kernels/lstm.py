@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq_kernels import lstm_cell, lstm_resident, lstm_states, lstm_step
+from fastseq_kernels import lstm_cell, lstm_resident, lstm_states, lstm_step, lstm_step_backward
 from fastseq_kernels._launch import target
 from fastseq_kernels._rows import rows_of
 from fastseq_kernels._steps import Found, Grads, Recurrence
@@ -109,7 +109,7 @@ def run_backward(directions: list[Given]) -> list[Found]:
     route = plan(directions[0].call, directions[0].gates).route
     if route == "resident":
         return lstm_resident.backward(directions)
-    return [(lstm_cell if route == "cell" else lstm_step).backward(*d) for d in directions]
+    return [(lstm_cell if route == "cell" else lstm_step_backward).backward(*d) for d in directions]
 
 
 def backward(call: Recurrence, grads: Grads, gates: Tensor, h: Tensor, c: Tensor, weights: bool) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from fastseq_kernels._launch import cdiv, launch, power_of_two
 from fastseq_kernels._steps import Found, Grads, Recurrence
 from fastseq_kernels._tiles import gate, sigmoid, tanh
 from fastseq_kernels.gemm import layer_product
-from fastseq_kernels.lstm_step import cell_backward
+from fastseq_kernels.lstm_step_backward import cell_backward
 
 _RUN_TIME = ["B"]  # the size that must not compile anew
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastseq_kernels._launch import Target, cdiv, launch, power_of_two, rnn_precision
 from fastseq_kernels._steps import Found, Grads, Recurrence, element, is_cut, state_before, steps_of
 from fastseq_kernels._tiles import gate, sigmoid, tanh
-from fastseq_kernels.lstm_step import cell_backward
+from fastseq_kernels.lstm_step_backward import cell_backward
 
 _RUN_TIME = ["T", "B"]  # sizes that must not compile anew
 BLOCK_B = 16  # rows of a tile: what a matrix instruction takes
