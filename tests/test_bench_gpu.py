@@ -140,9 +140,9 @@ ROWS = [
 
 def test_only_modules_whose_every_case_passed_are_verified() -> None:
     found = verdicts(ROWS)
-    assert found["good"] == (["bfloat16"], ["float32: 1 of 2 cases have no result"])
-    assert found["bad"] == ([], ["f 1 float32: wrong: h: error 1"])
-    assert found["absent"] == ([], [])
+    assert found["good"] == (["bfloat16"], ["float32: 1 of 2 cases have no result"], False)
+    assert found["bad"] == ([], ["f 1 float32: wrong: h: error 1"], True)
+    assert found["absent"] == ([], [], False)
 
 
 def test_verified_json(tmp_path: Path) -> None:

@@ -25,9 +25,19 @@ from benchmarks.gpu.clock import Clock, Share, shares
 from benchmarks.gpu.part import Row
 
 KERNELS = process.ROOT / "kernels" / "fastseq_kernels"
-FAMILIES = ("lstm", "vq", "compressed")
-DTYPES = ("bfloat16", "float32", "float16")
-PARITY = (*(f"parity:{f}-{d}" for d in DTYPES for f in FAMILIES), "parity:lstm-tf32")
+# processes for each family and dtype: about as many as its compilations need beside the others
+SHARDS = {
+    ("lstm", "bfloat16"): 3,
+    ("lstm", "float32"): 3,
+    ("vq", "bfloat16"): 2,
+    ("vq", "float32"): 2,
+    ("lstm", "float16"): 1,
+    ("vq", "float16"): 1,
+    ("lstm", "tf32"): 1,
+    **{("compressed", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
+}
+PARITY = tuple(f"parity:{family}-{dtype}-{n}/{of}" for (family, dtype), of in SHARDS.items() for n in range(of))
+DRY_PARITY = ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1")
 SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))
 # in the order in which they run: parts that go side by side, since nothing is timed in them, or one that is timed
 STAGES: dict[tuple[str, ...], Share] = {
@@ -60,14 +70,17 @@ class Run(NamedTuple):
         """Run a part and keep what it wrote."""
         more = {"TRITON_INTERPRET": "1"} if self.dry and name.startswith("parity") else {}
         env = process.environment(threads, more)
-        found = process.run(name, seconds, self.folder, env, self.dry, cores)
+        found = process.run(name, seconds, self.folder, env, self.dry, cores, seen=self.seen)
         with self.lock:
-            self.rows.extend(found.rows)
             self.notes.extend(found.notes)
             self.notes.extend(f"dropped, no time: {name} {case}" for case in found.dropped)
-            self.keep(found.rows)
         print(f"{name}: {len(found.rows)} rows; {self.clock.left:.0f} s left", flush=True)
         return found.rows
+
+    def seen(self, rows: list[Row]) -> None:
+        with self.lock:
+            self.rows.extend(rows)
+            self.keep(rows)
 
     def parts(self, names: Sequence[str], seconds: float, cores: Sequence[int]) -> None:
         """Run parts side by side."""
@@ -80,19 +93,20 @@ class Run(NamedTuple):
         return not self.only or name in self.only
 
 
-def device_lane(run: Run, cores: list[int], scale: float) -> None:
-    """The stages, each with its share of what is left."""
-    waiting = {parts: share for parts, share in STAGES.items() if run.wants(share.name)}
-    for parts, share in list(waiting.items()):
-        scaled = [s._replace(least=s.least * scale, wanted=s.wanted * scale) for s in waiting.values()]
+def device_lane(run: Run, cores: list[int], scale: float, stages: dict[tuple[str, ...], Share], last: str = "") -> None:
+    """The stages, up to ``last`` or all, each with its share of what is left. ``stages`` loses what is done."""
+    for parts, share in list(stages.items()):
+        scaled = [s._replace(least=s.least * scale, wanted=s.wanted * scale) for s in stages.values()]
         seconds = shares(scaled, max(0.0, run.clock.left - process.GRACE * scale))[share.name]
-        del waiting[parts]
+        del stages[parts]
         if not seconds:
             run.notes.append(f"dropped, no time: {share.name}")
-            continue
-        if run.dry:
-            parts = parts[:2] if share.name == "parity" else parts[:1]  # two side by side are enough to see it work
-        run.parts(parts, seconds, cores)
+        elif run.dry:
+            run.parts(DRY_PARITY if share.name == "parity" else parts[:1], seconds, cores)
+        else:
+            run.parts(parts, seconds, cores)
+        if share.name == last:
+            return
 
 
 def host_lane(run: Run, cores: list[int]) -> None:
@@ -122,17 +136,20 @@ def host_lane(run: Run, cores: list[int]) -> None:
 
 
 def lanes(run: Run, scale: float) -> None:
-    """Device and host side by side where there are cores for both, else one after the other."""
+    """The parity on all cores; then device and host side by side where there are cores for both, else in turn."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    if len(cores) >= HOST_CORES and not run.dry:
-        half = len(cores) // 2
-        beside = threading.Thread(target=host_lane, args=(run, cores[half:]))
-        beside.start()
-        device_lane(run, cores[:half], scale)
-        beside.join()
-    else:
-        device_lane(run, cores, scale)
+    stages = {parts: share for parts, share in STAGES.items() if run.wants(share.name)}
+    if len(cores) < HOST_CORES or run.dry:
+        device_lane(run, cores, scale, stages)
         host_lane(run, cores)
+        return
+    if PARITY in stages:
+        device_lane(run, cores, scale, stages, "parity")
+    half = len(cores) // 2
+    beside = threading.Thread(target=host_lane, args=(run, cores[half:]))
+    beside.start()
+    device_lane(run, cores[:half], scale, stages)
+    beside.join()
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:

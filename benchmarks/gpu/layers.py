@@ -34,8 +34,8 @@ def quantizer(case: Case, context: Context) -> list[Row]:
         if label in ("plain", "compile") and case.M > 1:
             raise CannotRun("it has one level")
         work = vq_layers.PROVIDERS[label](case, provider, torch.get_num_threads())
-        verdict, facts = vq_gate.judge(case, False, providers.forced(context, label, work.outputs)())
-        return providers.forced(context, label, work.run), {"gate": verdict, **facts}
+        verdict, facts = vq_gate.judge(case, False, work.outputs())
+        return work.run, {"gate": verdict, **facts}
 
     shared: Row = {"op": "vq", "table": "layers", "case": case.name, "mode": case.mode, "dtype": "float32"}
     return providers.measure(context, shared, LABELS[: context.pick(4, 3)], prepare, SECONDS)
@@ -80,10 +80,9 @@ def stack(context: Context, mode: str) -> list[Row]:
             module = fastseq.nn.LSTM(H, H, num_layers=2, bidirectional=True, **gates).to(context.device, dtype)
             module.load_state_dict(stock.state_dict())
         call = functools.partial(step, module, x.clone().requires_grad_(mode == "train"), dy)
-        call = providers.forced(context, label, call)
         if "binary" in label:  # its noise is judged layer by layer, in the part lstm
             return call, {"gate": "passed", "judged": "one layer, in the table of the LSTM"}
-        got = providers.forced(context, label, lambda: results(module, x, dy))()
+        got = results(module, x, dy)
         error = max(relative_error(got[name], value) for name, value in truth.items())
         return call, {"gate": gate(got, budgets, GRADIENTS), "error": float(f"{error:.3g}")}
 

@@ -160,26 +160,21 @@ def route(name: str | None) -> Iterator[None]:
 def measure(case: Case, context: Context, labels: tuple[str, ...]) -> list[Row]:
     given = inputs(case, context.device)
 
-    def prepare(label: str) -> tuple[providers.Call, Row]:
+    @contextlib.contextmanager
+    def around(label: str) -> Iterator[None]:
         provider = PROVIDERS[label]
+        with backend(None if context.dry else provider.force), route(provider.route):
+            yield
 
-        @contextlib.contextmanager
-        def chosen() -> Iterator[None]:
-            with backend(None if context.dry else provider.force), route(provider.route):
-                yield
-
-        def timed() -> object:
-            with chosen():
-                return run(case, work, given.x, given.dy)
-
-        with chosen():
-            work = provider.make(case, context, given)
-            verdict, error = judge(case, work, given)
-        return timed, {"gate": verdict, "error": error, "gate_steps": case.gate_steps}
+    def prepare(label: str) -> tuple[providers.Call, Row]:
+        work = PROVIDERS[label].make(case, context, given)
+        verdict, error = judge(case, work, given)
+        call = functools.partial(run, case, work, given.x, given.dy)
+        return call, {"gate": verdict, "error": error, "gate_steps": case.gate_steps}
 
     shared: Row = {"op": "lstm", "table": "lstm", "case": case.name, "mode": case.mode}
     shared |= {"dtype": str(case.dtype).removeprefix("torch.")}
-    rows = providers.measure(context, shared, labels, prepare, SECONDS)
+    rows = providers.measure(context, shared, labels, prepare, SECONDS, around=around)
     for row in rows:
         if "ms" in row:
             row["us_per_step"] = round(row["ms"] * 1e3 / case.T, 4)

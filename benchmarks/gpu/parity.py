@@ -1,8 +1,8 @@
 """Every Triton host function on the device against its definition in float64, and what that verifies.
 
-A part is ``parity:lstm-bfloat16`` and the like: families and dtypes go side by side, since most of the time goes into
-compilation. It needs pytest and hypothesis, since the inputs are those of the tests. In a dry run a few cases go
-through Triton's interpreter.
+A part is ``parity:lstm-bfloat16-0/2``, the first of two parts of a family in a dtype: they go side by side, since most
+of the time goes into compilation. It needs pytest and hypothesis, since the inputs are those of the tests. In a dry run
+a few cases go through Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.gpu.part import Context, Row, Unit
+from benchmarks.gpu.part import Context, Row, Unit, reason
 from benchmarks.harness import ABSENT, CannotRun
 from tests.tolerance import OUTPUTS, assert_within_budget
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 SECONDS = 2.0  # of a case, roughly: one in a few compiles anew
+LIMIT = 120.0  # where many compile at the same time
 Definition = Callable[..., Any]
 
 
@@ -69,9 +70,9 @@ class Kernels(NamedTuple):
 
         moved = pytree.tree_map(move, list(args))
         why_not = getattr(kernels, f"{op}_why_not", None)
-        reason = None if why_not is None else why_not(*moved)
-        if reason is not None:
-            raise CannotRun(reason)
+        no = None if why_not is None else why_not(*moved)
+        if no is not None:
+            raise CannotRun(no)
         out = getattr(kernels, op)(*moved)
         return [v.cpu() for v in (out if isinstance(out, tuple) else (out,))]
 
@@ -100,11 +101,14 @@ def _row(check: Check, dtype: str) -> list[Row]:
         verdict = f"{ABSENT[1]}{error}"
     except AssertionError as error:
         verdict = f"wrong: {str(error).splitlines()[0][:200]}"
+    except Exception as error:  # a kernel that does not compile, or that the device refuses
+        verdict = f"failed: {reason(error)}"
     return [{**row, "dtype": dtype, "gate": verdict}]
 
 
 def units(context: Context, kind: str) -> list[Unit]:
-    family, dtype = kind.split("-")
+    family, dtype, part = kind.split("-")
+    first, count = (int(n) for n in part.split("/"))
     if os.environ.get("TRITON_INTERPRET") == "1":
         from tests import interpreter
 
@@ -113,18 +117,22 @@ def units(context: Context, kind: str) -> list[Unit]:
     if hasattr(torch.backends.cudnn, "rnn"):
         torch.backends.cudnn.rnn.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     checks = list(importlib.import_module(f"benchmarks.gpu.parity_{family}").checks(Kernels(context, dtype)))
-    planned = Counter(check.module for check in checks)
+    planned = Counter(check.module for check in checks)  # in all parts: the plan of one that never began is known
     shared = {"op": "plan", "table": "parity", "dtype": dtype}
     plan = [{**shared, "module": module, "cases": count} for module, count in planned.items()]
-    cases = [Unit(f"{c.module} {c.op} {c.case} {dtype}", SECONDS, functools.partial(_row, c, dtype)) for c in checks]
+    cases = [
+        Unit(f"{c.module} {c.op} {c.case} {dtype}", SECONDS, functools.partial(_row, c, dtype), LIMIT)
+        for c in checks[first::count]
+    ]
     return [Unit(f"plan {kind}", 0.0, lambda: plan), *cases]
 
 
 class Verdict(NamedTuple):
-    """Of one module: the dtypes of which every case passed, and what is against the others."""
+    """Of one module: the dtypes of which every case passed, what is against others, and whether a case was wrong."""
 
     dtypes: list[str]
     reasons: list[str]
+    wrong: bool = False
 
 
 def verdicts(rows: Iterable[Row]) -> dict[str, Verdict]:
@@ -134,7 +142,7 @@ def verdicts(rows: Iterable[Row]) -> dict[str, Verdict]:
     for row in rows:
         if row["op"] == "plan":
             planned[row["module"], row["dtype"]] = row["cases"]
-        elif row["op"] == "parity" and "module" in row:
+        elif row["op"] == "parity":
             found.setdefault((row["module"], row["dtype"]), []).append(row)
     verdict: dict[str, Verdict] = {}
     for (module, dtype), cases in planned.items():
@@ -143,11 +151,13 @@ def verdicts(rows: Iterable[Row]) -> dict[str, Verdict]:
         absent = [r for r in mine if r["gate"].startswith(ABSENT)]
         wrong = [r for r in mine if r["gate"] != "passed" and r not in absent]
         own.reasons.extend(f"{r['operator']} {r['case']} {dtype}: {r['gate']}" for r in wrong)
+        if wrong:
+            verdict[module] = own._replace(wrong=True)
         if len(mine) < cases:
             own.reasons.append(f"{dtype}: {cases - len(mine)} of {cases} cases have no result")
         elif not wrong and len(absent) < cases:
             own.dtypes.append(dtype)
-    return {m: v._replace(dtypes=[]) if any("wrong" in r for r in v.reasons) else v for m, v in verdict.items()}
+    return {module: v._replace(dtypes=[]) if v.wrong else v for module, v in verdict.items()}
 
 
 def record(rows: Iterable[Row], facts: Row, path: Path, source_hash: Callable[[str], str]) -> list[str]:
@@ -164,9 +174,9 @@ def record(rows: Iterable[Row], facts: Row, path: Path, source_hash: Callable[[s
             shared = {key: facts[key] for key in ("device", "driver", "torch", "triton", "date", "commit")}
             own[module] = {"source": source_hash(module), "dtypes": sorted(verdict.dtypes), **shared}
             lines.append(f"{module}: verified for {', '.join(sorted(verdict.dtypes))}")
-        elif any("wrong" in reason for reason in verdict.reasons):
+        elif verdict.wrong:
             own.pop(module, None)
-        lines += [f"{module}: {reason}" for reason in verdict.reasons[:5]]
+        lines += [f"{module}: {why}" for why in verdict.reasons[:5]]
     if not own:
         del known[facts["capability"]]
     path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")

@@ -15,18 +15,7 @@ from fastseq.ops import lstm_int8, lstm_lowrank
 from tests.ops import lstm_cases
 from tests.tolerance import GRADIENTS
 
-LOWRANK = (
-    "tiles",
-    "resident",
-    "prime",
-    "wide",
-    "all_lengths_flat",
-    "packed",
-    "reset_reverse",
-    "noise",
-    "one",
-    "no_rows",
-)
+LOWRANK = ("tiles", "resident", "prime", "wide", "lengths_reverse", "packed", "reset_reverse", "start", "noise", "one")
 INT8 = ("tiles", "resident", "wide", "prime", "large")
 RANKS = {"own": (4, 5), "shared": (1, 16)}  # factors down of each gate or of all, and their rank
 LOWRANK_GRADIENTS = "dx_gates dup ddown dh0 dc0 dh_start dc_start"
@@ -34,12 +23,8 @@ LOWRANK_GRADIENTS = "dx_gates dup ddown dh0 dc0 dh_start dc_start"
 
 def _lowrank(name: str, form: str, dtype: torch.dtype) -> list[Any]:
     """Arguments of ``lstm_lowrank_forward``."""
-    args = arguments("all_lengths" if name == "all_lengths_flat" else name, dtype)
+    args = arguments(name, dtype)
     H = args[3].shape[1]
-    if args[4] is not None:  # these have no projection: h0 and h_start are of H
-        args[2], args[8] = (
-            None if v is None else v[..., :1].expand(*v.shape[:-1], H).contiguous() for v in args[2:9:6]
-        )
     gates, rank = RANKS[form]
     generator = torch.Generator().manual_seed(41)
     up = torch.randn(4, H, rank, generator=generator) / rank**0.5
@@ -49,7 +34,7 @@ def _lowrank(name: str, form: str, dtype: torch.dtype) -> list[Any]:
 
 def forward(kernels: Kernels, name: str, form: str) -> None:
     args = _lowrank(name, form, kernels.torch_dtype)
-    compare(kernels, "lstm_lowrank", "lstm_lowrank_forward", lstm_lowrank.BACKENDS, lstm_cases.OUTPUTS, args)
+    compare(kernels, "lstm_lowrank", "lstm_lowrank_forward", lstm_lowrank.BACKENDS, lstm_cases.OUTPUTS, args, args[6])
 
 
 def backward(kernels: Kernels, name: str, form: str) -> None:
@@ -60,7 +45,7 @@ def backward(kernels: Kernels, name: str, form: str) -> None:
     h, c, gates = kept[:3]
     given = [*gradients(kept, kernels.torch_dtype), gates, h, c, *args[1:10], *args[15:18], True]
     table = lstm_lowrank.BACKENDS
-    compare(kernels, "lstm_lowrank", "lstm_lowrank_backward", table, LOWRANK_GRADIENTS, given, GRADIENTS)
+    compare(kernels, "lstm_lowrank", "lstm_lowrank_backward", table, LOWRANK_GRADIENTS, given, args[6], GRADIENTS)
 
 
 def int8(kernels: Kernels, name: str, steps: int) -> None:

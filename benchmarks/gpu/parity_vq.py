@@ -26,7 +26,7 @@ CASES = {
     "deep": Case(20, 40, 1100),
     **{kind: Case(65, 130, 40, kind=kind) for kind in vq_cases.KINDS if kind != "normal"},
 }
-DRY = ("dot",)
+DRY = ("one",)
 HARD = ("usual", "narrow", "groups", "duplicates", "strange")
 RESIDUAL = {"usual": (70, 24, (100, 65, 130)), "narrow": (130, 8, (1024,) * 4), "one": (1, 1, (1,))}
 

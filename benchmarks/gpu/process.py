@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from benchmarks.gpu.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 10.0  # seconds beyond its share before a part is ended
+POLL = 2.0  # seconds between two looks at what a part has written
 RESTARTS = 3
 LEAST_RESTART = 15.0  # seconds that must be left to start a part again
 
@@ -45,6 +46,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def _wait(process: subprocess.Popen[bytes], seconds: float, tell: Callable[[], None]) -> int | None:
+    """The exit status, or None where it did not end within ``seconds``."""
+    clock = Clock(seconds)
+    while True:
+        try:
+            return process.wait(min(POLL, clock.left))
+        except subprocess.TimeoutExpired:
+            if not clock.left:
+                return None
+            tell()
+
+
 def read(path: Path) -> tuple[Result, int]:
     """What a part wrote, and how many cases it has begun or dropped. A line that was cut off does not count."""
     rows, dropped, notes, done = [], [], [], 0
@@ -71,15 +84,24 @@ def run(
     dry: bool = False,
     cores: Sequence[int] | None = None,
     command: Sequence[str] | None = None,
+    seen: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> Result:
     """One part to its end or to the end of its seconds.
 
     Args:
         env: from ``environment``. cores: that it may use. command: instead of the worker, for tests.
+        seen: is given the rows as they come, so that they are kept when this process is ended too.
     """
     stem = re.sub(r"\W", "-", part)
     path, log = folder / f"{stem}.jsonl", folder / f"{stem}.log"
-    clock, more = Clock(seconds), []
+    clock, more, told = Clock(seconds), [], 0
+
+    def tell() -> None:
+        nonlocal told
+        rows = read(path)[0].rows
+        seen(rows[told:])
+        told = len(rows)
+
     for attempt in range(RESTARTS + 1):
         done = read(path)[1]
         line = [*(command or (sys.executable, "-m", "benchmarks.gpu.worker")), part, "--seconds", f"{clock.left:.1f}"]
@@ -88,11 +110,10 @@ def run(
         with log.open("ab") as out:
             process = subprocess.Popen(line, cwd=ROOT, env=dict(env), stdout=out, stderr=out, start_new_session=True)
             try:
-                status = process.wait(clock.left + GRACE)
-            except subprocess.TimeoutExpired:
-                status = None
+                status = _wait(process, clock.left + GRACE, tell)
             finally:
                 _end(process)
+        tell()
         if status == 0:
             break
         if status is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,16 +21,9 @@ def is_ours(label: str) -> bool:
     return label.startswith(OURS)
 
 
-def forced(context: Context, label: str, call: Call) -> Call:
+def forced(context: Context, label: str) -> AbstractContextManager[None]:
     """Ours by its Triton kernels, whatever else could run; where there is no GPU, by what runs there."""
-    if context.dry or not is_ours(label):
-        return call
-
-    def run() -> object:
-        with backend("triton"):
-            return call()
-
-    return run
+    return backend("triton" if is_ours(label) and not context.dry else None)
 
 
 def measure(
@@ -38,21 +33,25 @@ def measure(
     prepare: Callable[[str], tuple[Call, Row]],
     seconds: float,
     cold: bool = False,
+    around: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> list[Row]:
     """A row for each provider. Ours has no time where it fails the gate, a rival keeps it beside the reason.
 
     Args:
         shared: fields of all rows.
         prepare: of a label, what is timed and what is known of it, with the verdict of the gate as ``gate``.
+        around: of a label, what its calls need around them; by default ``forced``.
     """
+    around = around or functools.partial(forced, context)
     calls: dict[str, Call] = {}
     facts: dict[str, Row] = {}
     for label in labels:
         try:
-            call, facts[label] = prepare(label)
-            if facts[label]["gate"] == "passed" or not is_ours(label):
-                facts[label] |= timing.peak_mb(context, call)
-                calls[label] = call
+            with around(label):
+                call, facts[label] = prepare(label)
+                if facts[label]["gate"] == "passed" or not is_ours(label):
+                    facts[label] |= timing.peak_mb(context, call)
+                    calls[label] = call
         except ModuleNotFoundError as error:
             facts[label] = {"gate": f"{ABSENT[0]}{error.name}"}
         except CannotRun as error:
@@ -60,7 +59,7 @@ def measure(
         except Exception as error:
             timing.synchronize(context)  # raises where the device is lost
             facts[label] = {"gate": f"failed: {reason(error)}"}
-    samples = timing.interleave(context, calls, seconds, cold)
+    samples = timing.interleave(context, calls, seconds, cold, around)
     rows = []
     for label in labels:
         provider = OURS if is_ours(label) else label

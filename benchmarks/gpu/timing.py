@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -66,14 +67,23 @@ def block(context: Context, call: Callable[[], object], calls: int, cold: bool) 
 
 
 def interleave(
-    context: Context, calls: Mapping[str, Callable[[], object]], seconds: float, cold: bool = False
+    context: Context,
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    cold: bool = False,
+    around: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> dict[str, dict[int, float]]:
-    """name -> {round: seconds of one call}; rounds are as many as fit into ``seconds``, within ROUNDS."""
+    """name -> {round: seconds of one call}; rounds are as many as fit into ``seconds``, within ROUNDS.
+
+    Args:
+        around: what the calls of a name need around them; it is entered once for a block of them, outside of the time.
+    """
     order = random.Random(0)
     repeats, cost = {}, 0.0
     for name, call in calls.items():
-        call()
-        took = min(once(context, call) for _ in range(2))
+        with around(name):
+            call()
+            took = min(once(context, call) for _ in range(2))
         repeats[name] = max(1, min(MOST_CALLS, int(BLOCK_SECONDS / max(took, 1e-6))))
         cost += took * (repeats[name] + (not cold))
     rounds = 2 if context.dry else max(ROUNDS[0], min(ROUNDS[1], int(seconds / max(cost, 1e-6))))
@@ -85,7 +95,8 @@ def interleave(
             names = list(calls)
             order.shuffle(names)
             for name in names:
-                samples[name][number] = block(context, calls[name], 1 if context.dry else repeats[name], cold)
+                with around(name):
+                    samples[name][number] = block(context, calls[name], 1 if context.dry else repeats[name], cold)
     finally:
         gc.enable()
     return samples

@@ -159,7 +159,7 @@ def measure(case: Case, context: Context, labels: tuple[str, ...]) -> list[Row]:
     given = inputs(case, context.device)
 
     def prepare(label: str) -> tuple[providers.Call, Row]:
-        call = providers.forced(context, label, PROVIDERS[label](case, given))
+        call = PROVIDERS[label](case, given)
         return call, judge(case, given, call())
 
     shared: Row = {"op": "vq", "table": "vq", "case": case.name, "mode": "lookup", "cold": True, "dtype": case.dtype}
