@@ -16,13 +16,25 @@ TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
-.PHONY: demo test bench check format clean gpu
+.PHONY: demo test test-triton bench check check-gpu budget format clean gpu
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.pretrained
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,$(MAKE) --no-print-directory test-triton)
+
+# the Triton kernels on the CPU, through triton's interpreter, which is chosen when triton is imported
+test-triton: $(VENV)/.built
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels -k "triton or kernels" $(ARGS)
+
+# every kernel for every GPU, without one: within budget.json, no warnings, no spills
+check-gpu: $(VENV)/.built
+	$(BIN)/python -m tests.kernels.budget --check
+
+budget: $(VENV)/.built
+	$(BIN)/python -m tests.kernels.budget
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(or $(ARGS),lstm)

@@ -50,3 +50,27 @@ for _name, _sizes in LOWRANK.items():
 call("lstm_lowrank", "lstm_lowrank_forward", "bf16 inference", lowrank, save=0)
 call("lstm_lowrank", "lstm_lowrank_forward", "bf16 noise", lowrank, words="shared noise rows")
 call("lstm_lowrank", "lstm_lowrank_backward", "bf16 bare", lowrank_backward, words="shared bare")
+
+
+def int8(
+    T: int = 3, B: int = 20, H: int = 128, dtype: torch.dtype = BF16, words: str = "", save: int = 2
+) -> tuple[Any, ...]:
+    r = recurrence(T, B, H, None, dtype, words)
+    weight, scale = new(4 * H, H, dtype=torch.int8), new(4 * H)
+    return (new(*r.lead, 4 * H, dtype=dtype), weight, scale, r.h0, r.c0, *r.state[1:], *r.noise, *r.gate, save)
+
+
+INT8: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "bf16 reset start": {"words": "lengths reset start"},
+    "bf16 reverse hard inference": {"words": "packed hard reverse", "save": 0},
+    "bf16 small": {"H": 24},
+    "bf16 loop": {"H": 256, "words": "lengths reset start"},
+    "bf16 loop odd": {"H": 300},
+    "bf16 steps": {"H": 1024},
+    "fp32": {"dtype": FP32},
+    "fp32 loop": {"dtype": FP32, "H": 512},
+    "fp32 steps": {"dtype": FP32, "H": 1024, "words": "lengths reset start reverse"},
+}
+for _name, _sizes in INT8.items():
+    call("lstm_int8", "lstm_int8_forward", _name, int8, **_sizes)

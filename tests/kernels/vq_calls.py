@@ -23,7 +23,8 @@ def nearest(
 ) -> tuple[Any, ...]:
     """``more``: with a mask, products instead of distances, and distance and score asked for."""
     mask = new(G, N, dtype=torch.bool) if more else None
-    return (new(G, N, D, dtype=x), new(G, K, D, dtype=codes), mask, more, best, bits, more, more, screen)
+    few = min(best, K)
+    return (new(G, N, D, dtype=x), new(G, K, D, dtype=codes), mask, more, few, bits, more, more, screen)
 
 
 def quantize(
