@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq_kernels import lstm_cell, lstm_resident, lstm_states, lstm_step, lstm_step_backward
+from fastseq_kernels import lstm_cell, lstm_graph, lstm_resident, lstm_states, lstm_step, lstm_step_backward
 from fastseq_kernels._launch import target
 from fastseq_kernels._rows import rows_of
 from fastseq_kernels._steps import Found, Grads, Recurrence
@@ -40,12 +40,13 @@ def recurrence(data: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, state: A
 class Plan(NamedTuple):
     """Which way a call takes, and why."""
 
-    route: str  # cell, resident or step
+    route: str  # cell, resident, graph or step
     why: str
 
 
 def plan(call: Recurrence, data: Tensor) -> Plan:
-    """The route of one call: of one step, or by the sizes of the model, the dtype and the device, not by T or B."""
+    """The route of one call: of one step, or by the sizes of the model, the dtype and the device; T and B
+    only decide whether graphs are worth their capture."""
     if lstm_cell.fits(call):
         return Plan("cell", "one step: torch's product and a pointwise kernel")
     if call.weight_hr is not None:
@@ -53,6 +54,8 @@ def plan(call: Recurrence, data: Tensor) -> Plan:
     reason = lstm_resident.why_not(call.H, data.dtype, target(data.device))
     if reason is None:
         return Plan("resident", "one kernel for all steps, which holds weight_hh")
+    if lstm_graph.wanted(call):
+        return Plan("graph", f"a launch per step, {lstm_graph.STEPS} steps to a CUDA graph: {reason}")
     return Plan("step", f"a launch per step: {reason}")
 
 
@@ -79,7 +82,8 @@ def run_forward(directions: list[Direction]) -> list[tuple[Tensor, Tensor]]:
     route = plan(directions[0].call, directions[0].x_gates).route
     if route == "resident":
         return lstm_resident.forward(directions)
-    return [(lstm_cell if route == "cell" else lstm_step).forward(*d) for d in directions]
+    by = {"cell": lstm_cell.forward, "graph": lstm_graph.forward, "step": lstm_step.forward}[route]
+    return [by(*d) for d in directions]
 
 
 def kept(d: Direction, h_n: Tensor, c_n: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -109,7 +113,8 @@ def run_backward(directions: list[Given]) -> list[Found]:
     route = plan(directions[0].call, directions[0].gates).route
     if route == "resident":
         return lstm_resident.backward(directions)
-    return [(lstm_cell if route == "cell" else lstm_step_backward).backward(*d) for d in directions]
+    by = {"cell": lstm_cell.backward, "graph": lstm_graph.backward, "step": lstm_step_backward.backward}[route]
+    return [by(*d) for d in directions]
 
 
 def backward(call: Recurrence, grads: Grads, gates: Tensor, h: Tensor, c: Tensor, weights: bool) -> tuple[Tensor, ...]:

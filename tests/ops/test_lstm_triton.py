@@ -18,7 +18,7 @@ reason = why_not_triton() or (None if interpreted() else "kernels are interprete
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
 
 if reason is None:
-    from fastseq_kernels import _rows, _steps, lstm, lstm_layer, lstm_resident, lstm_step
+    from fastseq_kernels import _rows, _steps, lstm, lstm_graph, lstm_layer, lstm_resident, lstm_step
 
 LOW = [torch.bfloat16, torch.float16]
 ROUTES = {
@@ -152,3 +152,19 @@ def test_lengths_on_the_device_are_held_within_bounds(route: str) -> None:
         return [h, c, *lstm_resident.forward([lstm_resident.Direction(call, x, h, c, None)])[0]]
 
     assert_same_bits("h c h_n c_n", run([9, -2, 2, 3]), run([3, 0, 2, 3]))
+
+
+@pytest.mark.parametrize("case", ["all_lengths_reverse", "all_packed", "lengths", "packed_reverse"])
+def test_blocks_of_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that read their tensors and their step from a table give the bits of those that are given them."""
+    args = cases.inputs(ROUTES[case]._replace(T=7, P=0))
+    take("step", monkeypatch)
+    outputs = lstm.lstm_forward(*args[:4], *args.options, 2)
+    grads = cases.upstream(outputs)
+    expected = lstm.lstm_backward(*cases.backward_arguments(args, outputs, grads))
+    take("graph", monkeypatch)
+    monkeypatch.setattr(lstm_graph, "STEPS", 2)
+    for _ in range(2):  # of a new kind, and of one that is known
+        assert_same_bits(cases.OUTPUTS, lstm.lstm_forward(*args[:4], *args.options, 2), outputs)
+        got = lstm.lstm_backward(*cases.backward_arguments(args, outputs, grads))
+        assert_same_bits(cases.GRADIENTS, got, expected)
