@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from benchmarks.gpu import process, tables, worker
+from benchmarks.gpu.__main__ import SHARDS
 from benchmarks.gpu.clock import Clock, Share, shares
-from benchmarks.gpu.parity import record, verdicts
+from benchmarks.gpu.parity import Kernels, record, verdicts
 from benchmarks.gpu.part import Context, Unit, backend
 from benchmarks.gpu.targets import LARGE, targets
 
@@ -154,6 +156,16 @@ def test_verified_json(tmp_path: Path) -> None:
     good = {"source": "hash of good", "dtypes": ["bfloat16"], **shared}
     assert json.loads(path.read_text()) == {"sm_80": {"good": other}, "sm_90": {"good": good, "rest": other}}
     assert lines[0] == "bad: f 1 float32: wrong: h: error 1" and lines[1] == "good: verified for bfloat16"
+
+
+def test_every_operator_has_parity() -> None:
+    """A new operator needs cases in ``benchmarks/gpu/parity_*.py``, or it is never verified."""
+    names = ("gemm", "lstm", "lstm_layer", "lstm_lowrank", "lstm_int8", "vq", "vq_codes", "vq_residual")
+    tables = {name: importlib.import_module(f"fastseq.ops.{name}").BACKENDS for name in names}
+    operators = {op for name, table in tables.items() for op in (table if isinstance(table, dict) else [name])}
+    kernels = Kernels(Context(torch.device("cpu"), False), "float32")
+    families = [importlib.import_module(f"benchmarks.gpu.parity_{family}") for family, _ in SHARDS]
+    assert operators <= {check.op for family in families for check in family.checks(kernels)}
 
 
 def lookup(label: str, ms: float, case: str = LARGE, **rest: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ SHARDS = {
     ("lstm", "float16"): 1,
     ("vq", "float16"): 1,
     ("lstm", "tf32"): 1,
-    **{("compressed", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
+    **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in ("bfloat16", "float32", "float16")},
 }
 PARITY = tuple(f"parity:{family}-{dtype}-{n}/{of}" for (family, dtype), of in SHARDS.items() for n in range(of))
 DRY_PARITY = ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1")
@@ -213,6 +213,7 @@ def machine(run: Run) -> Row:
 
 def main() -> None:
     given = arguments()
+    sys.path[:0] = [str(process.ROOT), str(KERNELS.parent)]  # as the parts have it
     if given.markdown:
         tables.write_markdown(harness.RESULTS, process.ROOT / "README.md")
         return

@@ -7,7 +7,6 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks.gpu import providers, rivals
 from benchmarks.gpu.lstm_case import Case, Inputs, Work, inputs, judge, run
 from benchmarks.gpu.part import Context, Row, Unit, backend
-from benchmarks.harness import CannotRun
+from benchmarks.gpu.routes import route
 from benchmarks.lstm import SEED, TAU, WEIGHTS
 
 SECONDS = 1.2  # of the rounds of one case
@@ -127,34 +126,6 @@ PROVIDERS: dict[str, Provider] = {
     "FlashRNN": Provider(rivals.flashrnn),
     "TorchRL": Provider(rivals.torchrl),
 }
-
-
-@contextlib.contextmanager
-def route(name: str | None) -> Iterator[None]:
-    """Send our kernels by a route, whatever their plan says; None: as it says.
-
-    Raises:
-        CannotRun: this machine's kernels cannot go that way.
-    """
-    if name is None:
-        yield
-        return
-    from fastseq_kernels import lstm as kernels
-
-    usual = kernels.plan
-
-    def plan(*args: Any) -> Any:
-        found = usual(*args)
-        if found.route == name:
-            return found
-        if name == "resident":
-            raise CannotRun(found.why)
-        return found._replace(route=name)
-
-    if name not in getattr(kernels, "ROUTES", ("resident", "step")):
-        raise CannotRun(f"fastseq_kernels.lstm has no route {name}")
-    with mock.patch.object(kernels, "plan", plan):
-        yield
 
 
 def measure(case: Case, context: Context, labels: tuple[str, ...]) -> list[Row]:

@@ -73,8 +73,7 @@ class Kernels(NamedTuple):
         no = None if why_not is None else why_not(*moved)
         if no is not None:
             raise CannotRun(no)
-        out = getattr(kernels, op)(*moved)
-        return [v.cpu() for v in (out if isinstance(out, tuple) else (out,))]
+        return [v.cpu() for v in pytree.tree_leaves(getattr(kernels, op)(*moved))]
 
     def within_budget(
         self,

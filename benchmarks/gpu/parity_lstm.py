@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from benchmarks.gpu.parity import Check, Kernels, definition
+from benchmarks.gpu.routes import route
 from fastseq import reference
 from fastseq.ops import lstm, lstm_layer
 from tests.ops import lstm_cases
@@ -27,6 +29,8 @@ OURS = {  # what small sizes do not reach: tiles of 16 rows, a program for many 
 SIZES = ("one", "prime", "over_tile", "row", "deep", "no_steps", "no_rows")
 FEWER = ("prime", "one", "all_lengths", "all_packed_reverse", "projection_wide", "noise")  # in a dtype like another
 LAYERS = ("tiles", "prime", "all_lengths", "all_packed", "projection", "noise", "one", "no_rows")
+STEPS = ("tiles", "prime", "resident", "all_lengths")  # by steps, where a program could hold the weights
+PAIRS = ("tiles", "prime", "wide", "lengths", "packed", "start", "noise")  # of both directions
 DRY = ("prime",)
 LAYER_GRADIENTS = f"dx dweight_ih dbias {lstm_cases.GRADIENTS.split(maxsplit=1)[1]}"
 PRODUCTS = {"odd": (37, 29, 53), "tile": (64, 128, 96), "one": (1, 1, 1), "long": (3, 40, 4100), "tall": (300, 24, 16)}
@@ -75,6 +79,12 @@ def forward(kernels: Kernels, name: str) -> None:
     compare(kernels, "lstm", "lstm_forward", lstm.BACKENDS, lstm_cases.OUTPUTS, args, args[6])
 
 
+def by_route(kernels: Kernels, call: Callable[[Kernels, str], None], name: str, chosen: str) -> None:
+    """The same by a route that the plan would not take."""
+    with route(chosen):
+        call(kernels, name)
+
+
 def rebuilt(kernels: Kernels, name: str) -> None:
     args = arguments(name, kernels.torch_dtype)
     h, c = outputs(args, kernels.torch_dtype)[:2]
@@ -114,6 +124,70 @@ def layer_backward(kernels: Kernels, name: str) -> None:
     compare(kernels, "lstm_layer", "lstm_layer_backward", table, LAYER_GRADIENTS, given, args[8], GRADIENTS)
 
 
+def _both(name: str, dtype: torch.dtype) -> list[Any]:
+    """Arguments of ``lstm_layer_both_forward``: the reverse direction has weights and states of its own."""
+    args = _layer(name, dtype)
+
+    def pair(n: int) -> list[Tensor] | None:
+        return None if args[n] is None else [args[n], args[n].flip(0) * 0.5]
+
+    return [args[0], *(pair(n) for n in range(1, 6)), *args[7:10], pair(10), pair(11), *args[12:19], args[20]]
+
+
+def _singles(args: Sequence[Any]) -> list[list[Any]]:
+    """Arguments of ``lstm_layer_forward`` for each direction."""
+    x, lists, sizes, starts, rest = args[0], args[1:6], args[6:9], args[9:11], args[11:]
+    seed, rows, offset, stream, *options, save = rest
+
+    def one(n: int) -> list[Any]:
+        mine = [None if v is None else v[n] for v in (*lists, *starts)]
+        return [x, *mine[:5], None, *sizes, *mine[5:], seed, rows, offset, stream + n, *options, n == 1, save]
+
+    return [one(n) for n in (0, 1)]
+
+
+def _both_defined(*args: Any) -> list[Tensor]:
+    one = definition("lstm_layer_forward", lstm_layer.BACKENDS)
+    return [v for pair in zip(*(one(*single) for single in _singles(args)), strict=True) for v in pair]
+
+
+def both_forward(kernels: Kernels, name: str) -> None:
+    args = _both(name, kernels.torch_dtype)
+    got = kernels.call("lstm_layer", "lstm_layer_both_forward", args, (args[7],))
+    names = " ".join(f"{n}_forward {n}_reverse" for n in lstm_cases.OUTPUTS.split())
+    kernels.within_budget(names, got, _both_defined, args)
+
+
+def both_backward(kernels: Kernels, name: str) -> None:
+    args = _both(name, kernels.torch_dtype)
+    exact = pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, args)
+    kept = shortened(_both_defined(*exact), kernels.torch_dtype, {2, 3, 8, 9})
+    h, c, gates = kept[0:2], kept[2:4], kept[4:6]
+    grads = [gradients(kept[n::2], kernels.torch_dtype) for n in (0, 1)]
+    given = [grads, *args[:3], gates, h, c, *args[3:-1], True, True, True, True]
+    got = kernels.call("lstm_layer", "lstm_layer_both_backward", given, (args[7],))
+
+    def defined(*given: Any) -> list[Tensor]:
+        one = definition("lstm_layer_backward", lstm_layer.BACKENDS)
+        grads, gates, h, c = given[0], *given[4:7]
+        singles = _singles((*given[1:4], *given[7:-4], 2))
+        found = [
+            one(*grads[n], *s[:3], gates[n], h[n], c[n], *s[3:-1], True, True, True, True)
+            for n, s in enumerate(singles)
+        ]
+        (dx, *first), (dx_too, *second) = found
+        return [dx + dx_too, *(v for pair in zip(first, second, strict=True) for v in pair)]
+
+    names = LAYER_GRADIENTS.split()
+    names = ["dx", *(f"{n}_{way}" for n in names[1:] for way in ("forward", "reverse") if n != "dweight_hr")]
+    kernels.within_budget(" ".join(names), got, lambda *a: _without_projection(defined(*a)), given, GRADIENTS)
+
+
+def _without_projection(found: list[Tensor]) -> list[Tensor]:
+    """Without dweight_hr of both directions, which is the seventh pair but one of nine gradients."""
+    return [*found[:11], *found[13:]]
+
+
 def noise(kernels: Kernels, rows: bool, probability: float) -> None:
     numbers = torch.tensor([4, 0, 2**31, 7, 1]) if rows else None
     given = [torch.tensor([-0x0123456789ABCDEF]), 9, 5, 70, numbers, 3, 1, probability]
@@ -150,6 +224,18 @@ def checks(kernels: Kernels) -> Iterator[Check]:
             yield Check("lstm", "lstm_backward", name, functools.partial(backward, kernels, name))
     if dry:
         return
+    for name in STEPS:
+        yield Check(
+            "lstm", "lstm_forward", f"{name} by steps", functools.partial(by_route, kernels, forward, name, "step")
+        )
+        yield Check(
+            "lstm", "lstm_backward", f"{name} by steps", functools.partial(by_route, kernels, backward, name, "step")
+        )
+    for name in PAIRS if kernels.dtype != "tf32" else ():
+        call = functools.partial(both_forward, kernels, name)
+        yield Check("lstm_layer", "lstm_layer_both_forward", name, call)
+        call = functools.partial(both_backward, kernels, name)
+        yield Check("lstm_layer", "lstm_layer_both_backward", name, call)
     for name in LAYERS:
         yield Check("lstm", "lstm_gates", name, functools.partial(rebuilt, kernels, name))
         yield Check("lstm_layer", "lstm_layer_forward", name, functools.partial(layer_forward, kernels, name))

@@ -98,12 +98,19 @@ def backward(kernels: Kernels, name: str, gradient: int) -> None:
     kernels.within_budget("dx dcodebook", got, definition("vq_backward", BACKENDS), given, GRADIENTS)
 
 
-def codes(kernels: Kernels, bits: int) -> None:
-    index = torch.randint(0, 2**bits, (3, 1001), generator=torch.Generator().manual_seed(37))
-    (packed,) = kernels.call("vq_codes", "vq_pack", [index, bits])
-    same("packed", packed, reference.vq_pack(index, bits))
-    (back,) = kernels.call("vq_codes", "vq_unpack", [packed, bits, index.shape[1]])
-    same("unpacked", back, index)
+def _codes(bits: int) -> Tensor:
+    return torch.randint(0, 2**bits, (3, 1001), generator=torch.Generator().manual_seed(37))
+
+
+def pack(kernels: Kernels, bits: int) -> None:
+    index = _codes(bits)
+    same("packed", kernels.call("vq_codes", "vq_pack", [index, bits])[0], reference.vq_pack(index, bits))
+
+
+def unpack(kernels: Kernels, bits: int) -> None:
+    index = _codes(bits)
+    given = [reference.vq_pack(index, bits), bits, index.shape[1]]
+    same("unpacked", kernels.call("vq_codes", "vq_unpack", given)[0], index)
 
 
 def _residual(name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -171,4 +178,5 @@ def checks(kernels: Kernels) -> Iterator[Check]:
             yield Check("vq_residual", "vq_residual_backward", f"{name} {vq_cases.GRADIENTS[gradient]}", call)
     if not short:
         for bits in (1, 7, 10, 16, 31):
-            yield Check("vq_codes", "vq_pack", f"{bits} bits", functools.partial(codes, kernels, bits))
+            yield Check("vq_codes", "vq_pack", f"{bits} bits", functools.partial(pack, kernels, bits))
+            yield Check("vq_codes", "vq_unpack", f"{bits} bits", functools.partial(unpack, kernels, bits))
