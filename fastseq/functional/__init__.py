@@ -1,7 +1,8 @@
 """What users call: checks, dtypes and layout around the operators; one file per operator."""
 
 from fastseq.functional._recurrence import Recurrence, RecurrenceOptions
-from fastseq.functional.lstm import Gates, Result, State, Weights, draw_seed, lstm, lstm_cell, packed_places
+from fastseq.functional.lstm import Gates, Result, draw_seed, lstm, lstm_cell, packed_places
+from fastseq.functional.lstm_arguments import State, Weights
 from fastseq.functional.lstm_int8 import lstm_int8
 from fastseq.functional.lstm_lowrank import lstm_lowrank
 from fastseq.functional.vq import Nearest, Quantized, vq_nearest, vq_quantize, vq_sums

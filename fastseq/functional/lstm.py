@@ -10,31 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseq import _check
+from fastseq.functional.lstm_arguments import (
+    State,
+    Weights,
+    check_input,
+    check_numbers,
+    check_state,
+    check_weights,
+    dtypes,
+    wide,
+)
 from fastseq.functional.lstm_stock import BACKENDS, StockCall, stock
 from fastseq.ops._select import allowed, choose
 from fastseq.ops._triton import in_low_precision
 from fastseq.ops.lstm_autograd import layer
-
-State = tuple[Tensor, Tensor]
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
-_ARITHMETIC = (torch.float32, torch.float64)
-_CPU = torch.device("cpu")
-
-
-class Weights(NamedTuple):
-    """Parameters of one layer in one direction, named and laid out as in ``torch.nn.LSTM``.
-
-    P is H, or proj_size where there is a weight_hr. Start states of None are zeros.
-    """
-
-    weight_ih: Tensor  # [4*H, I]
-    weight_hh: Tensor  # [4*H, P]
-    bias_ih: Tensor | None = None  # [4*H]
-    bias_hh: Tensor | None = None  # [4*H]
-    weight_hr: Tensor | None = None  # [P, H]
-    h_start: Tensor | None = None  # [P]
-    c_start: Tensor | None = None  # [H]
+from fastseq.ops.lstm_both import Both, both_directions
 
 
 class Gates(NamedTuple):
@@ -124,9 +114,9 @@ def lstm(
     Raises:
         ArgumentError: a ``ValueError`` and ``RuntimeError``, naming the argument.
     """
-    dtype, out_dtype = _dtypes("lstm", x, weights[0].weight_ih if weights else x, hx)
-    B = _check_input(x, weights, hx, bidirectional, lengths, batch_sizes, reset, rows)
-    _check_numbers(noise_probability, tau, dropout, variational_dropout)
+    dtype, out_dtype = dtypes("lstm", x, weights[0].weight_ih if weights else x, hx)
+    B = check_input(x, weights, hx, bidirectional, lengths, batch_sizes, reset, rows)
+    check_numbers(noise_probability, tau, dropout, variational_dropout)
     if _stock_may_run(x):
         special = {
             "lengths": lengths is not None,
@@ -196,9 +186,9 @@ def _check_net(x: Tensor, weights: Sequence[Weights], hx: State | None, bidirect
     """What ``_layer`` checks on its way, for torch's LSTM."""
     width, step = x.shape[-1], 2 if bidirectional else 1
     for n, w in enumerate(weights):
-        _check_weights("lstm", n, w, width, x.device)
+        check_weights("lstm", n, w, width, x.device)
         if hx is not None:
-            _check_state("lstm", n, w, hx[0].select(0, n), hx[1].select(0, n), B)
+            check_state("lstm", n, w, hx[0].select(0, n), hx[1].select(0, n), B)
         if (n + 1) % step == 0:
             width = w.weight_hh.shape[1] * step
 
@@ -215,16 +205,38 @@ def _layer(
 ) -> list[tuple[Tensor, ...]]:
     """h, c, gates, h_n, c_n of one layer, per direction; ``first`` is the number of its forward direction."""
     seed, rows, row_offset, noise_probability, tau, hard = options
+    prepared, states = [], []
+    for n, given in enumerate(weights, first):
+        w, bias = _prepare("lstm", n, given, x)
+        prepared.append((w, bias))
+        states.append(_start(w, B) if hx is None else _state("lstm", n, w, hx[0].select(0, n), hx[1].select(0, n), B))
+    stream = 2 * (first // len(weights))
+    if _in_one_call(x, prepared):
+        found: Any = ([v for v in values if v is not None] for values in zip(*(w for w, _ in prepared), strict=True))
+        weight_ih, weight_hh, _, _, _, h_start, c_start = found
+        biases = [b for _, b in prepared if b is not None]
+        both = Both(weight_ih, biases, weight_hh, [h for h, _ in states], [c for _, c in states], h_start, c_start)
+        noise = (seed, rows, row_offset, stream, noise_probability, tau, hard)
+        return both_directions(x, both, sizes, noise, *memory)
     out = []
-    for direction in range(len(weights)):
-        n = first + direction
-        w, bias = _prepare("lstm", n, weights[direction], x)
-        h0, c0 = _start(w, B) if hx is None else _state("lstm", n, w, hx[0].select(0, n), hx[1].select(0, n), B)
-        stream = 2 * (first // len(weights)) + direction
-        state = (w.weight_hr, *sizes, w.h_start, w.c_start, seed, rows, row_offset, stream)
+    for direction, ((w, bias), (h0, c0)) in enumerate(zip(prepared, states, strict=True)):
+        state = (w.weight_hr, *sizes, w.h_start, w.c_start, seed, rows, row_offset, stream + direction)
         options = (*state, noise_probability, tau, hard, direction == 1)
         out.append(layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options, *memory))
     return out
+
+
+def _in_one_call(x: Tensor, prepared: Sequence[tuple[Weights, Tensor | None]]) -> bool:
+    """Whether both directions of a layer go to one operator: on a GPU, where they can share a launch.
+
+    Not in graphs and transforms, for which the operator of one direction has rules.
+    """
+    if len(prepared) != 2 or not in_low_precision(x.device) or torch.compiler.is_compiling():
+        return False
+    (one, bias), (other, other_bias) = prepared
+    alike = (bias is None) == (other_bias is None) and one.weight_hh.shape == other.weight_hh.shape
+    alike = alike and (one.h_start is None, one.c_start is None) == (other.h_start is None, other.c_start is None)
+    return alike and one.weight_hr is other.weight_hr is None and not torch._C._are_functorch_transforms_active()
 
 
 def _gates(out: tuple[Tensor, ...], dtype: torch.dtype) -> Gates:
@@ -243,8 +255,8 @@ def lstm_cell(
     hard: bool = False,
 ) -> State:
     """One step of ``lstm``: x [B, I], hx of [B, H] each (None means the start state), returns h' and c' [B, H]."""
-    dtype, out_dtype = _dtypes("lstm_cell", x, weights.weight_ih, hx)
-    _check_numbers(noise_probability, tau, 0, 0)
+    dtype, out_dtype = dtypes("lstm_cell", x, weights.weight_ih, hx)
+    check_numbers(noise_probability, tau, 0, 0)
     if x.dim() != 2:
         _check.fail("lstm_cell", "x", "[B, I]", list(x.shape))
     B = x.shape[0]
@@ -256,169 +268,39 @@ def lstm_cell(
     return h.to(out_dtype), c.to(out_dtype)
 
 
-def _check_input(
-    x: Tensor,
-    weights: Sequence[Weights],
-    hx: State | None,
-    bidirectional: bool,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    rows: Tensor | None,
-) -> int:
-    """Check everything but the weights; the number of rows B, read from a shape where one has it."""
-    if not weights or (bidirectional and len(weights) % 2):
-        _check.fail("lstm", "weights", "one entry per layer and direction", len(weights))
-    if x.dim() != (3 if batch_sizes is None else 2):
-        _check.fail("lstm", "x", "[T, B, I]" if batch_sizes is None else "packed [N, I]", list(x.shape))
-    if batch_sizes is not None:
-        if lengths is not None:
-            _check.fail("lstm", "lengths", "None where batch_sizes say how long each row is", list(lengths.shape))
-        if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
-            got = f"{list(batch_sizes.shape)} of {batch_sizes.dtype} on {batch_sizes.device}"
-            _check.fail("lstm", "batch_sizes", "int64 [T] on the CPU", got)
-    if x.shape[0] == 0 or (batch_sizes is not None and batch_sizes.shape[0] == 0):
-        raise _check.ArgumentError("lstm: Expected sequence length to be larger than 0 in RNN")
-    if batch_sizes is None:
-        B = x.shape[1]
-    else:
-        B = rows.shape[0] if rows is not None else hx[0].shape[1] if hx is not None else int(batch_sizes[0])
-    if rows is not None and (rows.shape != (B,) or rows.dtype != torch.int64 or rows.device not in (x.device, _CPU)):
-        got = f"{list(rows.shape)} of {rows.dtype} on {rows.device}"
-        _check.fail("lstm", "rows", f"int64 [B] = [{B}] on the CPU{_or_there(x)}", got)
-    if hx is not None:
-        for name, t in zip(("h_0", "c_0"), hx, strict=True):
-            if t.dim() != 3 or t.shape[0] != len(weights):
-                _check.fail("lstm", name, f"[L*D, B, ...] = [{len(weights)}, {B}, ...]", list(t.shape))
-    if lengths is not None:
-        _check.shape("lstm", "lengths", lengths, "B", x.shape[1])
-        if lengths.dtype not in _INDEX_DTYPES:
-            _check.fail("lstm", "lengths", "integers", lengths.dtype)
-        if lengths.device not in (x.device, _CPU) and x.device != _CPU:
-            _check.fail("lstm", "lengths", f"on the CPU{_or_there(x)}", f"one on {lengths.device}")
-    if reset is not None:
-        _check.shape("lstm", "reset", reset, "N" if batch_sizes is not None else "T, B", *x.shape[:-1])
-        _check.dtype("lstm", "reset", reset, torch.bool)
-        _check.device("lstm", "reset", reset, x.device)
-    return B
-
-
-def _or_there(x: Tensor) -> str:
-    return "" if x.device == _CPU else f" or {x.device}"
-
-
-def _check_numbers(noise_probability: float, tau: float, dropout: float, variational_dropout: float) -> None:
-    if not 0 <= noise_probability <= 1:
-        _check.probability("lstm", "noise_probability", noise_probability)
-    if not 0 < tau < float("inf"):
-        _check.positive("lstm", "tau", tau)
-    if not 0 <= dropout <= 1:
-        _check.probability("lstm", "dropout", dropout)
-    if not 0 <= variational_dropout <= 1:
-        _check.probability("lstm", "variational_dropout", variational_dropout)
-
-
 def _state(function: str, n: int, w: Weights, h0: Tensor, c0: Tensor, B: int) -> State:
     """The given state of layer and direction n, checked, contiguous, h0 of the weights' dtype, c0 wide."""
-    _check_state(function, n, w, h0, c0, B)
+    check_state(function, n, w, h0, c0, B)
     dtype = w.weight_hh.dtype
-    if h0.dtype is not dtype or c0.dtype is not _wide(dtype):
-        h0, c0 = h0.to(dtype), c0.to(_wide(dtype))
+    if h0.dtype is not dtype or c0.dtype is not wide(dtype):
+        h0, c0 = h0.to(dtype), c0.to(wide(dtype))
     if h0 is c0:
         c0 = c0.clone()  # torch.compile takes no tensor twice in one autograd function
     return h0.contiguous(), c0.contiguous()
-
-
-def _check_state(function: str, n: int, w: Weights, h0: Tensor, c0: Tensor, B: int) -> None:
-    G, P = w.weight_hh.shape
-    _check.shape(function, f"h_0[{n}]", h0, "B, P", B, P)
-    _check.shape(function, f"c_0[{n}]", c0, "B, H", B, G // 4)
-    _check.device(function, f"h_0[{n}]", h0, w.weight_hh.device)
-    _check.device(function, f"c_0[{n}]", c0, w.weight_hh.device)
 
 
 def _start(w: Weights, B: int) -> State:
     """The start state of every row."""
     G, P = w.weight_hh.shape
     h0 = w.weight_hh.new_zeros((B, P)) if w.h_start is None else w.h_start.expand(B, P).contiguous()
-    wide = _wide(w.weight_hh.dtype)
     if w.c_start is None:
-        return h0, w.weight_hh.new_zeros((B, G // 4), dtype=wide)
+        return h0, w.weight_hh.new_zeros((B, G // 4), dtype=wide(w.weight_hh.dtype))
     return h0, w.c_start.expand(B, G // 4).contiguous()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of cell states beside weights of ``dtype``: never 16 bits."""
-    return torch.float32 if dtype in _LOW_PRECISION else dtype
 
 
 def _prepare(function: str, n: int, w: Weights, x: Tensor) -> tuple[Weights, Tensor | None]:
     """Check the weights of layer and direction n, bring them to the dtype of x, and add up the biases."""
-    _check_weights(function, n, w, x.shape[-1], x.device)
+    check_weights(function, n, w, x.shape[-1], x.device)
     dtype = x.dtype
     if w.weight_ih.dtype is not dtype or w.weight_hh.dtype is not dtype:
         w = Weights(*(None if v is None else v.to(dtype) for v in w))  # type: ignore[arg-type]
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, _, c_start = w
-    if c_start is not None and c_start.dtype is not _wide(dtype):
-        w = w._replace(c_start=c_start.to(_wide(dtype)))
+    if c_start is not None and c_start.dtype is not wide(dtype):
+        w = w._replace(c_start=c_start.to(wide(dtype)))
     bias = bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
     if weight_ih.is_contiguous() and weight_hh.is_contiguous() and (weight_hr is None or weight_hr.is_contiguous()):
         return w, bias
     return Weights(*(None if v is None else v.contiguous() for v in w)), bias  # type: ignore[arg-type]
-
-
-def _check_weights(function: str, n: int, w: Weights, width: int, device: torch.device) -> None:
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h_start, c_start = w
-    G, P = weight_hh.shape
-    fits = (
-        weight_ih.shape == (G, width)
-        and (G == 4 * P if weight_hr is None else 4 * weight_hr.shape[1] == G and weight_hr.shape[0] == P)
-        and (bias_ih is None or bias_ih.shape == (G,))
-        and (bias_hh is None or bias_hh.shape == (G,))
-        and (h_start is None or h_start.shape == (P,))
-        and (c_start is None or 4 * c_start.shape[0] == G)
-        and weight_ih.device == device == weight_hh.device
-    )
-    if not fits:
-        _explain(function, n, w, width, device)
-
-
-def _explain(function: str, n: int, w: Weights, width: int, device: torch.device) -> None:
-    """Raise for the first of the weights that does not fit the others or x."""
-    G, P = w.weight_hh.shape
-    H = G // 4
-    if G != 4 * H or (w.weight_hr is None and H != P):
-        _check.fail(function, f"weights[{n}].weight_hh", f"[4*H, H] = [{4 * P}, {P}]", [G, P])
-    _check.shape(function, f"weights[{n}].weight_ih", w.weight_ih, "4*H, I", G, width)
-    shapes = {"bias_ih": ("4*H", G), "bias_hh": ("4*H", G), "weight_hr": ("P, H", P, H)}
-    shapes |= {"h_start": ("P", P), "c_start": ("H", H)}
-    for name, (symbols, *sizes) in shapes.items():
-        value = getattr(w, name)
-        if value is not None:
-            _check.shape(function, f"weights[{n}].{name}", value, str(symbols), *map(int, sizes))
-    _check.device(function, f"weights[{n}].weight_ih", w.weight_ih, device)
-    _check.device(function, f"weights[{n}].weight_hh", w.weight_hh, device)
-
-
-def _dtypes(function: str, x: Tensor, weight: Tensor, hx: State | None) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the arithmetic and that of the results."""
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
-    if not autocast:
-        if x.dtype != weight.dtype:
-            raise _check.ArgumentError(
-                f"{function}: RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
-            )
-        for n, state in enumerate(hx or ()):
-            if state.dtype != x.dtype:
-                _check.fail(function, f"hidden[{n}]", f"of the input's dtype {x.dtype}", state.dtype)
-    for t in (x, weight):
-        if t.dtype not in _ARITHMETIC and t.dtype not in _LOW_PRECISION:
-            _check.fail(function, "dtype", "float32, float64, bfloat16 or float16", t.dtype)
-    if weight.dtype == torch.float64:
-        return torch.float64, torch.float64
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return dtype if in_low_precision(x.device) else torch.float32, dtype
 
 
 def _between(x: Tensor, dropout: float, variational: float, B: int, batch_sizes: Tensor | None) -> Tensor:

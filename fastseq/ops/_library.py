@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastseq.ops._select import Backend, allowed, choose
+from fastseq.ops._select import Backend, allowed, choose, first_tensor
 from fastseq.ops._transforms import one_by_one
-from fastseq.ops._triton import first_tensor, triton_backend
+from fastseq.ops._triton import triton_backend
 
 library = torch.library.Library("fastseq", "FRAGMENT")
 C = TypeVar("C", bound=Callable[..., Any])
@@ -51,7 +51,7 @@ why_not_compiled = _load()
 
 
 def _device(args: tuple[Any, ...]) -> str:
-    return first_tensor(args).device.type
+    return str(first_tensor(args).device.type)
 
 
 def _why_not_compiled(op: str) -> str | None:

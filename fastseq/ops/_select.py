@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 logger = logging.getLogger("fastseq")
-_told: set[str] = set()
+_told: set[Any] = set()
 _watching: list[list[Choice]] = []
 
 
@@ -28,6 +28,7 @@ class Backend(NamedTuple):
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
     doubt: Callable[..., str | None] = _none
+    detail: Callable[..., str | None] = _none  # of the way that it takes, for ``explain``
 
 
 class Choice(NamedTuple):
@@ -64,8 +65,8 @@ def consider(op: str, backends: tuple[Backend, ...], *args: Any, **kwargs: Any) 
         if backend is not chosen:
             reasons[backend.name] = doubts[backend.name] or f"{chosen.name} comes first"
     why = f"FASTSEQ_BACKEND={only}" if only else "the first that can run here"
-    doubt = doubts[chosen.name]
-    return Choice(op, chosen, why if doubt is None else f"{why}; {doubt}", reasons)
+    found = (why, doubts[chosen.name], chosen.detail(*args, **kwargs))
+    return Choice(op, chosen, "; ".join(text for text in found if text), reasons)
 
 
 def choose(op: str, backends: tuple[Backend, ...], *args: Any, operator: bool = True, **kwargs: Any) -> Backend:
@@ -77,31 +78,54 @@ def choose(op: str, backends: tuple[Backend, ...], *args: Any, operator: bool = 
     Raises:
         RuntimeError: when none can; the message holds every reason.
     """
-    if not allowed() and (operator or not _watching):
-        for backend in backends:
-            if backend.why_not(*args, **kwargs) is None:
-                if backend.name != "reference" and backend.doubt(*args, **kwargs) is None:
-                    return backend
-                break
-    choice = consider(op, backends, *args, **kwargs)
-    if choice.backend is None:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
-        raise RuntimeError(f"{op}: no backend can run this call ({listed})")
-    if not operator:
-        for seen in _watching:
+    only, chosen = allowed(), None
+    for backend in backends:
+        if (only and only != backend.name) or backend.why_not(*args, **kwargs) is not None:
+            continue
+        sure = backend.name != "reference" and backend.doubt(*args, **kwargs) is None
+        if chosen is None or sure:
+            chosen = backend
+        if sure:
+            break
+    if chosen is None:
+        raise RuntimeError(f"{op}: no backend can run this call ({_listed(consider(op, backends, *args, **kwargs))})")
+    watched = _watching and not operator
+    if watched or not (only or sure or (op, chosen.name, *_kind(args)) in _told):
+        choice = consider(op, backends, *args, **kwargs)
+        for seen in _watching if watched else ():
             seen.append(choice)
-    if not allowed():
-        _tell(choice)
-    return choice.backend
+        if not only and not sure:
+            _told.add((op, chosen.name, *_kind(args)))
+            _tell(choice)
+    return chosen
+
+
+def _kind(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What reasons depend on in nearly all cases."""
+    first = first_tensor(args)
+    return (None, None) if first is None else (first.device, first.dtype)
+
+
+def first_tensor(args: tuple[Any, ...]) -> Any:
+    """The tensor whose device and dtype decide, or None."""
+    for a in args:
+        if hasattr(a, "device"):
+            return a
+        if isinstance(a, (list, tuple)) and a and hasattr(a[0], "device"):
+            return a[0]
+    return None
+
+
+def _listed(choice: Choice) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
 
 
 def _tell(choice: Choice) -> None:
     """Say once what a user would want to know: the definition runs, slowly, or a kernel that nobody has seen right."""
     assert choice.backend is not None
-    listed = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
     if choice.backend.name == "reference":
-        once(f"{choice.op}: using reference, because {listed}")
-    elif "unverified" in choice.why:
+        once(f"{choice.op}: using reference, because {_listed(choice)}")
+    else:
         once(f"{choice.op}: using {choice.backend.name}, {choice.why}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.ops._select import Backend, allowed
+from fastseq.ops._select import Backend, allowed, first_tensor
 
 LEAST_TRITON = (3, 5)  # pyproject.toml says the same
 LEAST_CAPABILITY = 80
@@ -54,16 +54,6 @@ def capability(index: int) -> int:
     return 10 * major + minor
 
 
-def first_tensor(args: tuple[Any, ...]) -> Tensor:
-    """The tensor whose device and dtype decide."""
-    for a in args:
-        if isinstance(a, Tensor):
-            return a
-        if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor):
-            return a[0]
-    raise TypeError("no tensor among the arguments")
-
-
 def kernels(module: str) -> Any:
     """``fastseq_kernels.<module>``."""
     return importlib.import_module(f"fastseq_kernels.{module}")
@@ -91,7 +81,8 @@ def doubt_of(module: str, device: torch.device) -> str | None:
 
 
 def triton_backend(op: str, module: str) -> Backend:
-    """``fastseq_kernels.<module>.<op>``, with the reasons against it. The module may add its own: ``<op>_why_not``."""
+    """``fastseq_kernels.<module>.<op>``, with the reasons against it. The module may add its own,
+    ``<op>_why_not``, and say which way a call takes, ``<op>_detail``."""
 
     def why_not(*args: Any, **kwargs: Any) -> str | None:
         device = first_tensor(args).device
@@ -115,4 +106,8 @@ def triton_backend(op: str, module: str) -> Backend:
     def doubt(*args: Any, **kwargs: Any) -> str | None:
         return doubt_of(module, first_tensor(args).device)
 
-    return Backend("triton", run, why_not, doubt)
+    def detail(*args: Any, **kwargs: Any) -> str | None:
+        own: Callable[..., str] | None = getattr(kernels(module), f"{op}_detail", None)
+        return None if own is None else own(*args, **kwargs)
+
+    return Backend("triton", run, why_not, doubt, detail)
