@@ -6,13 +6,15 @@ over the codes takes it a column at a time (``_scores.best_code``), so it comes 
 the scratch stays small. Where sums are wanted each level keeps its own copy of all rows instead.
 
 The work is the sweep, K * D multiply-adds a row and level in 32 bit: of 64 rows and 64 codes at a time 12 loads for 32
-multiply-adds. The codes come from the L2 cache, 4 bytes for 64 multiply-adds.
+multiply-adds. The codes come from the L2 cache, 4 bytes for 64 multiply-adds. From ``_LEAST_WORK`` multiply-adds a
+level on, where the ten launches of a lookup on tensor cores cost less than they save, each level is such a lookup
+(``vq_nearest.lookup``) and one kernel that takes its codes away. The results are the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,8 +24,11 @@ from torch import Tensor
 from fastseq_kernels._launch import cdiv, launch, power_of_two, target
 from fastseq_kernels._scores import best_code, turned_codes
 from fastseq_kernels.vq_backward import EPS, ROTATION, rotated, rotation_why_not, tiles_of
+from fastseq_kernels.vq_nearest import lookup
 from fastseq_kernels.vq_sums import empty_keys, sums_by_key
 
+_LEAST_WORK = 1 << 33  # 0.4 ms of 32-bit multiply-adds on sm_90, by estimate
+_AUTOMATIC = 2  # of a lookup: screen where it is faster
 _PROGRAMS = 2  # of the sweep, per multiprocessor: what their registers leave room for
 
 
@@ -41,19 +46,19 @@ def _enter(x_ptrs, rest_ptrs, read, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def _subtract(rest_ptrs, left_ptrs, code_ptrs, used, kept, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What the codes leave of the rows, written where ``kept``; its squared length, and the number of values in it
-    that are not finite, [BLOCK_N] each."""
+def _subtract(rest_ptrs, left_ptrs, code_ptrs, read, used, kept, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What the codes of those rows that are used leave of the rows that are read, written where ``kept``; its squared
+    length where used, and the number of values in it that are not finite, [BLOCK_N] each."""
     apart, wild = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.int32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        inside = used[:, None] & (d < D)[None, :]
-        c = tl.load(code_ptrs[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = read[:, None] & (d < D)[None, :]
+        c = tl.load(code_ptrs[:, None] + d[None, :], mask=inside & used[:, None], other=0.0).to(tl.float32)
         left = tl.load(rest_ptrs[:, None] + d[None, :], mask=inside, other=0.0) - c
         tl.store(left_ptrs[:, None] + d[None, :], left, mask=inside & kept)
         apart += tl.sum(left * left, axis=1)
         wild += tl.sum((tl.abs(left) < float("inf")).to(tl.int32) ^ 1, axis=1)
-    return apart, wild
+    return tl.where(used, apart, 0.0), wild
 
 
 @triton.jit
@@ -131,12 +136,60 @@ def _levels_kernel(
             tl.store(index_ptr + first_row * M + m + row * M, tl.where(used, index, -1).to(tl.int64), mask=inside)
             code_ptrs = codes_ptr + (first + index) * D
             kept = m + 1 < M
-            apart, wild = _subtract(rest + row * D, other + row * D, code_ptrs, used, kept, D, BLOCK_N, BLOCK_D)
+            apart, wild = _subtract(rest + row * D, other + row * D, code_ptrs, used, used, kept, D, BLOCK_N, BLOCK_D)
             tl.store(distance_ptr + place + row, apart, mask=inside)
             rest, other = other, rest
         tl.debug_barrier()  # index is read back by other threads than wrote it; the scratch is free again
         index_ptrs, out_ptrs = index_ptr + first_row * M + row * M, quantized_ptr + first_row * D + row * D
         _add_up(index_ptrs, codes_ptr, offsets_ptr, out_ptrs, inside, M, D, BLOCK_N, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["N", "M", "m", "first", "codes"])
+def _take_kernel(
+    rest_ptr,  # float32 [N, D]
+    codes_ptr,  # [codes, D] of all levels
+    found_ptr,  # int64 [N] the code of each row within the level, -1 where none
+    left_ptr,  # float32 [N, D] out, but after the last level
+    index_ptr,  # int64 [N, M] out
+    distance_ptr,  # float32 [M, N] out
+    keys_ptr,  # [M, N] out, or None; see ``_levels_kernel``
+    N,
+    D,
+    M,
+    m,
+    first,  # where the codes of the level begin
+    codes,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    index = tl.load(found_ptr + n, mask=inside, other=-1)
+    used = index >= 0
+    place = tl.cast(m, tl.int64) * N + n
+    if keys_ptr is not None:
+        tl.store(keys_ptr + place, tl.where(used, first + index, codes), mask=inside)
+    tl.store(index_ptr + n * M + m, index, mask=inside)
+    code_ptrs, kept = codes_ptr + (first + index) * D, m + 1 < M
+    apart, _ = _subtract(rest_ptr + n * D, left_ptr + n * D, code_ptrs, inside, used, kept, D, BLOCK_N, BLOCK_D)
+    tl.store(distance_ptr + place, apart, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def _sum_kernel(
+    codes_ptr,  # [codes, D] of all levels
+    offsets_ptr,  # int64 [M + 1]
+    index_ptr,  # int64 [N, M]
+    quantized_ptr,  # [N, D] out
+    N,
+    D,
+    M,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    index_ptrs, out_ptrs = index_ptr + n * M, quantized_ptr + n * D
+    _add_up(index_ptrs, codes_ptr, offsets_ptr, out_ptrs, n < N, M, D, BLOCK_N, BLOCK_D)
 
 
 def _offsets(sizes: Sequence[int], device: torch.device) -> Tensor:
@@ -154,35 +207,94 @@ def _tiles(D: int) -> dict[str, int]:
     return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": power_of_two(D, most=16), "LANES_N": 8, "LANES_K": 16}
 
 
+class _Found(NamedTuple):
+    """What one of the two ways writes; without sums there are no keys."""
+
+    quantized: Tensor  # [N, D] of x's dtype
+    index: Tensor  # int64 [N, M]
+    distance: Tensor  # float32 [M, N]
+    keys: Tensor | None  # [M * N] see ``empty_keys``
+
+
+def _at_once(
+    x: Tensor, copies: Tensor, offsets: Tensor, mask: Tensor | None, levels: Tensor | None, found: _Found
+) -> Tensor:
+    """All levels in one kernel. Returns float32 [M * N and more, D], the rows before each level, where keys are asked
+    for."""
+    (N, D), M, tiles = x.shape, found.index.shape[1], _tiles(x.shape[1])
+    starts, turned = turned_codes(copies)
+    programs = min(cdiv(N, tiles["BLOCK_N"]), _PROGRAMS * target(x.device).multiprocessors)
+    rows = programs * 2 * tiles["BLOCK_N"]
+    if found.keys is not None:
+        rows = M * N + tiles["BLOCK_N"]  # the sweep of the last tile reads beyond N
+    rest = torch.empty(rows, D, dtype=torch.float32, device=x.device)
+    launch(
+        _levels_kernel,
+        (programs,),
+        *(x, copies, turned, starts, offsets, mask, levels, rest, *found, N, D, M, copies.shape[0]),
+        **tiles,
+        num_warps=4,
+    )
+    return rest
+
+
+def _one_by_one(
+    x: Tensor,
+    codebooks: Sequence[Tensor],
+    copies: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    levels: Tensor | None,
+    found: _Found,
+) -> Tensor:
+    """``_at_once`` with a lookup on tensor cores for each level."""
+    (N, D), M, tiles = x.shape, len(codebooks), _tiles(x.shape[1])
+    blocks = {name: tiles[name] for name in ("BLOCK_N", "BLOCK_D")}
+    grid = (cdiv(N, tiles["BLOCK_N"]),)
+    kept = 2 if found.keys is None else M
+    rest = torch.empty(kept, N, D, dtype=torch.float32, device=x.device)
+    rest.select(0, 0).copy_(x)
+    first = 0
+    for m, book in enumerate(codebooks):
+        used = mask if levels is None else levels > m if mask is None else mask & (levels > m)
+        now, left = rest.select(0, m % kept), rest.select(0, (m + 1) % kept)
+        index, _ = lookup(
+            now.unsqueeze(0),
+            book.to(torch.float32).unsqueeze(0),
+            None if used is None else used.unsqueeze(0),
+            False,
+            _AUTOMATIC,
+            torch.int64,
+            False,
+        )
+        where = (found.index, found.distance, found.keys, N, D, M, m, first, copies.shape[0])
+        launch(_take_kernel, grid, now, copies, index, left, *where, **blocks, num_warps=4)
+        first += book.shape[0]
+    launch(_sum_kernel, grid, copies, offsets, found.index, found.quantized, N, D, M, **blocks, num_warps=4)
+    return rest.view(kept * N, D)
+
+
 def vq_residual(
     x: Tensor, codebooks: Sequence[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``fastseq::vq_residual``; quantized has x's dtype, the codes theirs, distance, counts and sums are float32."""
     (N, D), M, device = x.shape, len(codebooks), x.device
-    copies = torch.cat(list(codebooks))
-    starts, turned = turned_codes(copies)
-    codes, tiles = copies.shape[0], _tiles(D)
-    programs = min(cdiv(N, tiles["BLOCK_N"]), _PROGRAMS * target(device).multiprocessors)
-    rest_rows = M * N + tiles["BLOCK_N"] if sums else programs * 2 * tiles["BLOCK_N"]  # the last tile reads beyond N
-    rest = torch.empty(rest_rows, D, dtype=torch.float32, device=device)
-    keys = empty_keys(M * N, codes, device) if sums else None
-    quantized = torch.empty_like(x)
-    index = torch.empty(N, M, dtype=torch.int64, device=device)
-    distance = torch.empty(M, N, dtype=torch.float32, device=device)
-    launch(
-        _levels_kernel,
-        (programs,),
-        *(x, copies, turned, starts, _offsets([len(c) for c in codebooks], device), mask, levels),
-        *(rest, quantized, index, distance, keys, N, D, M, codes),
-        **tiles,
-        num_warps=4,
+    copies, offsets = torch.cat(list(codebooks)), _offsets([len(c) for c in codebooks], device)
+    codes = copies.shape[0]
+    found = _Found(
+        torch.empty_like(x),
+        torch.empty(N, M, dtype=torch.int64, device=device),
+        torch.empty(M, N, dtype=torch.float32, device=device),
+        empty_keys(M * N, codes, device) if sums else None,
     )
-    counts = total = torch.empty(0, dtype=torch.float32, device=device)
-    if keys is not None:
-        counts, total = sums_by_key(keys, codes, rest.narrow(0, 0, M * N))
+    if D > 16 and N * D * (codes // M) >= _LEAST_WORK:
+        rest = _one_by_one(x, codebooks, copies, offsets, mask, levels, found)
     else:
-        total = total.clone()  # no two results may be one tensor
-    return quantized, index, distance, counts, total, copies if keep else copies.new_empty(0)
+        rest = _at_once(x, copies, offsets, mask, levels, found)
+    counts, total = (torch.empty(0, dtype=torch.float32, device=device) for _ in range(2))
+    if found.keys is not None:
+        counts, total = sums_by_key(found.keys, codes, rest.narrow(0, 0, M * N))
+    return *found[:3], counts, total, copies if keep else copies.new_empty(0)
 
 
 @triton.jit(do_not_specialize=["N", "M"])

@@ -19,7 +19,7 @@ reason = why_not_triton() or (None if interpreted() else "kernels are interprete
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
 
 if reason is None:
-    from fastseq_kernels import _launch, vq_backward, vq_codes, vq_sums
+    from fastseq_kernels import _launch, vq_backward, vq_codes, vq_nearest, vq_residual, vq_sums
 
 LOW = [torch.bfloat16, torch.float16]
 each_low = pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d).removeprefix("torch."))
@@ -126,6 +126,21 @@ def test_residual_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     few = _launch.TARGETS[80]._replace(multiprocessors=1)
     with _launch.targeting(few):
         check("triton", inputs(Case(270, (70, 130), 3, masked=True, leveled=True)))
+
+
+@pytest.mark.parametrize("screened", [False, True])
+def test_residual_level_by_level(screened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a lookup for each level, as of much work: the same bits as all levels in one kernel."""
+    args = inputs(Case(70, (20, 9), 17, masked=True, leveled=True))
+    args.x[~args.mask] = torch.nan
+    whole = cases.run("vq_residual", "triton", *args, True, True)
+    monkeypatch.setattr(vq_residual, "_LEAST_WORK", 0)
+    if screened:
+        monkeypatch.setattr(vq_nearest, "_LEAST_N", 1)
+        monkeypatch.setattr(vq_nearest, "_LEAST_K", 1)
+    assert_same_bits(RESULTS, cases.run("vq_residual", "triton", *args, True, True), whole)
+    part = cases.run("vq_residual", "triton", *args, False, False)
+    assert_same_bits("quantized index distance", part[:3], whole[:3])
 
 
 def bits(tensors: Any) -> list[Tensor]:
