@@ -186,7 +186,7 @@ def gather_kernel(
     BLOCK_D: tl.constexpr,
 ):
     g = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # N * best may pass 2^31
     inside = i < rows
     k = tl.load(index_ptr + g * rows + i, mask=inside, other=-1).to(tl.int64)
     live = k >= 0
