@@ -3,7 +3,7 @@
 A step has two parts: v = down @ h, then the cells from up @ v. Either one program takes 16 rows through all steps and
 both parts (PART 0), reading the factors from the second-level cache; or, where reading them takes longer than two
 launches, each part of each step is a launch with a program for every block of ranks (PART 1) or of units (PART 2).
-Backward: the cells, whose dh is down.T @ dv of the step done before, then dv = up.T @ d; and dh0 at the end (PART 3).
+Backward: the cells, whose dh is down.T @ dv of the step done before, then dv = up.T @ d; and dh0 at the end.
 """
 
 from __future__ import annotations
@@ -208,6 +208,44 @@ def _narrow(
             tl.store(sums, total, mask=crossing)
 
 
+@triton.jit
+def _start(
+    dv_ptr,
+    down_ptr,
+    dh_n_ptr,
+    offsets_ptr,
+    reset_ptr,
+    dh0_ptr,
+    steps,
+    b,
+    T,
+    B,
+    H,
+    R,
+    DOWNS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dh0, from dv of each row's first step."""
+    first = steps - 1 if REVERSE else steps * 0
+    taken = steps > 0
+    cut = taken & False
+    if reset_ptr is not None:
+        cut = is_cut(reset_ptr, offsets_ptr, first, b, steps, T, B, REVERSE)
+    place = element(offsets_ptr, first, b, T, B)
+    for block in range(tl.program_id(1), tl.cdiv(H, BLOCK_H), tl.num_programs(1)):
+        n = block * BLOCK_H + tl.arange(0, BLOCK_H)
+        dh = _carried(
+            *(dv_ptr, down_ptr, dh_n_ptr, place, taken, cut, b, n, B, H, DOWNS * R),
+            *(PRECISION, BLOCK_B, BLOCK_H, BLOCK_R),
+        )
+        own = b.to(tl.int64)[:, None] * H + n[None, :]
+        tl.store(dh0_ptr + own, dh, mask=(b < B)[:, None] & (n < H)[None, :])
+
+
 @triton.jit(do_not_specialize=_RUN_TIME)
 def backward_kernel(
     dh_ptr,  # [N, H] or None, as the next three
@@ -284,18 +322,38 @@ def backward_kernel(
             )
         if PART == 0:
             tl.debug_barrier()  # and dv, dc and the sums, for the next step
-    if PART == 0 or PART == 3:
-        start = steps - 1 if REVERSE else steps * 0  # the step that took h0
-        taken = steps > 0
-        cut = taken & False
-        if reset_ptr is not None:
-            cut = is_cut(reset_ptr, offsets_ptr, start, b, steps, T, B, REVERSE)
-        place = element(offsets_ptr, start, b, T, B)
-        for block in range(tl.program_id(1), tl.cdiv(H, BLOCK_H), tl.num_programs(1)):
-            n = block * BLOCK_H + tl.arange(0, BLOCK_H)
-            dh = _carried(
-                *(dv_ptr, down_ptr, dh_n_ptr, place, taken, cut, b, n, B, H, DOWNS * R),
-                *(PRECISION, BLOCK_B, BLOCK_H, BLOCK_R),
-            )
-            own = b.to(tl.int64)[:, None] * H + n[None, :]
-            tl.store(dh0_ptr + own, dh, mask=(b < B)[:, None] & (n < H)[None, :])
+    if PART == 0:
+        _start(
+            *(dv_ptr, down_ptr, dh_n_ptr, offsets_ptr, reset_ptr, dh0_ptr, steps, b, T, B, H, R),
+            *(DOWNS, REVERSE, PRECISION, BLOCK_B, BLOCK_H, BLOCK_R),
+        )
+
+
+@triton.jit(do_not_specialize=_RUN_TIME[2:])
+def start_kernel(
+    dv_ptr,  # as above
+    down_ptr,
+    dh_n_ptr,
+    lengths_ptr,
+    offsets_ptr,
+    reset_ptr,
+    dh0_ptr,
+    T,
+    B,
+    H,
+    R,
+    inverse_tau,
+    DOWNS: tl.constexpr,
+    HARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    steps = steps_of(lengths_ptr, b, T, B)
+    _start(
+        *(dv_ptr, down_ptr, dh_n_ptr, offsets_ptr, reset_ptr, dh0_ptr, steps, b, T, B, H, R),
+        *(DOWNS, REVERSE, PRECISION, BLOCK_B, BLOCK_H, BLOCK_R),
+    )

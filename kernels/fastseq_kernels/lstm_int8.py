@@ -42,7 +42,7 @@ def _pre_activation(x, total, scale_ptr, n, H):
 @triton.jit(do_not_specialize=_RUN_TIME)
 def resident_kernel(
     x_ptr,  # [N, 4*H] pre-activations with their noise; may be gates
-    weight_ptr,  # int8 [4*H, H]
+    weight_ptr,  # int8 [4, BLOCK_H, BLOCK_H], zeros beyond H
     scale_ptr,  # [4*H], divided by 127
     h0_ptr,  # [B, H]
     lengths_ptr,  # int64 [B] or None
@@ -77,10 +77,9 @@ def resident_kernel(
         h_start = tl.load(h_start_ptr + n, mask=n < H, other=0.0)
     if c_start_ptr is not None:
         c_start = tl.load(c_start_ptr + n, mask=n < H, other=0.0)
-    weight, plane = weight_ptr + n[None, :] * H + k[:, None], H * H
-    read = (k < H)[:, None] & in_h
-    w_i, w_f = tl.load(weight, mask=read, other=0), tl.load(weight + plane, mask=read, other=0)
-    w_g, w_o = tl.load(weight + 2 * plane, mask=read, other=0), tl.load(weight + 3 * plane, mask=read, other=0)
+    weight, plane = weight_ptr + n[None, :] * BLOCK_H + k[:, None], BLOCK_H * BLOCK_H
+    w_i, w_f = tl.load(weight), tl.load(weight + plane)
+    w_g, w_o = tl.load(weight + 2 * plane), tl.load(weight + 3 * plane)
     zero = tl.zeros([BLOCK_B, BLOCK_H], tl.int32)
 
     for s in range(most):
@@ -116,6 +115,8 @@ def _sums(
     weight_ptr,
     n,
     H,
+    rows_of_gate,
+    terms,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -123,22 +124,23 @@ def _sums(
     """Integer products of the rows of h that are ``known``, the others zeros, with the weights of units n."""
     i = tl.zeros([BLOCK_B, BLOCK_H], tl.int32)
     f, g, o = i, i, i
-    plane = tl.cast(H, tl.int64) * H
-    for first in range(0, H, BLOCK_K):
+    plane = tl.cast(rows_of_gate, tl.int64) * terms
+    weight = weight_ptr + n.to(tl.int64)[None, :] * terms
+    for first in range(0, terms, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         q = quantized(tl.load(rows[:, None] + k[None, :], mask=known[:, None] & (k < H)[None, :], other=0.0))
-        weight, read = weight_ptr + n.to(tl.int64)[None, :] * H + k[:, None], (k < H)[:, None] & (n < H)[None, :]
-        i = tl.dot(q, tl.load(weight, mask=read, other=0), i, out_dtype=tl.int32)
-        f = tl.dot(q, tl.load(weight + plane, mask=read, other=0), f, out_dtype=tl.int32)
-        g = tl.dot(q, tl.load(weight + 2 * plane, mask=read, other=0), g, out_dtype=tl.int32)
-        o = tl.dot(q, tl.load(weight + 3 * plane, mask=read, other=0), o, out_dtype=tl.int32)
+        at = weight + k[:, None]
+        i = tl.dot(q, tl.load(at), i, out_dtype=tl.int32)
+        f = tl.dot(q, tl.load(at + plane), f, out_dtype=tl.int32)
+        g = tl.dot(q, tl.load(at + 2 * plane), g, out_dtype=tl.int32)
+        o = tl.dot(q, tl.load(at + 3 * plane), o, out_dtype=tl.int32)
     return i, f, g, o
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def steps_kernel(
     x_ptr,  # as above
-    weight_ptr,
+    weight_ptr,  # int8 [4, rows_of_gate, terms], zeros beyond H, multiples of BLOCK_H and BLOCK_K
     scale_ptr,
     h0_ptr,
     lengths_ptr,
@@ -157,6 +159,8 @@ def steps_kernel(
     B,
     H,
     inverse_tau,
+    rows_of_gate,
+    terms,
     HARD: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -184,7 +188,9 @@ def steps_kernel(
             live = alive[:, None] & (n < H)[None, :]
             i, f, g, o = load_gates(x_ptr + place[:, None] * (4 * H) + n[None, :], H, live)
             c = load_c(c_n_ptr, c_start_ptr, b, n, cut, live, H)
-            i_sum, f_sum, g_sum, o_sum = _sums(rows, known, weight_ptr, n, H, BLOCK_B, BLOCK_H, BLOCK_K)
+            i_sum, f_sum, g_sum, o_sum = _sums(
+                *(rows, known, weight_ptr, n, H, rows_of_gate, terms, BLOCK_B, BLOCK_H, BLOCK_K)
+            )
             i, f = _pre_activation(i, i_sum, scale_ptr, n, H), _pre_activation(f, f_sum, scale_ptr + H, n, H)
             g = _pre_activation(g, g_sum, scale_ptr + 2 * H, n, H)
             o = _pre_activation(o, o_sum, scale_ptr + 3 * H, n, H)
@@ -209,8 +215,8 @@ def plan(H: int, device: Target) -> Plan:
     if H <= _RESIDENT and 6 * power_of_two(H, 32) ** 2 <= device.shared:
         return Plan("resident", power_of_two(H, 32), power_of_two(H, 32), 8 if H > 64 else 4, 1)
     if 4 * H * H <= _IN_ONE:
-        return Plan("loop", 64, 128, 8, 2)
-    return Plan("steps", 16, 128, 4, 3)
+        return Plan("loop", 64, 64, 8, 2)
+    return Plan("steps", 16, 64, 4, 3)
 
 
 def lstm_int8_forward(
@@ -219,20 +225,28 @@ def lstm_int8_forward(
     """``reference.lstm_int8``; ``save`` 2 keeps c and gates, 1 c alone, 0 neither."""
     call = recurrence(x_gates, weight_hh, h0, c0, args[:5], args[10:13])
     out, at = outputs(call, x_gates, args[5:10], args[13]), plan(call.H, target(x_gates.device))
-    given = (out.x, weight_hh, scale / 127, h0, *call.places, call.h_start, call.c_start, *out[1:])
+    weight = _padded(weight_hh, at)
+    given = (out.x, weight, scale / 127, h0, *call.places, call.h_start, call.c_start, *out[1:])
     sizes, tiles = (call.rows.T, call.rows.B, call.H, 1.0 / call.tau), cdiv(call.rows.B, BLOCK_B)
-    options = {"HARD": call.hard, "REVERSE": call.reverse, "BLOCK_B": BLOCK_B, "BLOCK_H": at.block_h}
-    warps = {"num_warps": at.num_warps, "num_stages": at.num_stages}
+    options: dict[str, Any] = {"HARD": call.hard, "REVERSE": call.reverse, "BLOCK_B": BLOCK_B, "BLOCK_H": at.block_h}
+    options |= {"num_warps": at.num_warps, "num_stages": at.num_stages}
     if at.route == "resident":
-        launch(resident_kernel, (tiles, 1), *given, *sizes, **options, **warps)
+        launch(resident_kernel, (tiles, 1), *given, *sizes, **options)
         return out.results()
     across = 1 if at.route == "loop" else cdiv(call.H, at.block_h)
-    step = call.rows.T if at.route == "loop" else 1
-    for first in range(0, call.rows.T, max(step, 1)):
-        launch(
-            *(steps_kernel, (tiles, across), *given, first, first + step, *sizes),
-            **options,
-            BLOCK_K=at.block_k,
-            **warps,
-        )
+    step = max(call.rows.T, 1) if at.route == "loop" else 1
+    for first in range(0, call.rows.T, step):
+        args = (*given, first, first + step, *sizes, *weight.shape[1:])
+        launch(steps_kernel, (tiles, across), *args, BLOCK_K=at.block_k, **options)
     return out.results()
+
+
+def _padded(weight_hh: Tensor, at: Plan) -> Tensor:
+    """Weights as [4, rows, terms] with zeros up to whole blocks, which are read without a mask and in wide words."""
+    H = weight_hh.shape[1]
+    rows, terms = cdiv(H, at.block_h) * at.block_h, cdiv(H, at.block_k) * at.block_k
+    if rows == terms == H:
+        return weight_hh.view(4, H, H)
+    out = weight_hh.new_zeros(4, rows, terms)
+    out[:, :H, :H] = weight_hh.view(4, H, H)
+    return out

@@ -36,14 +36,19 @@ def plan(H: int, R: int, downs: int, dtype: torch.dtype, device: Target) -> Plan
     """By the sizes of the model. Products without tensor cores keep their operands in registers, so tiles are small."""
     block_h, block_r = power_of_two(H, 16, 64), power_of_two(R, 16)
     size = (4 + downs) * dtype.itemsize
-    route = "loop" if size * H * R <= _IN_ONE else "steps"
+    in_one = size * H * R <= _IN_ONE
     wide = dtype == torch.float32
     if wide and rnn_precision(dtype) == "ieee":
-        return Plan(route, min(block_h, 32), 16, 4, 1)
+        return Plan("loop" if in_one else "steps", min(block_h, 32), 16, 4, 1)
     factors, staged = size * cdiv(H, block_h) * block_h * block_r, _STAGED * dtype.itemsize
     if H <= 512 and factors + staged <= device.shared:
         return Plan("resident", block_h, block_r, 4 if H <= 64 else 8, 1)
-    return Plan(route, power_of_two(H, 16, 64 if wide else 128), min(block_r, 32 if wide else 64), 8, 2)
+    if not in_one:
+        return Plan("steps", block_h, min(block_r, 32), 4, 3)
+    large = downs == 1 and not wide  # the more is on its way from the cache at once, the better, as registers allow
+    return Plan(
+        "loop", power_of_two(H, 16, 128 if large else 64), min(block_r, 64 if large else 32), 8 if large else 4, 2
+    )
 
 
 class _Call(NamedTuple):
@@ -146,7 +151,9 @@ def _backward_loop(call: _Call, given: tuple[Any, ...]) -> None:
     for step in range(T):
         call.run(_lowrank_loop.backward_kernel, units, *given, step, step + 1, PART=1)
         call.run(_lowrank_loop.backward_kernel, ranks, *given, step, step + 1, PART=2)
-    call.run(_lowrank_loop.backward_kernel, units, *given, 0, 0, PART=3)
+    dv, dh0 = given[14:16]
+    dh_n, down, places = given[3], given[7], given[9:12]
+    call.run(_lowrank_loop.start_kernel, units, dv, down, dh_n, *places, dh0)
 
 
 def _factor_gradients(call: _Call, d: Tensor, dv: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
