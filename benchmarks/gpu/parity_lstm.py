@@ -128,8 +128,8 @@ def _both(name: str, dtype: torch.dtype) -> list[Any]:
     """Arguments of ``lstm_layer_both_forward``: the reverse direction has weights and states of its own."""
     args = _layer(name, dtype)
 
-    def pair(n: int) -> list[Tensor] | None:
-        return None if args[n] is None else [args[n], args[n].flip(0) * 0.5]
+    def pair(n: int) -> list[Tensor]:
+        return [] if args[n] is None else [args[n], args[n].flip(0) * 0.5]
 
     return [args[0], *(pair(n) for n in range(1, 6)), *args[7:10], pair(10), pair(11), *args[12:19], args[20]]
 
@@ -140,7 +140,7 @@ def _singles(args: Sequence[Any]) -> list[list[Any]]:
     seed, rows, offset, stream, *options, save = rest
 
     def one(n: int) -> list[Any]:
-        mine = [None if v is None else v[n] for v in (*lists, *starts)]
+        mine = [v[n] if v else None for v in (*lists, *starts)]
         return [x, *mine[:5], None, *sizes, *mine[5:], seed, rows, offset, stream + n, *options, n == 1, save]
 
     return [one(n) for n in (0, 1)]
@@ -163,8 +163,8 @@ def both_backward(kernels: Kernels, name: str) -> None:
     exact = pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, args)
     kept = shortened(_both_defined(*exact), kernels.torch_dtype, {2, 3, 8, 9})
     h, c, gates = kept[0:2], kept[2:4], kept[4:6]
-    grads = [gradients(kept[n::2], kernels.torch_dtype) for n in (0, 1)]
-    given = [grads, *args[:3], gates, h, c, *args[3:-1], True, True, True, True]
+    grads = gradients(kept, kernels.torch_dtype)
+    given = [[*grads], *args[:3], gates, h, c, *args[3:-1], True, True, True, True]
     got = kernels.call("lstm_layer", "lstm_layer_both_backward", given, (args[7],))
 
     def defined(*given: Any) -> list[Tensor]:
@@ -172,7 +172,7 @@ def both_backward(kernels: Kernels, name: str) -> None:
         grads, gates, h, c = given[0], *given[4:7]
         singles = _singles((*given[1:4], *given[7:-4], 2))
         found = [
-            one(*grads[n], *s[:3], gates[n], h[n], c[n], *s[3:-1], True, True, True, True)
+            one(*grads[n::2], *s[:3], gates[n], h[n], c[n], *s[3:-1], True, True, True, True)
             for n, s in enumerate(singles)
         ]
         (dx, *first), (dx_too, *second) = found
@@ -225,12 +225,9 @@ def checks(kernels: Kernels) -> Iterator[Check]:
     if dry:
         return
     for name in STEPS:
-        yield Check(
-            "lstm", "lstm_forward", f"{name} by steps", functools.partial(by_route, kernels, forward, name, "step")
-        )
-        yield Check(
-            "lstm", "lstm_backward", f"{name} by steps", functools.partial(by_route, kernels, backward, name, "step")
-        )
+        for call in (forward, backward):
+            run = functools.partial(by_route, kernels, call, name, "step")
+            yield Check("lstm", f"lstm_{call.__name__}", f"{name} by steps", run)
     for name in PAIRS if kernels.dtype != "tf32" else ():
         call = functools.partial(both_forward, kernels, name)
         yield Check("lstm_layer", "lstm_layer_both_forward", name, call)
