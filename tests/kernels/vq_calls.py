@@ -18,7 +18,7 @@ def nearest(
     codes: torch.dtype = FP32,
     best: int = 1,
     bits: int = 64,
-    screen: int = 2,
+    screen: int = 1,
     more: bool = False,
 ) -> tuple[Any, ...]:
     """``more``: with a mask, products instead of distances, and distance and score asked for."""
@@ -28,7 +28,7 @@ def nearest(
 
 
 def quantize(
-    N: int = 1000,
+    N: int = 5000,
     K: int = 1024,
     D: int = 64,
     G: int = 1,
@@ -138,3 +138,5 @@ call("vq_residual", "vq_residual", "fp32 more", residual, more=True)
 call("vq_residual", "vq_residual", "mixed", residual, dtype=BF16, codes=FP32)
 call("vq_residual", "vq_residual", "fp32 small", residual, D=8, more=True)
 call("vq_residual", "vq_residual", "fp32 wide", residual, D=1000)
+call("vq_residual", "vq_residual", "fp32 large", residual, N=65536, K=1024, D=256)
+call("vq_residual", "vq_residual", "bf16 large", residual, N=65536, K=1024, D=256, dtype=BF16, more=True)
