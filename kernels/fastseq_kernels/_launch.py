@@ -83,8 +83,10 @@ def recording(chosen: Target) -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 1, **constexprs: Any) -> None:
-    """Run ``kernel`` on a grid of programs, on the device and current stream of its tensors; an empty grid runs none."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 1, **constexprs: Any
+) -> None:
+    """Run ``kernel`` on a grid of programs, on the device and stream of its tensors; an empty grid runs none."""
     if 0 in grid:
         return
     if _recorded is not None:

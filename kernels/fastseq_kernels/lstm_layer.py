@@ -51,37 +51,42 @@ def lstm_layer_backward(*args: Any) -> tuple[Tensor, ...]:
 def lstm_layer_both_forward(
     x: Tensor,
     weight_ih: list[Tensor],
-    bias: list[Tensor] | None,
+    bias: list[Tensor],
     weight_hh: list[Tensor],
     h0: list[Tensor],
     c0: list[Tensor],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     reset: Tensor | None,
-    h_start: list[Tensor] | None,
-    c_start: list[Tensor] | None,
+    h_start: list[Tensor],
+    c_start: list[Tensor],
     *args: Any,
-) -> tuple[list[Tensor], ...]:
+) -> list[Tensor]:
     """``lstm_layer_forward`` of both directions of one layer, without projection: the first goes forward, the second
     in reverse, with ``stream`` and ``stream + 1``. Where a program holds weight_hh, both run in one launch.
 
     Args:
-        lists: one entry per direction. args: seed, rows, row_offset, stream, noise_probability, tau, hard, save.
+        lists: one entry per direction, or none. args: seed, rows, row_offset, stream, noise_probability, tau, hard,
+            save.
 
     Returns:
-        h, c, gates, h_n, c_n as lists of two.
+        h of both directions, then c of both, gates, h_n and c_n.
     """
     seed, rows, row_offset, stream, probability, tau, hard, save = args
-    starts = [(None if h_start is None else h_start[n], None if c_start is None else c_start[n]) for n in (0, 1)]
+    starts = [(_one(h_start, n), _one(c_start, n)) for n in (0, 1)]
     calls = _pair(x, weight_hh, h0, c0, (lengths, batch_sizes, reset), starts, tau, hard)
     directions = []
     for n, call in enumerate(calls):
-        x_gates = _x_gates(x, weight_ih[n], None if bias is None else bias[n])
+        x_gates = _x_gates(x, weight_ih[n], _one(bias, n))
         noise = lstm.Noise(seed, rows, row_offset, stream + n, probability)
         directions.append(lstm.prepared(call, x_gates, noise, save, True))
     last = lstm.run_forward(directions)
     out = [lstm.kept(d, *states) for d, states in zip(directions, last, strict=True)]
-    return tuple(list(pair) for pair in zip(*out, strict=True))
+    return [v for pair in zip(*out, strict=True) for v in pair]
+
+
+def _one(pair: list[Tensor], n: int) -> Tensor | None:
+    return pair[n] if pair else None
 
 
 def _pair(
@@ -102,11 +107,11 @@ def _pair(
 
 
 def lstm_layer_both_backward(
-    grads: list[list[Tensor | None]],
+    grads: list[Tensor | None],
     x: Tensor,
     weight_ih: list[Tensor],
-    bias: list[Tensor] | None,
-    gates: list[Tensor] | None,
+    bias: list[Tensor],
+    gates: list[Tensor],
     h: list[Tensor],
     c: list[Tensor],
     weight_hh: list[Tensor],
@@ -115,36 +120,60 @@ def lstm_layer_both_backward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     reset: Tensor | None,
-    h_start: list[Tensor] | None,
-    c_start: list[Tensor] | None,
+    h_start: list[Tensor],
+    c_start: list[Tensor],
     *args: Any,
-) -> tuple[Any, ...]:
+) -> list[Tensor]:
     """``lstm_layer_backward`` of both directions of one layer.
 
     Args:
-        grads: per direction those of h, c, gates, h_n and c_n, or None. args: seed, rows, row_offset, stream,
-            noise_probability, tau, hard, needs_x, needs_weight_ih, needs_bias, weights.
+        grads: those of what the forward returned, or None. gates: none to have them rebuilt. args: seed, rows,
+            row_offset, stream, noise_probability, tau, hard, needs_x, needs_weight_ih, needs_bias, weights.
 
     Returns:
-        dx, the sum over both directions, and per direction as lists of two dweight_ih, dbias, dweight_hh, dh0, dc0,
-        dh_start, dc_start.
+        dx, the sum over both directions, then of both directions dweight_ih, dbias, dweight_hh, dh0, dc0, dh_start
+        and dc_start.
     """
     seed, rows, row_offset, stream, probability, tau, hard, needs_x, *needs, weights = args
-    starts = [(None if h_start is None else h_start[n], None if c_start is None else c_start[n]) for n in (0, 1)]
+    starts = [(_one(h_start, n), _one(c_start, n)) for n in (0, 1)]
     calls = _pair(x, weight_hh, h0, c0, (lengths, batch_sizes, reset), starts, tau, hard)
     given = []
     for n, call in enumerate(calls):
-        if gates is None:
+        if not gates:
             noise = lstm.Noise(seed, rows, row_offset, stream + n, probability)
-            own = lstm.rebuilt(call, _x_gates(x, weight_ih[n], None if bias is None else bias[n]), h[n], noise, True)
+            own = lstm.rebuilt(call, _x_gates(x, weight_ih[n], _one(bias, n)), h[n], noise, True)
         else:
             own = gates[n]
-        given.append(lstm_resident.Given(call, Grads(*grads[n]), own, c[n]))
+        given.append(lstm_resident.Given(call, Grads(*grads[n::2]), own, c[n]))
     out, dx = [], None
     for n, found in enumerate(lstm.run_backward(given)):
         d, *rest = lstm.gradients(calls[n], found, h[n], weights)
         one, *product = _input_gradients(d, x, weight_ih[n], needs_x, *needs)
-        dx = one if dx is None else dx.add_(one)
+        dx = one if dx is None else dx.add_(one)  # without elements where it is not needed
         dweight_hh, dh0, dc0, _, dh_start, dc_start = rest
         out.append((*product, dweight_hh, dh0, dc0, dh_start, dc_start))
-    return dx, *(list(pair) for pair in zip(*out, strict=True))
+    assert dx is not None
+    return [dx, *(v for pair in zip(*out, strict=True) for v in pair)]
+
+
+def lstm_layer_forward_detail(x: Tensor, weight_ih: Tensor, bias: Tensor | None, *args: Any) -> str:
+    """Which way the recurrence takes."""
+    call = lstm.recurrence(x, *args[:3], args[3:9], args[14:17])
+    return "{}: {}".format(*lstm.plan(call, x))
+
+
+def lstm_layer_backward_detail(*args: Any) -> str:
+    """Which way the recurrence takes."""
+    return lstm_layer_forward_detail(*args[5:8], *args[11:])
+
+
+def lstm_layer_both_forward_detail(x: Tensor, weight_ih: list[Tensor], bias: list[Tensor], *args: Any) -> str:
+    """Which way the recurrence takes."""
+    (weight_hh, h0, c0), sizes, (tau, hard) = args[:3], args[3:6], args[13:15]
+    call = lstm.recurrence(x, weight_hh[0], h0[0], c0[0], (None, *sizes, None, None), (tau, hard, False))
+    return "{}: {}".format(*lstm.plan(call, x))
+
+
+def lstm_layer_both_backward_detail(*args: Any) -> str:
+    """Which way the recurrence takes."""
+    return lstm_layer_both_forward_detail(*args[1:4], *args[7:])

@@ -117,7 +117,7 @@ def test_both_directions(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = (o.lengths, o.batch_sizes, o.reset, *starts, o.seed, None, 0, 0, 1.0, o.tau, o.hard)
     found = lstm_layer.lstm_layer_both_forward(x, *lists, *shared, 2)
     for n in (0, 1):
-        assert_same_bits(cases.OUTPUTS, [v[n] for v in found], apart[n])
+        assert_same_bits(cases.OUTPUTS, found[n::2], apart[n])
     grads: list[list[Tensor | None]] = [list(cases.upstream(apart[n], n)) for n in (0, 1)]
     grads[0][1] = grads[1][4] = None
     needs = (True,) * 4
@@ -128,13 +128,14 @@ def test_both_directions(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for n in (0, 1)
     ]
     del launches[:]
-    h, c, gates = found[:3]
-    got = lstm_layer.lstm_layer_both_backward(grads, x, *lists[:2], gates, h, c, *lists[2:], *shared, *needs)
+    h, c, gates = found[:2], found[2:4], found[4:6]
+    both = [d for pair in zip(*grads, strict=True) for d in pair]
+    got = lstm_layer.lstm_layer_both_backward(both, x, *lists[:2], gates, h, c, *lists[2:], *shared, *needs)
     assert launches == [(1, 2)]
     assert_same_bits("dx", got[0], expected[0][0] + expected[1][0])
     kept = (1, 2, 3, 4, 5, 7, 8)
     for n in (0, 1):
-        assert_same_bits([str(k) for k in kept], [v[n] for v in got[1:]], [expected[n][k] for k in kept])
+        assert_same_bits([str(k) for k in kept], got[1 + n :: 2], [expected[n][k] for k in kept])
 
 
 @pytest.mark.parametrize("route", ["step", "resident"])
