@@ -72,7 +72,7 @@ def states_before(call: Recurrence, h: Tensor) -> list[Part]:
         return [Part((T - 1) * B if call.reverse else 0, call.h0), *rest]
     out = torch.empty_like(flat)
     block_p = power_of_two(P, 16, 128)
-    block_b = power_of_two(B, 1, 512 // block_p)
+    block_b = 512 // block_p if B > 1 else 1
     launch(
         _states_kernel,
         (cdiv(B, block_b) * T, cdiv(P, block_p)),
