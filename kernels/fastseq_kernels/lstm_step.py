@@ -233,6 +233,42 @@ def _project_kernel(
     tl.store(h_n_ptr + b.to(tl.int64)[:, None] * P + p[None, :], out, mask=last)
 
 
+class Tile(NamedTuple):
+    """How a kernel runs: units and terms of the sum per tile."""
+
+    units: int
+    terms: int
+    num_warps: int
+    num_stages: int
+
+
+def tile(width: int, terms: int, dtype: torch.dtype, planes: int = 1) -> Tile:
+    """For ``width`` units of a model, sums of ``terms``, and that many of them at once.
+
+    Tiles grow where there are programs enough without. About 32 KiB must be under way to hide the second-level cache.
+    Products without tensor cores keep all terms of a tile in registers, so these are few.
+    """
+    units = power_of_two(width, 16, 16 if width <= 2048 else 32)
+    if dtype == torch.float32 and rnn_precision(dtype) == "ieee":
+        return Tile(units, 16, 4, 2)
+    return Tile(units, power_of_two(terms, 16, 64 if dtype == torch.float32 else 128), 4, 3 if planes == 4 else 5)
+
+
+def run(kernel: Any, rows: int, width: int, at: Tile, *args: Any, **constexprs: Any) -> None:
+    """One launch over all rows and ``width`` units."""
+    launch(
+        kernel,
+        (cdiv(rows, BLOCK_B), cdiv(width, at.units)),
+        *args,
+        BLOCK_B=BLOCK_B,
+        BLOCK_N=at.units,
+        BLOCK_K=at.terms,
+        num_warps=at.num_warps,
+        num_stages=at.num_stages,
+        **constexprs,
+    )
+
+
 class Loop(NamedTuple):
     """A loop over time that one kernel makes step by step: what each launch is given beside its step."""
 
@@ -254,41 +290,6 @@ class Loop(NamedTuple):
         return self.call.rows.T - 1 - n if self.falling else n
 
 
-class Tile(NamedTuple):
-    """How a kernel runs: units and terms of the sum per tile."""
-
-    units: int
-    terms: int
-    num_warps: int
-    num_stages: int
-
-
-def tile(width: int, terms: int, dtype: torch.dtype) -> Tile:
-    """For ``width`` units of a model and sums of ``terms``. Tiles grow where there are programs enough without.
-
-    Products without tensor cores keep all terms of a tile in registers, so these are few.
-    """
-    units = power_of_two(width, 16, 16 if width <= 2048 else 32)
-    if dtype == torch.float32 and rnn_precision(dtype) == "ieee":
-        return Tile(units, 16, 4, 2)
-    return Tile(units, power_of_two(terms, 16, 64 if dtype == torch.float32 else 128), 4, 3)
-
-
-def run(kernel: Any, rows: int, width: int, at: Tile, *args: Any, **constexprs: Any) -> None:
-    """One launch over all rows and ``width`` units."""
-    launch(
-        kernel,
-        (cdiv(rows, BLOCK_B), cdiv(width, at.units)),
-        *args,
-        BLOCK_B=BLOCK_B,
-        BLOCK_N=at.units,
-        BLOCK_K=at.terms,
-        num_warps=at.num_warps,
-        num_stages=at.num_stages,
-        **constexprs,
-    )
-
-
 def forward_loop(
     call: Recurrence, x_gates: Tensor, h: Tensor, c: Tensor | None, gates: Tensor | None
 ) -> tuple[Loop, Tensor, Tensor]:
@@ -300,7 +301,7 @@ def forward_loop(
     first = (x_gates, call.weight_hh, h, c, gates, m)
     tensors = (*first, call.h0, call.c0, call.h_start, call.c_start, h_n, c_n, *call.places)
     constexprs = {"HARD": call.hard, "REVERSE": call.reverse, "KEEP_C": keep, "PRECISION": rnn_precision(h.dtype)}
-    loop = Loop(_step_kernel, tensors, call, tile(call.H, call.P, h.dtype), constexprs, call.reverse)
+    loop = Loop(_step_kernel, tensors, call, tile(call.H, call.P, h.dtype, planes=4), constexprs, call.reverse)
     return loop, h_n, c_n
 
 
