@@ -43,10 +43,10 @@ SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))
 STAGES: dict[tuple[str, ...], Share] = {
     PARITY: Share("parity", 1, 60, 170),
     ("limits",): Share("limits", 0, 20, 90),
-    ("lstm",): Share("lstm", 2, 45, 190),
+    ("lstm",): Share("lstm", 2, 45, 170),
     ("vq",): Share("vq", 3, 30, 110),
     ("layers",): Share("layers", 5, 20, 60),
-    SUITES: Share("tests", 4, 30, 100),
+    SUITES: Share("tests", 4, 60, 110),
 }
 FACTS_SECONDS = 60.0
 HOST_CORES = 8  # so many and more: half of them are the host's own

@@ -151,10 +151,10 @@ def pending() -> list[str]:
         lines.append([str(B), str(H), *cells, f"{best * 1.024:.1f}"])
     title = "LSTM in bfloat16 on an H200, forward: modelled, not measured"
     text = (
-        "GPU numbers are pending: nothing here was measured on one. `make gpu` does it, in ten minutes. The figures below "
-        "come from a model of the terms of a step (launch or graph node, exchange of the state, product, reads of the "
-        "weights from L2); for a kernel with a published time it came out 15 % too low. Of stock nn.LSTM in bfloat16 "
-        "the same reasoning expects 4 to 8 us a step up to 1024 units."
+        "GPU numbers are pending: nothing here was measured on one. `make gpu` does it, in ten minutes. The figures "
+        "below come from a model of the terms of a step (launch or graph node, exchange of the state, product, reads "
+        "of the weights from L2); for a kernel with a published time it came out 15 % too low. Of stock nn.LSTM in "
+        "bfloat16 the same reasoning expects 4 to 8 us a step up to 1024 units."
     )
     return [textwrap.fill(text, 120), table.markdown(Table(title, header, lines, []))]
 
