@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import process, tables, worker
+from benchmarks.gpu import process, tables, timing, worker
 from benchmarks.gpu.__main__ import SHARDS
 from benchmarks.gpu.clock import Clock, Share, shares
 from benchmarks.gpu.parity import Kernels, record, verdicts
@@ -123,6 +125,54 @@ def test_backend_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     with backend(None):
         assert "FASTSEQ_BACKEND" not in os.environ
     assert os.environ["FASTSEQ_BACKEND"] == "cpu"
+
+
+class FakeEvent:
+    """Its time is the number of calls so far."""
+
+    calls = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = -1
+
+    def record(self) -> None:
+        self.at = FakeEvent.calls
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_block_times_each_call_and_no_other(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.Event", FakeEvent)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "SCRUB_BYTES", 64)
+    timing._scrubber.cache_clear()
+    before = FakeEvent.calls
+
+    def call() -> None:
+        FakeEvent.calls += 1
+
+    assert timing.block(Context(torch.device("cpu"), False), call, 5, cold) == 1.0
+    assert FakeEvent.calls - before == (5 if cold else 6), "a call before fills the cache, where it is to be full"
+    timing._scrubber.cache_clear()
+
+
+def test_what_is_around_calls_is_entered_once_a_block() -> None:
+    inside: list[str] = []
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def around(name: str) -> Iterator[None]:
+        entered.append(name)
+        inside.append(name)
+        yield
+        inside.remove(name)
+
+    calls = {name: (lambda n=name: inside.index(n)) for name in "ab"}  # type: ignore[misc]
+    samples = timing.interleave(DRY, calls, 1.0, around=around)
+    assert {name: sorted(rounds) for name, rounds in samples.items()} == {"a": [0, 1], "b": [0, 1]}
+    assert sorted(entered) == ["a"] * 3 + ["b"] * 3
 
 
 def parity(module: str, dtype: str, *gates: str, planned: int | None = None) -> list[dict[str, Any]]:

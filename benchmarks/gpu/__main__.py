@@ -226,10 +226,10 @@ def main() -> None:
 
         def keep(rows: list[Row]) -> None:
             measured = [r for r in rows if r["op"] not in ("parity", "plan")]
-            host = [r for r in measured if "processor" in r]
+            host = [{k: v for k, v in r.items() if k != "processor"} for r in measured if "processor" in r]
             if target:
                 harness.append([{**r, **shared} for r in measured if "processor" not in r], target)
-                harness.append([{k: v for k, v in r.items() if k != "processor"} for r in host], harness.results_file())
+                harness.append(host, given.rows or harness.results_file())
 
         run = run._replace(keep=keep)
         print("\n".join(f"{key}: {value}" for key, value in facts.items() if key != "op"), flush=True)

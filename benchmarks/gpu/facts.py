@@ -32,7 +32,7 @@ def collect(context: Context) -> list[Row]:
         "host": harness.device(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **{name: None for name in ("triton",)},
+        "triton": None,
         **harness.versions(PACKAGES),
         "python": platform.python_version(),
         **tree,

@@ -135,7 +135,7 @@ def where(path: Path) -> str:
 
 
 def _tail(log: Path) -> str:
-    """The last line of a traceback, or of what else was said."""
+    """The last line of a traceback, or of what else was said; "Timeout" is what a hung case leaves."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line or "exception" in line]
+    errors = [line for line in lines if "Error" in line or "exception" in line or line.startswith("Timeout (")]
     return ((errors or lines or ["nothing was said"])[-1])[:300]
