@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastseq_kernels._cell import cell, load_c, load_gates, step_backward, store_step
-from fastseq_kernels._steps import element, is_cut, state_before, steps_of
+from fastseq_kernels._steps import element, is_cut, neighbours, state_before, steps_between, steps_of
 
 _RUN_TIME = ["first", "last", "T", "B", "inverse_tau"]  # what must not compile anew
 
@@ -105,19 +105,11 @@ def forward_kernel(
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     steps = steps_of(lengths_ptr, b, T, B)
     most = tl.max(steps, 0)
-    from_step, to_step = first, tl.minimum(last, most)
-    if REVERSE:
-        from_step, to_step = tl.maximum(first, T - most), last
+    from_step, to_step = steps_between(first, last, most, T, REVERSE)
     v_rows = v_ptr + b.to(tl.int64) * (DOWNS * R)
     for s in range(from_step, to_step):
         t = T - 1 - s if REVERSE else s
-        alive = t < steps
-        before = t + 1 if REVERSE else t - 1
-        begins = (before < 0) | (before >= steps)
-        cut = begins & False
-        if reset_ptr is not None:
-            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
-        place, earlier = element(offsets_ptr, t, b, T, B), element(offsets_ptr, before, b, T, B)
+        alive, begins, cut, place, earlier = neighbours(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
         if PART != 2:
             rows, known = state_before(h_ptr, h0_ptr, h_start_ptr, earlier, b, begins, cut, alive, H)
             _ranks(rows, known, down_ptr, v_rows, b, B, H, DOWNS * R, PRECISION, BLOCK_B, BLOCK_H, BLOCK_R)
@@ -286,21 +278,16 @@ def backward_kernel(
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     steps = steps_of(lengths_ptr, b, T, B)
     most = tl.max(steps, 0)
-    from_step, to_step = tl.maximum(first, T - most), last
-    if REVERSE:
-        from_step, to_step = first, tl.minimum(last, most)
+    from_step, to_step = steps_between(first, last, most, T, not REVERSE)
     for s in range(from_step, to_step):
         t = s if REVERSE else T - 1 - s
-        alive = t < steps
-        before, after = (t + 1, t - 1) if REVERSE else (t - 1, t + 1)
-        begins, taken = (before < 0) | (before >= steps), alive & (after >= 0) & (after < steps)
-        cut, cut_after = begins & False, begins & False
+        after = t - 1 if REVERSE else t + 1
+        alive, begins, cut, place, earlier = neighbours(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
+        taken, cut_after = alive & (after >= 0) & (after < steps), cut & False
         if reset_ptr is not None:
-            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
             cut_after = is_cut(reset_ptr, offsets_ptr, after, b, steps, T, B, REVERSE)
-        place, place_after = element(offsets_ptr, t, b, T, B), element(offsets_ptr, after, b, T, B)
+        place_after = element(offsets_ptr, after, b, T, B)
         if PART != 2:
-            earlier = element(offsets_ptr, before, b, T, B)
             c_rows, known = state_before(c_ptr, c0_ptr, c_start_ptr, earlier, b, begins, cut, alive, H)
             for block in range(tl.program_id(1), tl.cdiv(H, BLOCK_H), tl.num_programs(1)):
                 n = block * BLOCK_H + tl.arange(0, BLOCK_H)

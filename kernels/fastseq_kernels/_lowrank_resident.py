@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastseq_kernels._cell import cell, load_c, load_gates, step_backward, store_step
-from fastseq_kernels._steps import element, is_cut, state_before, steps_of
+from fastseq_kernels._steps import neighbours, state_before, steps_of
 
 _RUN_TIME = ["T", "B", "inverse_tau"]  # what must not compile anew
 
@@ -23,22 +23,19 @@ def _units(chunk: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def _load_chunks(first, rows, width, inside, H, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A row of numbers per row of the tile, in chunks; rows that are not ``inside`` are zeros."""
+def _load_chunks(
+    first, b, B, H, DTYPE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Rows b of [B, H] in chunks, as DTYPE; zeros where there is no such tensor."""
     found = ()
     for chunk in tl.static_range(CHUNKS):
-        n = _units(chunk, BLOCK_H)
-        mask = inside[:, None] & (n < H)[None, :]
-        found = found + (tl.load(first + rows.to(tl.int64)[:, None] * width + n[None, :], mask=mask, other=0.0),)
+        value = tl.zeros([BLOCK_B, BLOCK_H], DTYPE)
+        if first is not None:
+            n = _units(chunk, BLOCK_H)
+            at, inside = b.to(tl.int64)[:, None] * H + n[None, :], (b < B)[:, None] & (n < H)[None, :]
+            value = tl.load(first + at, mask=inside, other=0.0).to(DTYPE)
+        found = found + (value,)
     return found
-
-
-@triton.jit
-def _store_chunks(first, rows, width, inside, values, H, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr):
-    for chunk in tl.static_range(CHUNKS):
-        n = _units(chunk, BLOCK_H)
-        mask = inside[:, None] & (n < H)[None, :]
-        tl.store(first + rows.to(tl.int64)[:, None] * width + n[None, :], values[chunk], mask=mask)
 
 
 @triton.jit
@@ -82,20 +79,6 @@ def _restarted(state, start_ptr, cut, H, CHUNKS: tl.constexpr, BLOCK_H: tl.const
     return found
 
 
-@triton.jit
-def _load_wide(first, b, B, H, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """``_load_chunks`` of [B, H] in float32; zeros where there is none."""
-    found = ()
-    for chunk in tl.static_range(CHUNKS):
-        value = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-        if first is not None:
-            n = _units(chunk, BLOCK_H)
-            at, inside = b.to(tl.int64)[:, None] * H + n[None, :], (b < B)[:, None] & (n < H)[None, :]
-            value = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
-        found = found + (value,)
-    return found
-
-
 @triton.jit(do_not_specialize=_RUN_TIME)
 def forward_kernel(
     x_ptr,  # [N, 4*H] pre-activations with their noise; may be gates
@@ -129,18 +112,15 @@ def forward_kernel(
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     steps = steps_of(lengths_ptr, b, T, B)
     most = tl.max(steps, 0)
-    h = _load_chunks(h0_ptr, b, H, b < B, H, CHUNKS, BLOCK_H)
+    narrow = h_ptr.dtype.element_ty
+    h = _load_chunks(h0_ptr, b, B, H, narrow, CHUNKS, BLOCK_B, BLOCK_H)
     down = _load_factor(down_ptr, R * H, 1, H, H, R, DOWNS, CHUNKS, BLOCK_H, BLOCK_R, True)
     up = _load_factor(up_ptr, R * H, R, 1, H, R, 4, CHUNKS, BLOCK_H, BLOCK_R, False)
-    narrow = h_ptr.dtype.element_ty
 
     for s in range(most):
         t = most - 1 - s if REVERSE else s
-        alive = t < steps
-        place = element(offsets_ptr, t, b, T, B)
-        cut = alive & False
+        alive, _, cut, place, _ = neighbours(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
         if reset_ptr is not None:
-            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
             h = _restarted(h, h_start_ptr, cut, H, CHUNKS, BLOCK_H)
         v = ()
         for gate in tl.static_range(DOWNS):
@@ -207,20 +187,14 @@ def backward_kernel(
     k = tl.arange(0, BLOCK_R)
     steps = steps_of(lengths_ptr, b, T, B)
     most = tl.max(steps, 0)
-    dh = _load_wide(dh_n_ptr, b, B, H, CHUNKS, BLOCK_B, BLOCK_H)
+    dh = _load_chunks(dh_n_ptr, b, B, H, tl.float32, CHUNKS, BLOCK_B, BLOCK_H)
     up = _load_factor(up_ptr, R * H, R, 1, H, R, 4, CHUNKS, BLOCK_H, BLOCK_R, True)
     down = _load_factor(down_ptr, R * H, 1, H, H, R, DOWNS, CHUNKS, BLOCK_H, BLOCK_R, False)
     narrow = d_ptr.dtype.element_ty
 
     for s in range(most):
         t = s if REVERSE else most - 1 - s
-        alive = t < steps
-        before = t + 1 if REVERSE else t - 1
-        begins = (before < 0) | (before >= steps)
-        cut = begins & False
-        if reset_ptr is not None:
-            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
-        place, earlier = element(offsets_ptr, t, b, T, B), element(offsets_ptr, before, b, T, B)
+        alive, begins, cut, place, earlier = neighbours(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
         c_rows, known = state_before(c_ptr, c0_ptr, c_start_ptr, earlier, b, begins, cut, alive, H)
         dv_i = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
         dv_f, dv_g, dv_o = dv_i, dv_i, dv_i
@@ -259,4 +233,7 @@ def backward_kernel(
             dh_next = dh_next + (tl.where((alive & cut)[:, None], 0.0, total),)
         dh = dh_next
         tl.debug_barrier()  # the next step reads dc and the sums, which other threads may have written
-    _store_chunks(dh0_ptr, b, H, b < B, dh, H, CHUNKS, BLOCK_H)
+    for chunk in tl.static_range(CHUNKS):
+        n = _units(chunk, BLOCK_H)
+        own = b.to(tl.int64)[:, None] * H + n[None, :]
+        tl.store(dh0_ptr + own, dh[chunk], mask=(b < B)[:, None] & (n < H)[None, :])

@@ -42,6 +42,26 @@ def is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def neighbours(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE: tl.constexpr):
+    """Which rows live at step t, begin there, are cut; its elements, and those of the step before in its order."""
+    before = t + 1 if REVERSE else t - 1
+    begins = (before < 0) | (before >= steps)
+    cut = begins & False
+    if reset_ptr is not None:
+        cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
+    return t < steps, begins, cut, element(offsets_ptr, t, b, T, B), element(offsets_ptr, before, b, T, B)
+
+
+@triton.jit
+def steps_between(first, last, most, T, REVERSE: tl.constexpr):
+    """The part of first .. last - 1, counted in the order of the recurrence, in which rows of ``most`` steps live."""
+    if REVERSE:
+        return tl.maximum(first, T - most), last
+    else:
+        return first, tl.minimum(last, most)
+
+
+@triton.jit
 def state_before(
     state_ptr,  # [N, width]
     first_ptr,  # [B, width]

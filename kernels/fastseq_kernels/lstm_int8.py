@@ -17,7 +17,7 @@ from torch import Tensor
 from fastseq_kernels._call import BLOCK_B, outputs, recurrence
 from fastseq_kernels._cell import cell, load_c, load_gates, store_gates, store_step
 from fastseq_kernels._launch import Target, cdiv, launch, power_of_two, target
-from fastseq_kernels._steps import element, is_cut, state_before, steps_of
+from fastseq_kernels._steps import element, is_cut, neighbours, state_before, steps_between, steps_of
 
 _RUN_TIME = ["first", "last", "T", "B", "inverse_tau"]  # what must not compile anew
 _IN_ONE = 1 << 20  # bytes of weights that one program reads in less time than a launch takes
@@ -170,18 +170,10 @@ def steps_kernel(
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     steps = steps_of(lengths_ptr, b, T, B)
     most = tl.max(steps, 0)
-    from_step, to_step = first, tl.minimum(last, most)
-    if REVERSE:
-        from_step, to_step = tl.maximum(first, T - most), last
+    from_step, to_step = steps_between(first, last, most, T, REVERSE)
     for s in range(from_step, to_step):
         t = T - 1 - s if REVERSE else s
-        alive = t < steps
-        before = t + 1 if REVERSE else t - 1
-        begins = (before < 0) | (before >= steps)
-        cut = begins & False
-        if reset_ptr is not None:
-            cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
-        place, earlier = element(offsets_ptr, t, b, T, B), element(offsets_ptr, before, b, T, B)
+        alive, begins, cut, place, earlier = neighbours(reset_ptr, offsets_ptr, t, b, steps, T, B, REVERSE)
         rows, known = state_before(h_ptr, h0_ptr, h_start_ptr, earlier, b, begins, cut, alive, H)
         for block in range(tl.program_id(1), tl.cdiv(H, BLOCK_H), tl.num_programs(1)):
             n = block * BLOCK_H + tl.arange(0, BLOCK_H)

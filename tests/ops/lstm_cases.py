@@ -80,6 +80,20 @@ OPTIONS = {
     "lengths_no_rows": Case(3, 0, 5, layout="lengths", reset=True),
 }
 CASES = {**SIZES, **OPTIONS}
+NO_PROJECTION = {
+    "one": Case(1, 1, 1),
+    "prime": Case(7, 5, 13),
+    "over_tile": Case(2, 18, 33),
+    "no_steps": Case(0, 3, 5),
+    "no_rows": Case(4, 0, 5),
+    "reverse": Case(5, 3, 11, reverse=True),
+    "hard": Case(4, 3, 7, hard=True),
+    "all_dense": Case(4, 3, 19, **ALL),
+    "all_lengths": Case(5, 4, 19, layout="lengths", **ALL),
+    "all_lengths_reverse": Case(5, 4, 19, layout="lengths", reverse=True, **ALL),
+    "all_packed": Case(5, 4, 19, layout="packed", **ALL),
+    "all_packed_reverse": Case(5, 4, 19, layout="packed", reverse=True, **ALL),
+}
 
 
 def shapes(T: Any, B: Any, H: Any, P: Any) -> st.SearchStrategy[Case]:

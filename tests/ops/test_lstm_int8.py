@@ -17,20 +17,7 @@ from tests.ops.lstm_cases import ALL, Case, Options
 from tests.tolerance import assert_same_bits, assert_within_budget
 
 each_backend = pytest.mark.parametrize("backend", cases.backends("lstm_int8_forward", BACKENDS))
-CASES = {
-    "one": Case(1, 1, 1),
-    "prime": Case(7, 5, 13),
-    "over_tile": Case(2, 18, 33),
-    "no_steps": Case(0, 3, 5),
-    "no_rows": Case(4, 0, 5),
-    "reverse": Case(5, 3, 11, reverse=True),
-    "hard": Case(4, 3, 7, hard=True),
-    "all_dense": Case(4, 3, 19, **ALL),
-    "all_lengths": Case(5, 4, 19, layout="lengths", **ALL),
-    "all_lengths_reverse": Case(5, 4, 19, layout="lengths", reverse=True, **ALL),
-    "all_packed": Case(5, 4, 19, layout="packed", **ALL),
-    "all_packed_reverse": Case(5, 4, 19, layout="packed", reverse=True, **ALL),
-}
+CASES = cases.NO_PROJECTION
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
