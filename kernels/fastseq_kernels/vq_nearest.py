@@ -22,7 +22,7 @@ _BLOCK_N, _BLOCK_K = 64, 64  # of a sweep
 _LANES_N, _LANES_K = 8, 16  # its threads: 8 rows times 4 codes each, as many best scores, and their places
 _MERGE_N = 32
 _LEAST_D = 17  # shorter codes are swept: the tensor core would wait for the minima
-_LEAST_N, _LEAST_K = 256, 256  # where preparing the codebook for a screen is worth its launches, by estimate
+_LEAST_WORK = 1 << 28  # multiply-adds, about 20 us of a sweep: less is over before a screen's launches, by estimate
 _SCRATCH = 64 << 20  # bytes, of sorted scores
 _INDEX = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
@@ -253,7 +253,7 @@ def lookup(
     score = torch.empty(G, N, dtype=torch.float32, device=x.device) if want_score else None
     call = Lookup(x, codebook, *turned_codes(codebook, dot), dot, mask, index, score)
     able = _LEAST_D <= D <= MOST_D
-    if able and (screen == 1 or (screen == 2 and N >= _LEAST_N and K >= _LEAST_K)):
+    if able and (screen == 1 or (screen == 2 and G * N * K * D >= _LEAST_WORK)):
         for part in screened(call):
             sweep(call, part)
     else:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseq_kernels.vq_nearest import gather, lookup
+from fastseq_kernels.vq_sums import vq_sums
 
 _AUTOMATIC = 2  # screen where it is faster
 
@@ -22,7 +23,5 @@ def vq_quantize(
     none = torch.empty(0, dtype=torch.float32, device=x.device)
     found = (none, none.clone())
     if sums:
-        from fastseq_kernels.vq_sums import vq_sums
-
         found = vq_sums(x, index, codebook.shape[1])
     return codes, index, distance, *found
