@@ -309,6 +309,14 @@ def test_dry_run_from_end_to_end(tmp_path: Path) -> None:
     assert json.loads(verified.read_text())["sm_00"]["lstm"]["dtypes"] == ["bfloat16"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    done = subprocess.run(command, cwd=process.ROOT, env=process.environment(1, {}), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"no GPU that this torch can use (failed: RuntimeError: torch {torch.__version__} sees none)" in done.stderr
+
+
 def test_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.gpu import __main__ as main
 

@@ -206,8 +206,8 @@ def machine(run: Run) -> Row:
     """
     found = process.run("facts", FACTS_SECONDS, run.folder, process.environment(1, {}), run.dry)
     if not found.rows or "device" not in found.rows[0]:
-        said = [*found.notes, *(r["gate"] for r in found.rows if "gate" in r)] or ["no answer"]
-        raise SystemExit(f"no GPU that this torch can use: {said[0]}")
+        said = [*(r["gate"] for r in found.rows if "gate" in r), *found.notes] or ["no answer"]
+        raise SystemExit(f"make gpu: no GPU that this torch can use ({said[0]})")
     return found.rows[0]
 
 

@@ -40,6 +40,8 @@ def collect(context: Context) -> list[Row]:
     }
     if context.device.type != "cuda":
         return [{"op": "facts", "device": "dry run", "capability": "sm_00", "driver": None, **shared}]
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} sees none")
     properties = torch.cuda.get_device_properties(0)
     device = {
         "device": properties.name,
