@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastseq_kernels import _sources, _verified
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastseq
@@ -96,7 +97,7 @@ def test_triton_missing_or_too_old(version: str | None, words: str, monkeypatch:
 
 
 def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "capability", lambda index: 75)
+    monkeypatch.setattr(_verified, "capability", lambda index: 75)
     choice = on_cuda(monkeypatch)
     assert (choice.backend.name, choice.reasons["triton"]) == ("reference", "sm_75 is older than sm_80")
 
@@ -125,15 +126,25 @@ def test_an_unverified_kernel_gives_way_but_not_to_the_reference(
 
 
 def test_a_kernel_is_verified_by_a_row_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastseq_kernels._sources import source_hash
-
-    monkeypatch.setattr(_triton, "capability", lambda index: 90)
-    device, module = torch.device("cuda", 0), "lstm_noise"
-    for rows, doubt in (
-        ({}, f"unverified: no result row of {module} for sm_90"),
-        ({"sm_80": {module: {"source": source_hash(module)}}}, f"unverified: no result row of {module} for sm_90"),
-        ({"sm_90": {module: {"source": "0" * 16}}}, f"unverified: {module} has changed since its result row for sm_90"),
-        ({"sm_90": {module: {"source": source_hash(module)}}}, None),
+    module = "lstm_noise"
+    monkeypatch.setattr(_verified, "capability", lambda index: 90)
+    row = {"source": _sources.source_hash(module), "dtypes": ["float32"]}
+    missing = f"unverified: no result row of {module} for sm_90"
+    for rows, dtype, doubt in (
+        ({}, torch.float32, missing),
+        ({"sm_80": {module: row}}, torch.float32, missing),
+        (
+            {"sm_90": {module: {**row, "source": "0" * 16}}},
+            torch.float32,
+            f"unverified: {module} has changed since its result row for sm_90",
+        ),
+        (
+            {"sm_90": {module: row}},
+            torch.bfloat16,
+            f"unverified: no result row of {module} in bfloat16 for sm_90",
+        ),
+        ({"sm_90": {module: row}}, torch.float32, None),
+        ({"sm_90": {module: row}}, torch.int64, None),
     ):
-        monkeypatch.setattr(_triton, "_verified", lambda rows=rows: rows)
-        assert _triton.doubt_of(module, device) == doubt
+        monkeypatch.setattr(_verified, "rows", lambda rows=rows: rows)
+        assert _verified.doubt(module, torch.device("cuda", 0), dtype) == doubt

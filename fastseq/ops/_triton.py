@@ -8,10 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,39 +43,9 @@ def in_low_precision(device: torch.device) -> bool:
     return device.type != "cpu" or (interpreted() and allowed() == "triton")
 
 
-@functools.cache
-def capability(index: int) -> int:
-    """90 for compute capability 9.0. Fake tensors on a machine without CUDA count as the least that is supported."""
-    if not torch.cuda.is_available():
-        return LEAST_CAPABILITY
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def kernels(module: str) -> Any:
     """``fastseq_kernels.<module>``."""
     return importlib.import_module(f"fastseq_kernels.{module}")
-
-
-@functools.cache
-def _verified() -> dict[str, dict[str, Any]]:
-    """Per compute capability and module: the hash of the source whose results were right there, and the dtypes."""
-    path = Path(importlib.import_module("fastseq_kernels").__file__ or "").with_name("verified.json")
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text())
-    return found
-
-
-def doubt_of(module: str, device: torch.device) -> str | None:
-    """Why the kernels of ``module`` count as unverified on this device, or None."""
-    if device.type != "cuda":
-        return None
-    name = f"sm_{capability(device.index or 0)}"
-    row = _verified().get(name, {}).get(module)
-    if row is None:
-        return f"unverified: no result row of {module} for {name}"
-    if row["source"] != importlib.import_module("fastseq_kernels._sources").source_hash(module):
-        return f"unverified: {module} has changed since its result row for {name}"
-    return None
 
 
 def triton_backend(op: str, module: str) -> Backend:
@@ -91,8 +59,10 @@ def triton_backend(op: str, module: str) -> Backend:
         reason = why_not_triton()
         if reason is not None:
             return reason
-        if device.type == "cuda" and capability(device.index or 0) < LEAST_CAPABILITY:
-            return f"sm_{capability(device.index or 0)} is older than sm_{LEAST_CAPABILITY}"
+        if device.type == "cuda":
+            found = kernels("_verified").capability(device.index or 0)
+            if found < LEAST_CAPABILITY:
+                return f"sm_{found} is older than sm_{LEAST_CAPABILITY}"
         if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
             return "no kernel for float64"
         if not hasattr(kernels(module), op):
@@ -104,7 +74,9 @@ def triton_backend(op: str, module: str) -> Backend:
         return getattr(kernels(module), op)(*args, **kwargs)
 
     def doubt(*args: Any, **kwargs: Any) -> str | None:
-        return doubt_of(module, first_tensor(args).device)
+        first = first_tensor(args)
+        found: str | None = kernels("_verified").doubt(module, first.device, first.dtype)
+        return found
 
     def detail(*args: Any, **kwargs: Any) -> str | None:
         own: Callable[..., str] | None = getattr(kernels(module), f"{op}_detail", None)

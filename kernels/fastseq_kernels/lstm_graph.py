@@ -5,7 +5,7 @@ and read from it the addresses of this call's tensors, T and the number of steps
 to that number. A call writes the table, replays the graph for whole blocks of steps and launches the rest one by one.
 A table serves one stream, on which calls follow each other; a lock keeps their writing and replaying together.
 
-Nobody has seen graphs run right on a device yet: ``ENABLED`` is off, and steps are launched one by one.
+Graphs are used on devices where they were seen to be right (``_verified``); elsewhere steps are launched one by one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 from fastseq_kernels import lstm_step, lstm_step_backward
 from fastseq_kernels._launch import launch
 from fastseq_kernels._steps import Found, Grads, Recurrence
+from fastseq_kernels._verified import doubt
 from fastseq_kernels.lstm_step import Loop
 
-ENABLED = False
 STEPS = 32  # of one graph
 GRAPHS = 16  # kept at a time
 _POINTERS = tl.constexpr(17)  # entries of the table before T and the steps done
@@ -270,9 +270,9 @@ def _run_blocks(loop: Loop, blocks: int) -> None:
 
 def wanted(call: Recurrence) -> bool:
     """Whether graphs are to run this call: they do not inside of a capture of the user's own."""
-    if not ENABLED or call.weight_hr is not None or call.rows.T < 2 * STEPS:
+    if call.h0.device.type != "cuda" or call.weight_hr is not None or call.rows.T < 2 * STEPS:
         return False
-    return call.h0.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return doubt("lstm_graph", call.h0.device, call.h0.dtype) is None and not torch.cuda.is_current_stream_capturing()
 
 
 def forward(
