@@ -135,9 +135,7 @@ def test_residual_level_by_level(screened: bool, monkeypatch: pytest.MonkeyPatch
     args.x[~args.mask] = torch.nan
     whole = cases.run("vq_residual", "triton", *args, True, True)
     monkeypatch.setattr(vq_residual, "_LEAST_WORK", 0)
-    if screened:
-        monkeypatch.setattr(vq_nearest, "_LEAST_N", 1)
-        monkeypatch.setattr(vq_nearest, "_LEAST_K", 1)
+    monkeypatch.setattr(vq_nearest, "_LEAST_WORK", 0 if screened else 1 << 62)
     assert_same_bits(RESULTS, cases.run("vq_residual", "triton", *args, True, True), whole)
     part = cases.run("vq_residual", "triton", *args, False, False)
     assert_same_bits("quantized index distance", part[:3], whole[:3])
