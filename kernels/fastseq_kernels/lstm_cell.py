@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseq_kernels._cell import cell_backward
 from fastseq_kernels._launch import cdiv, launch, power_of_two
 from fastseq_kernels._steps import Found, Grads, Recurrence
 from fastseq_kernels._tiles import gate, sigmoid, tanh
 from fastseq_kernels.gemm import layer_product
-from fastseq_kernels.lstm_step_backward import cell_backward
 
 _RUN_TIME = ["B"]  # the size that must not compile anew
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseq_kernels._cell import cell_backward
 from fastseq_kernels._launch import rnn_precision
 from fastseq_kernels._steps import Found, Grads, Recurrence, element, is_cut, state_before, steps_of
 from fastseq_kernels._tiles import tanh
@@ -113,19 +114,6 @@ def _carry_kernel(
         if lengths_ptr is not None and offsets_ptr is None:
             written = (b < B)[:, None] & columns
         tl.store(out_ptr + at, tl.where(here, dh, 0.0), mask=written)
-
-
-@triton.jit
-def cell_backward(dm, dc, i, f, g, o, c, c_before, di, df, dg, do, inverse_tau, HARD: tl.constexpr):
-    """Gradients of the four pre-activations and of the cell before; di .. do are those of the gates from elsewhere."""
-    tanh_c = tanh(c)
-    dc += dm * o * (1.0 - tanh_c * tanh_c)
-    di, df, dg, do = di + dc * g, df + dc * c_before, dg + dc * i, do + dm * tanh_c
-    if HARD:
-        di, df = di * 0.0, df * 0.0
-    else:
-        di, df = di * i * (1.0 - i) * inverse_tau, df * f * (1.0 - f) * inverse_tau
-    return di, df, dg * (1.0 - g * g), do * o * (1.0 - o), dc * f
 
 
 @triton.jit
