@@ -23,6 +23,7 @@ _LANES_N, _LANES_K = 8, 16  # its threads: 8 rows times 4 codes each, as many be
 _MERGE_N = 32
 _LEAST_D = 17  # shorter codes are swept: the tensor core would wait for the minima
 _LEAST_WORK = 1 << 28  # multiply-adds, about 20 us of a sweep: less is over before a screen's launches, by estimate
+_LEAST_K = 128  # fewer codes cost a row less than its pieces and candidates, by estimate
 _SCRATCH = 64 << 20  # bytes, of sorted scores
 _INDEX = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
@@ -253,7 +254,7 @@ def lookup(
     score = torch.empty(G, N, dtype=torch.float32, device=x.device) if want_score else None
     call = Lookup(x, codebook, *turned_codes(codebook, dot), dot, mask, index, score)
     able = _LEAST_D <= D <= MOST_D
-    if able and (screen == 1 or (screen == 2 and G * N * K * D >= _LEAST_WORK)):
+    if able and (screen == 1 or (screen == 2 and K >= _LEAST_K and G * N * K * D >= _LEAST_WORK)):
         for part in screened(call):
             sweep(call, part)
     else:

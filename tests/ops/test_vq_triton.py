@@ -164,11 +164,12 @@ def test_index_widths(bits: int, dtype: torch.dtype) -> None:
 def test_automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Screened unasked from some sizes on, and never where codes are short or too long for the bound."""
     monkeypatch.setattr(vq_nearest, "_LEAST_WORK", 12 * 20 * 17)
+    monkeypatch.setattr(vq_nearest, "_LEAST_K", 20)
     monkeypatch.setattr(vq_nearest, "MOST_D", 18)
     screened = []
     original = vq_nearest.screened
     monkeypatch.setattr(vq_nearest, "screened", lambda call: screened.append(call.x.shape) or original(call))
-    for N, K, D in ((12, 20, 17), (11, 20, 17), (12, 19, 17), (15, 20, 16), (12, 20, 19), (0, 20, 17)):
+    for N, K, D in ((12, 20, 17), (11, 20, 17), (13, 19, 17), (15, 20, 16), (12, 20, 19), (0, 20, 17)):
         assert right(*cases.inputs(Case(N, K, D)), False, screen=2)
     assert screened == [(1, 12, 17)]
 
