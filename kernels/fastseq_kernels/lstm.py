@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq_kernels import lstm_cell, lstm_graph, lstm_resident, lstm_states, lstm_step, lstm_step_backward
+from fastseq_kernels import _checks, lstm_cell, lstm_graph, lstm_resident, lstm_states, lstm_step, lstm_step_backward
 from fastseq_kernels._launch import target
 from fastseq_kernels._rows import rows_of
 from fastseq_kernels._steps import Found, Grads, Recurrence
@@ -34,7 +34,9 @@ def recurrence(data: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, state: A
     """One call; ``state`` is weight_hr, lengths, batch_sizes, reset, h_start, c_start, ``gate`` tau, hard, reverse."""
     weight_hr, lengths, batch_sizes, reset, h_start, c_start = state
     rows = rows_of(data, h0.shape[0], lengths, batch_sizes)
-    return Recurrence(rows, weight_hh, h0, c0, weight_hr, reset, h_start, c_start, *gate)
+    call = Recurrence(rows, weight_hh, h0, c0, weight_hr, reset, h_start, c_start, *gate)
+    _checks.recurrence(call, data)
+    return call
 
 
 class Plan(NamedTuple):
@@ -51,7 +53,7 @@ def plan(call: Recurrence, data: Tensor) -> Plan:
         return Plan("cell", "one step: torch's product and a pointwise kernel")
     if call.weight_hr is not None:
         return Plan("step", "a launch per step and one for the projection, whose result all units need")
-    reason = lstm_resident.why_not(call.H, data.dtype, target(data.device))
+    reason = lstm_resident.why_not(call.H, data.dtype, call.reset is not None, target(data.device))
     if reason is None:
         return Plan("resident", "one kernel for all steps, which holds weight_hh")
     if lstm_graph.wanted(call):
@@ -70,6 +72,7 @@ def noisy(call: Recurrence, x_gates: Tensor, noise: Noise, ours: bool) -> tuple[
 
 def prepared(call: Recurrence, x_gates: Tensor, noise: Noise, save: int, ours: bool) -> Direction:
     """What the loop over time reads and writes; ``ours``: x_gates may be overwritten."""
+    _checks.elements(call, x_gates, "x_gates", x_gates, "4*H", 4 * call.H)
     lead = x_gates.shape[:-1]
     x, ours = noisy(call, x_gates, noise, ours)
     c = call.c0.new_empty(*lead, call.H) if save >= 1 else None
@@ -102,6 +105,8 @@ def forward(
 
 def rebuilt(call: Recurrence, x_gates: Tensor, h: Tensor, noise: Noise, ours: bool) -> Tensor:
     """The gates of ``forward``, rebuilt from its h."""
+    _checks.elements(call, x_gates, "x_gates", x_gates, "4*H", 4 * call.H)
+    _checks.elements(call, x_gates, "h", h, "P", call.P)
     x, ours = noisy(call, x_gates, noise, ours)
     gates = x if ours else torch.empty_like(x)
     lstm_states.rebuild(call, x, h, gates)
@@ -119,6 +124,7 @@ def run_backward(directions: list[Given]) -> list[Found]:
 
 def backward(call: Recurrence, grads: Grads, gates: Tensor, h: Tensor, c: Tensor, weights: bool) -> tuple[Tensor, ...]:
     """dx_gates, dweight_hh, dh0, dc0, dweight_hr, dh_start, dc_start, without elements where there is none."""
+    _checks.backward(call, grads, gates, h, c)
     return gradients(call, run_backward([Given(call, grads, gates, c)])[0], h, weights)
 
 

@@ -9,13 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from fastseq_kernels import lstm, lstm_resident
+from fastseq_kernels import _checks, lstm, lstm_resident
 from fastseq_kernels._steps import Grads, Recurrence
 from fastseq_kernels.gemm import layer_product
 
 
 def _x_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """Pre-activations from the input, [T, B, 4*H] or [N, 4*H]."""
+    width, of = weight_ih.shape[0], (x.dtype, x.device)
+    _checks.tensor("weight_ih", weight_ih, "[4*H, I]", (width, x.shape[-1]), *of)
+    _checks.tensor("bias", bias, "[4*H]", (width,), *of)
     out = layer_product(x.reshape(-1, x.shape[-1]), weight_ih, bias, False, True)
     return out.view(*x.shape[:-1], weight_ih.shape[0])
 
@@ -145,6 +148,7 @@ def lstm_layer_both_backward(
         else:
             own = gates[n]
         given.append(lstm_resident.Given(call, Grads(*grads[n::2]), own, c[n]))
+        _checks.backward(call, given[n].grads, own, h[n], c[n])
     out, dx = [], None
     for n, found in enumerate(lstm.run_backward(given)):
         d, *rest = lstm.gradients(calls[n], found, h[n], weights)

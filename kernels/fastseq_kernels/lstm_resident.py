@@ -341,14 +341,17 @@ def tile(H: int) -> Tile:
     return Tile(units, 8 if units >= 64 else 4)
 
 
-def why_not(H: int, dtype: torch.dtype, target: Target) -> str | None:
-    """Why weight_hh does not fit beside what a step needs, or None."""
+def why_not(H: int, dtype: torch.dtype, reset: bool, target: Target) -> str | None:
+    """Why weight_hh, or with ``reset`` what a step needs beside it, does not fit, or None."""
     units = power_of_two(H, 16)
     if dtype == torch.float32:
         most = 32 if rnn_precision(dtype) == "ieee" else 64
     else:
-        most = 128 if target.shared >= 160 * 1024 else 64
-    return None if units <= most else f"weight_hh of H = {H} does not fit into one multiprocessor, H <= {most} does"
+        most = 128 if target.shared >= 160 * 1024 and not reset else 64
+    if units <= most:
+        return None
+    room = "one multiprocessor" + (" beside the state of segments" if reset and units == 128 else "")
+    return f"weight_hh of H = {H} does not fit into {room}, H <= {most} does"
 
 
 class Direction(NamedTuple):

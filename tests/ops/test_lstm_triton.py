@@ -116,26 +116,45 @@ def test_both_directions(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     o, starts = options[0], [[v.h_start for v in options], [v.c_start for v in options]]
     shared = (o.lengths, o.batch_sizes, o.reset, *starts, o.seed, None, 0, 0, 1.0, o.tau, o.hard)
     found = lstm_layer.lstm_layer_both_forward(x, *lists, *shared, 2)
+    assert launches == [(1, 2)]
     for n in (0, 1):
         assert_same_bits(cases.OUTPUTS, found[n::2], apart[n])
     grads: list[list[Tensor | None]] = [list(cases.upstream(apart[n], n)) for n in (0, 1)]
     grads[0][1] = grads[1][4] = None
     needs = (True,) * 4
-    expected = [
-        lstm_layer.lstm_layer_backward(
-            *grads[n], x, *product[n], *(apart[n][k] for k in (2, 0, 1)), *pair[n], *options[n], *needs
-        )
-        for n in (0, 1)
-    ]
+    expected = []
+    for n in (0, 1):
+        kept = (apart[n][k] for k in (2, 0, 1))
+        given = (*grads[n], x, *product[n], *kept, *pair[n], *options[n], *needs)
+        expected.append(lstm_layer.lstm_layer_backward(*given))
     del launches[:]
-    h, c, gates = found[:2], found[2:4], found[4:6]
-    both = [d for pair in zip(*grads, strict=True) for d in pair]
-    got = lstm_layer.lstm_layer_both_backward(both, x, *lists[:2], gates, h, c, *lists[2:], *shared, *needs)
+    h, c, gates = (list(found[k : k + 2]) for k in (0, 2, 4))
+    flat = [d for both in zip(*grads, strict=True) for d in both]
+    got = lstm_layer.lstm_layer_both_backward(flat, x, *lists[:2], gates, h, c, *lists[2:], *shared, *needs)
     assert launches == [(1, 2)]
     assert_same_bits("dx", got[0], expected[0][0] + expected[1][0])
-    kept = (1, 2, 3, 4, 5, 7, 8)
+    places = (1, 2, 3, 4, 5, 7, 8)
     for n in (0, 1):
-        assert_same_bits([str(k) for k in kept], got[1 + n :: 2], [expected[n][k] for k in kept])
+        assert_same_bits([str(k) for k in places], got[1 + n :: 2], [expected[n][k] for k in places])
+
+
+WRONG = {
+    "x_gates": (0, lambda t: t[..., 1:], r"data must be contiguous|x_gates must be \[T, B, 4\*H\] = \[4, 5, 20\]"),
+    "weight_hh": (1, lambda t: t[1:], r"weight_hh must be \[4\*H, H\] without weight_hr|weight_hh must be"),
+    "h0_size": (2, lambda t: t[1:], r"h0 must be \[B, P\] = \[5, 5\], got \[4, 5\]"),
+    "h0_dtype": (2, lambda t: t.half(), "h0 must be float32, got float16"),
+    "c0_stride": (3, lambda t: t.mT.contiguous().mT, "c0 must be contiguous"),
+    "c0_dtype": (3, lambda t: t.half(), "c0 must be float32, got float16"),
+}
+
+
+@pytest.mark.parametrize("place, wrong, says", WRONG.values(), ids=WRONG.keys())
+def test_wrong_argument(place: int, wrong: Any, says: str) -> None:
+    args = cases.inputs(Case(4, 5, 5))
+    call = [*args[:4], *args.options, 2]
+    call[place] = wrong(call[place])
+    with pytest.raises(ValueError, match=f"lstm: ({says})"):
+        lstm.lstm_forward(*call)
 
 
 @pytest.mark.parametrize("route", ["step", "resident"])
