@@ -205,7 +205,7 @@ class Plan(NamedTuple):
 def plan(H: int, device: Target) -> Plan:
     """By the size of the model."""
     if H <= _RESIDENT and 6 * power_of_two(H, 32) ** 2 <= device.shared:
-        return Plan("resident", power_of_two(H, 32), power_of_two(H, 32), 8 if H > 64 else 4, 1)
+        return Plan("resident", power_of_two(H, 32), power_of_two(H, 32), 8 if H > 64 else 4 if H > 32 else 2, 1)
     if 4 * H * H <= _IN_ONE:
         return Plan("loop", 64, 64, 8, 2)
     return Plan("steps", 16, 64, 4, 3)

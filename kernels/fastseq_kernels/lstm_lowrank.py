@@ -45,12 +45,10 @@ def plan(H: int, R: int, downs: int, dtype: torch.dtype, device: Target) -> Plan
         return Plan("resident", block_h, block_r, 4 if H <= 64 else 8, 1)
     if not in_one:
         return Plan("steps", min(block_h, 32), min(block_r, 32), 4, 2)
-    # The more is on its way from the cache at once, the better, as far as registers allow.
-    if wide:
-        return Plan("loop", min(block_h, 32), min(block_r, 32), 8, 2)
-    return (
-        Plan("loop", block_h, min(block_r, 64), 8, 2) if downs == 1 else Plan("loop", block_h, min(block_r, 32), 8, 1)
-    )
+    # Larger tiles would have more on its way from the cache at once, and spill registers on one target or another.
+    if wide or downs == 4:
+        return Plan("loop", min(block_h, 32), min(block_r, 32), 8 if wide else 4, 2)
+    return Plan("loop", block_h, min(block_r, 32), 4, 1)
 
 
 class _Call(NamedTuple):
