@@ -43,12 +43,9 @@ def plan(H: int, R: int, downs: int, dtype: torch.dtype, device: Target) -> Plan
     factors, staged = size * cdiv(H, block_h) * block_h * block_r, _STAGED * dtype.itemsize
     if H <= 512 and factors + staged <= device.shared:
         return Plan("resident", block_h, block_r, 4 if H <= 64 else 8, 1)
-    if not in_one:
-        return Plan("steps", min(block_h, 32), min(block_r, 32), 4, 2)
     # Larger tiles would have more on its way from the cache at once, and spill registers on one target or another.
-    if wide or downs == 4:
-        return Plan("loop", min(block_h, 32), min(block_r, 32), 8 if wide else 4, 2)
-    return Plan("loop", block_h, min(block_r, 32), 4, 1)
+    block_h, block_r = min(block_h, 32), min(block_r, 32)
+    return Plan("loop", block_h, block_r, 8 if wide else 4, 2) if in_one else Plan("steps", block_h, block_r, 4, 2)
 
 
 class _Call(NamedTuple):
