@@ -36,6 +36,13 @@ def modules() -> list[str]:
     return [m for m in _sources.modules() if m in CALLS]
 
 
+def barriers() -> dict[str, int]:
+    """How often each file says ``tl.debug_barrier()``."""
+    folder = Path(_sources.__file__).parent
+    found = {path.name: path.read_text().count("tl.debug_barrier()") for path in sorted(folder.glob("*.py"))}
+    return {name: count for name, count in found.items() if count}
+
+
 def exceeded(budget: dict[str, Any], job: Job, found: Measured) -> list[str]:
     """What is over the job's row, with the row's name; the faults that no budget allows come first."""
     wrong = faults(job, found)
@@ -83,8 +90,8 @@ def write(only: list[str]) -> int:
         if not faults(job, found):
             rows[job.row] = {**{name: getattr(found, name) for name in ROW}, "source": job.specialised.key}
     lines = ",\n".join(f"    {json.dumps(row)}: {json.dumps(rows[row])}" for row in sorted(rows))
-    version = json.dumps(importlib.metadata.version("triton"))
-    FILE.write_text(f'{{\n  "triton": {version},\n  "rows": {{\n{lines}\n  }}\n}}\n')
+    version, waits = json.dumps(importlib.metadata.version("triton")), json.dumps(barriers())
+    FILE.write_text(f'{{\n  "triton": {version},\n  "barriers": {waits},\n  "rows": {{\n{lines}\n  }}\n}}\n')
     print("\n".join([*wrong, f"{FILE}: {len(rows)} rows"]))
     return bool(wrong)
 

@@ -23,23 +23,26 @@ call("lstm_noise", "lstm_noise", "wide", noise, H=1024)
 
 
 def gemm(
-    N: int = 100,
-    M: int = 256,
-    K: int = 192,
-    dtype: torch.dtype = FP32,
-    bias: bool = True,
-    ta: bool = False,
-    tb: bool = True,
+    N: int = 100, width: int = 192, out: int = 256, dtype: torch.dtype = FP32, bias: bool = True, tb: bool = True
 ) -> tuple[Any, ...]:
-    a, b = new(*((K, N) if ta else (N, K)), dtype=dtype), new(*((M, K) if tb else (K, M)), dtype=dtype)
-    return (a, b, new(M, dtype=dtype) if bias else None, ta, tb)
+    """N rows, as in a forward and in the gradient of the input."""
+    b = new(*((out, width) if tb else (width, out)), dtype=dtype)
+    return (new(N, width, dtype=dtype), b, new(out, dtype=dtype) if bias else None, False, tb)
+
+
+def gemm_of_gradients(N: int = 100, width: int = 192, out: int = 256, dtype: torch.dtype = FP32) -> tuple[Any, ...]:
+    """Sums over N rows, as in the gradient of a weight."""
+    return (new(N, out, dtype=dtype), new(N, width, dtype=dtype), None, True, False)
 
 
 for _name, _dtype in DTYPES.items():
     call("gemm", "gemm", f"{_name}", gemm, dtype=_dtype)
     call("gemm", "gemm", f"{_name} plain", gemm, dtype=_dtype, bias=False, tb=False)
-    call("gemm", "gemm", f"{_name} transposed", gemm, dtype=_dtype, bias=False, ta=True, tb=False)
-call("gemm", "gemm", "fp32 odd", gemm, M=13, K=7)
+    call("gemm", "gemm", f"{_name} transposed", gemm_of_gradients, dtype=_dtype)
+call("gemm", "gemm", "fp32 odd", gemm, out=13, width=7)
+
+
+# -- recurrence
 
 
 class Recurrence(NamedTuple):

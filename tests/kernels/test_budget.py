@@ -71,6 +71,11 @@ def test_an_exceeded_row_is_named(
     assert line.startswith(f"{job.row}: ") and complaint in line and "make budget" in line
 
 
+def test_no_barrier_is_gone(budget: dict[str, Any]) -> None:
+    """No test sees a missing one: the interpreter has one thread, and on a GPU the order is right nearly always."""
+    assert budget["barriers"] == budgets.barriers(), f"barriers in the kernels; {budgets.REWRITE}"
+
+
 def test_a_missing_row_is_named(budget: dict[str, Any], one: tuple[Job, Measured]) -> None:
     job, found = one
     changed = copy.deepcopy(budget)
@@ -103,7 +108,7 @@ def test_a_changed_kernel_is_compiled(budget: dict[str, Any], one: tuple[Job, Me
     assert budgets.changed(changed, [one[0]]) == [one[0]]
 
 
-FIRST, AFTER = (1, 16, 17, 4096), (2, 3, 31, 48, 100, 4095, 5000)
+FIRST, AFTER = (1, 17, 4095, 5001), (2, 3, 16, 31, 48, 100, 4096, 5000)
 
 
 def keys(call: Call, sizes: tuple[int, ...]) -> set[str]:
@@ -111,14 +116,14 @@ def keys(call: Call, sizes: tuple[int, ...]) -> set[str]:
     found = set()
     for name in call.sizes:
         for size in sizes:
-            few = min(size, 40) if name == "T" else size  # a loop over T may launch for each step
+            few = min(size, 5) if name == "T" else size  # a loop over T may launch for each step
             found |= {specialise(launch, 90).key for launch in record(call, _launch.TARGETS[90], **{name: few})}
     return found
 
 
 @each_module
 def test_no_size_of_the_data_compiles_anew(module: str) -> None:
-    """After one, two odd and two even values of T, B, N and K, none of the others needs another binary."""
+    """After a few odd values of T, B, N and K, none of the others needs another binary."""
     for call in written(module):
         new = keys(call, AFTER) - keys(call, FIRST)
         assert not new, f"{call.name}: {len(new)} more binaries for other sizes than {FIRST}"

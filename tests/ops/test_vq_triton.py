@@ -104,6 +104,13 @@ def test_tiles_of_other_devices(capability: int, D: int) -> None:
             assert right(x.to(dtype), codebook.to(dtype), None, False)
 
 
+def test_near_ties_of_one_class() -> None:
+    """The screen keeps one code of a class; others as near as its roundings leave the row to the sweep."""
+    x, base, _ = cases.inputs(Case(60, _pieces.LANES, 40))
+    codebook = base.repeat(1, 4, 1) + 2e-7 * cases.normals(1, 4 * _pieces.LANES, 40)
+    assert right(x, codebook, None, False)
+
+
 def test_a_bound_that_is_too_small_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same inputs that the screen gets right, so it is the bound that makes it so."""
     monkeypatch.setattr(_pieces, "_SLACK", 1 / 64)
