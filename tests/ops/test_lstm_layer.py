@@ -110,6 +110,8 @@ def check(backend: str, product: Product, args: Inputs, seed: int = 0) -> None:
 @each_dtype
 @each_backend
 def test_layer(backend: str, dtype: torch.dtype, case: Case) -> None:
+    if backend == "triton" and case.T * case.H > 400:
+        pytest.skip("triton: half a minute interpreted; the recurrence itself is tested at this size")
     check(backend, *inputs(case, 7, True, dtype))
 
 
