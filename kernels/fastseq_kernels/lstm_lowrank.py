@@ -43,7 +43,7 @@ def plan(H: int, R: int, downs: int, dtype: torch.dtype, device: Target) -> Plan
     factors, staged = size * cdiv(H, block_h) * block_h * block_r, _STAGED * dtype.itemsize
     if H <= 512 and factors + staged <= device.shared:
         return Plan("resident", block_h, block_r, 4 if H <= 64 else 8, 1)
-    # Larger tiles would have more on its way from the cache at once, and spill registers on one target or another.
+    # Larger tiles would have more on its way from the cache at once, as far as registers allow: to be measured.
     block_h, block_r = min(block_h, 32), min(block_r, 32)
     return Plan("loop", block_h, block_r, 8 if wide else 4, 2) if in_one else Plan("steps", block_h, block_r, 4, 2)
 
@@ -81,6 +81,7 @@ class _Call(NamedTuple):
             BLOCK_R=self.at.block_r,
             num_warps=self.at.num_warps,
             num_stages=self.at.num_stages,
+            maxnreg=255,  # else ptxas spills a few registers to have more programs per multiprocessor
         )
 
     @property
