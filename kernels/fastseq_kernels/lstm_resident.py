@@ -335,10 +335,11 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(H: int) -> Tile:
-    """Eight warps from 64 units on: with four, 128 units spill."""
+def tile(H: int, dtype: torch.dtype) -> Tile:
+    """Eight warps from 64 units on, or from 32 without tensor cores: with four, registers are spilled."""
     units = power_of_two(H, 16)
-    return Tile(units, 8 if units >= 64 else 4)
+    plain = dtype == torch.float32 and rnn_precision(dtype) == "ieee"
+    return Tile(units, 8 if units >= (32 if plain else 64) else 4)
 
 
 def why_not(H: int, dtype: torch.dtype, reset: bool, target: Target) -> str | None:
@@ -374,7 +375,7 @@ def _launch(kernel: Any, calls: list[Recurrence], dtype: torch.dtype, sets: list
     own, other = sets[0], (None,) * len(sets[0])
     if len(sets) > 1:  # what one direction is given and the other is not counts as zeros there
         own, other = (tuple(_or_zeros(*pair) for pair in zip(a, b, strict=True)) for a, b in (sets, sets[::-1]))
-    at = tile(call.H)
+    at = tile(call.H, dtype)
     launch(
         kernel,
         (cdiv(call.rows.B, BLOCK_B), len(sets)),
