@@ -183,6 +183,7 @@ def gather_kernel(
     K,
     D,
     best,
+    SEVERAL: tl.constexpr,  # best > 1
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -192,7 +193,7 @@ def gather_kernel(
     k = tl.load(index_ptr + g * rows + i, mask=inside, other=-1).to(tl.int64)
     live = k >= 0
     code_ptrs = codebook_ptr + (g * K + tl.maximum(k, 0)) * D
-    row_ptrs = x_ptr + (g * N + i // best) * D
+    row_ptrs = x_ptr + (g * N + (i // best if SEVERAL else i)) * D
     total = tl.zeros([BLOCK_N], tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
@@ -300,9 +301,10 @@ def gather(
     block = power_of_two(D, least=16, most=128)
     launch(
         gather_kernel,
-        (cdiv(N * best, 2048 // block), G),
+        (cdiv(N * best, 1024 // block), G),
         *(x, codebook, index, codes, distance, N * best, N, codebook.shape[1], D, best),
-        BLOCK_N=2048 // block,
+        SEVERAL=best > 1,
+        BLOCK_N=1024 // block,
         BLOCK_D=block,
         num_warps=4,
     )
