@@ -66,6 +66,8 @@ class _Call(NamedTuple):
 
     def run(self, kernel: Any, across: int, *args: Any, **constexprs: Any) -> None:
         """One launch over all rows; ``across``: programs that share a tile of them."""
+        if self.at.route != "resident":
+            constexprs["maxnreg"] = 255  # else ptxas spills a few registers to have more programs per multiprocessor
         launch(
             kernel,
             (cdiv(self.base.rows.B, BLOCK_B), across),
@@ -81,7 +83,6 @@ class _Call(NamedTuple):
             BLOCK_R=self.at.block_r,
             num_warps=self.at.num_warps,
             num_stages=self.at.num_stages,
-            maxnreg=255,  # else ptxas spills a few registers to have more programs per multiprocessor
         )
 
     @property
