@@ -19,7 +19,6 @@ from fastseq_kernels._steps import Recurrence, element, is_cut, state_before, st
 from fastseq_kernels._tiles import gate, sigmoid, tanh
 
 _RUN_TIME = ["t", "T", "B"]  # sizes that must not compile anew
-BLOCK_B = 16  # rows of a tile: what a matrix instruction takes
 
 
 @triton.jit
@@ -234,33 +233,37 @@ def _project_kernel(
 
 
 class Tile(NamedTuple):
-    """How a kernel runs: units and terms of the sum per tile."""
+    """How a kernel runs: rows, units and terms of the sum per tile."""
 
+    rows: int
     units: int
     terms: int
     num_warps: int
     num_stages: int
 
 
-def tile(width: int, terms: int, dtype: torch.dtype, planes: int = 1) -> Tile:
-    """For ``width`` units of a model, sums of ``terms``, and that many of them at once.
+def tile(B: int, width: int, terms: int, dtype: torch.dtype, planes: int = 1) -> Tile:
+    """For B rows, ``width`` units of a model, sums of ``terms``, and that many of them at once.
 
     Tiles grow where there are programs enough without. About 32 KiB must be under way to hide the second-level cache.
-    Products without tensor cores keep all terms of a tile in registers, so these are few.
+    A matrix instruction takes 16 rows; of many rows 32 share what a program reads of the weights (64 spill registers
+    on sm_80 to sm_120), which is all that B decides, so that other batches compile one kernel more at most. A row's
+    sums are the same either way. Products without tensor cores keep all terms of a tile in registers, so these are few.
     """
     units = power_of_two(width, 16, 16 if width <= 2048 else 32)
     if dtype == torch.float32 and rnn_precision(dtype) == "ieee":
-        return Tile(units, 16, 4, 2)
-    return Tile(units, power_of_two(terms, 16, 64 if dtype == torch.float32 else 128), 4, 3 if planes == 4 else 5)
+        return Tile(16, units, 16, 4, 2)
+    rows = 32 if B > 32 else 16
+    return Tile(rows, units, power_of_two(terms, 16, 64 if dtype == torch.float32 else 128), 4, 3 if planes == 4 else 5)
 
 
 def run(kernel: Any, rows: int, width: int, at: Tile, *args: Any, **constexprs: Any) -> None:
     """One launch over all rows and ``width`` units."""
     launch(
         kernel,
-        (cdiv(rows, BLOCK_B), cdiv(width, at.units)),
+        (cdiv(rows, at.rows), cdiv(width, at.units)),
         *args,
-        BLOCK_B=BLOCK_B,
+        BLOCK_B=at.rows,
         BLOCK_N=at.units,
         BLOCK_K=at.terms,
         num_warps=at.num_warps,
@@ -301,7 +304,9 @@ def forward_loop(
     first = (x_gates, call.weight_hh, h, c, gates, m)
     tensors = (*first, call.h0, call.c0, call.h_start, call.c_start, h_n, c_n, *call.places)
     constexprs = {"HARD": call.hard, "REVERSE": call.reverse, "KEEP_C": keep, "PRECISION": rnn_precision(h.dtype)}
-    loop = Loop(_step_kernel, tensors, call, tile(call.H, call.P, h.dtype, planes=4), constexprs, call.reverse)
+    loop = Loop(
+        _step_kernel, tensors, call, tile(call.rows.B, call.H, call.P, h.dtype, planes=4), constexprs, call.reverse
+    )
     return loop, h_n, c_n
 
 
@@ -311,7 +316,7 @@ def forward(
     """Write h, and c and gates where they are kept; returns h_n and c_n. ``gates`` may be ``x_gates``."""
     (T, B, *_), H, P = call.rows, call.H, call.P
     loop, h_n, c_n = forward_loop(call, x_gates, h, c, gates)
-    m, at = loop.tensors[5], tile(P, H, h.dtype)
+    m, at = loop.tensors[5], tile(B, P, H, h.dtype)
     for t in map(loop.step, range(T)):
         loop.one(t)
         if m is not None:

@@ -281,12 +281,12 @@ def backward_loop(call: Recurrence, grads: Grads, gates: Tensor, c: Tensor) -> B
 
     def carry(out: Tensor, t: int, first: bool) -> None:
         given = (dx, call.weight_hh, None if first else grads.h, grads.h_n, dh_start, out, *call.places)
-        run(_carry_kernel, B, P, tile(P, 4 * H, gates.dtype), *given, t, T, B, H, P, FIRST=first, **options)
+        run(_carry_kernel, B, P, tile(B, P, 4 * H, gates.dtype), *given, t, T, B, H, P, FIRST=first, **options)
 
     weight = call.weight_hr if projected else call.weight_hh
     upstream = (dh, grads.c, grads.gates, grads.h_n, dh_start, dc_start, dc_state, dx, m)
     tensors = (*upstream, gates, c, call.c0, call.c_start, weight, *call.places)
-    at = tile(H, P if projected else 4 * H, gates.dtype)
+    at = tile(call.rows.B, H, P if projected else 4 * H, gates.dtype)
     loop = Loop(_step_backward_kernel, tensors, call, at, {"HARD": call.hard, **options}, not call.reverse)
     return Backward(loop, Found(dx, dh0, dc_state, dh_start, dc_start, dh if projected else None, m), carry)
 

@@ -196,6 +196,9 @@ def _recurrent(op: str, make: Callable[..., tuple[Any, ...]], grads: bool) -> No
             every = f"{words} all_grads" if grads else words
             call("lstm", op, f"bf16 {route} {option}".replace("  ", " "), make, words=every, **ROUTES[route])
     call("lstm", op, "fp32 large lengths", make, dtype=FP32, words=OPTIONS["lengths"], H=512)
+    for name in ("bf16", "fp32"):  # rows enough for taller tiles
+        call("lstm", op, f"{name} many", make, dtype=DTYPES[name], words="lengths reset start", B=100, H=512)
+    call("lstm", op, "bf16 many projection", make, B=100, H=512, P=128)
 
 
 _recurrent("lstm_forward", forward, False)
