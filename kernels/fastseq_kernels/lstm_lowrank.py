@@ -41,7 +41,8 @@ def plan(H: int, R: int, downs: int, dtype: torch.dtype, device: Target) -> Plan
     if wide and rnn_precision(dtype) == "ieee":
         return Plan("loop" if in_one else "steps", min(block_h, 32), 16, 4, 1)
     factors, staged = size * cdiv(H, block_h) * block_h * block_r, _STAGED * dtype.itemsize
-    if H <= 512 and factors + staged <= device.shared:
+    most = 512 if downs == 1 else 128  # beyond, the backward spills registers on sm_90
+    if H <= most and factors + staged <= device.shared:
         return Plan("resident", block_h, block_r, 4 if H <= 64 else 8, 1)
     # Larger tiles would have more on its way from the cache at once, as far as registers allow: to be measured.
     block_h, block_r = min(block_h, 32), min(block_r, 32)
