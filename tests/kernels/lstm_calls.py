@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from tests.kernels._call import BF16, DTYPES, FP32, call, new
+from tests.kernels._call import BF16, CALLS, DTYPES, FP32, Call, call, new
 
 
 def noise(T: int = 5, B: int = 7, H: int = 64, rows: bool = False) -> tuple[Any, ...]:
@@ -218,3 +221,66 @@ for _name, _dtype in DTYPES.items():
         call("lstm_layer", "lstm_layer_backward", f"{_name} {_H}", layer_backward, dtype=_dtype, H=_H)
 call("lstm_layer", "lstm_layer_forward", "bf16 noise", layer_forward, words="noise lengths")
 call("lstm_layer", "lstm_layer_backward", "bf16 rebuild", layer_backward, rebuild=True, words="noise lengths")
+
+
+def both_forward(
+    T: int = 5, B: int = 20, H: int = 128, dtype: torch.dtype = BF16, words: str = "", save: int = 2
+) -> tuple[Any, ...]:
+    r = recurrence(T, B, H, None, dtype, words)
+    x, lists = _both(r, dtype)
+    _, lengths, sizes, reset, *_ = r.state
+    return (x, *lists[:5], lengths, sizes, reset, *lists[5:], r.noise[0], r.noise[1], 0, 0, 1.0, *r.gate[:2], save)
+
+
+def both_backward(
+    T: int = 5, B: int = 20, H: int = 128, dtype: torch.dtype = BF16, words: str = "", rebuild: bool = False
+) -> tuple[Any, ...]:
+    r = recurrence(T, B, H, None, dtype, words)
+    x, lists = _both(r, dtype)
+    pairs = zip(_grads(r, H, None, dtype, words), _grads(r, H, None, dtype, words), strict=True)
+    gates = [] if rebuild else [new(*r.lead, 4 * H, dtype=dtype) for _ in range(2)]
+    kept = ([new(*r.lead, H, dtype=dtype) for _ in range(2)], [new(*r.lead, H) for _ in range(2)])
+    grads = [d for pair in pairs for d in pair]
+    _, lengths, sizes, reset, *_ = r.state
+    state = (lengths, sizes, reset, *lists[5:], r.noise[0], r.noise[1], 0, 0, 1.0, *r.gate[:2])
+    return (grads, x, *lists[:2], gates, *kept, *lists[2:5], *state, True, True, True, True)
+
+
+def _both(r: Recurrence, dtype: torch.dtype) -> tuple[Tensor, list[list[Tensor]]]:
+    """x, and per direction weight_ih, bias, weight_hh, h0, c0, h_start and c_start."""
+    own = (r.weight_hh, r.h0, r.c0, *r.state[4:])
+    inputs = (new(r.weight_hh.shape[0], 80, dtype=dtype), new(r.weight_hh.shape[0], dtype=dtype))
+    lists = [[] if t is None else [t, torch.empty_like(t)] for t in (*inputs, *own)]
+    return new(*r.lead, 80, dtype=dtype), lists
+
+
+for _H in (128, 512):
+    call("lstm_layer", "lstm_layer_both_forward", f"bf16 {_H}", both_forward, H=_H)
+    call("lstm_layer", "lstm_layer_both_backward", f"bf16 {_H}", both_backward, H=_H)
+call(
+    "lstm_layer", "lstm_layer_both_forward", "fp32 lengths", both_forward, dtype=FP32, words="noise lengths reset start"
+)
+call("lstm_layer", "lstm_layer_both_backward", "bf16 rebuild", both_backward, rebuild=True, words="noise packed")
+
+
+class GraphCall(Call):
+    """By CUDA graphs, which choose themselves only where they were seen to be right; here none is captured."""
+
+    def run(self, **sizes: int) -> Any:
+        graph = importlib.import_module("fastseq_kernels.lstm_graph")
+        with (
+            mock.patch.object(graph, "wanted", lambda call: True),
+            mock.patch.object(graph, "_key", lambda loop: object()),
+            mock.patch.object(graph, "_capture", lambda loop, table: None),
+        ):
+            return super().run(**sizes)
+
+
+for _name, _make, _dtype, _words in (
+    ("lstm_forward", forward, BF16, ""),
+    ("lstm_forward", forward, FP32, "lengths reset start reverse"),
+    ("lstm_backward", backward, BF16, ""),
+    ("lstm_backward", backward, FP32, "packed reset start all_grads"),
+):
+    _given = functools.partial(_make, T=64, H=512, dtype=_dtype, words=_words)
+    CALLS["lstm"].append(GraphCall("lstm", _name, f"{'bf16' if _dtype == BF16 else 'fp32'} graph", _given))

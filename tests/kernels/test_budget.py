@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
+import pkgutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastseq_kernels import _launch  # noqa: E402
+from fastseq_kernels import _launch, _sources  # noqa: E402
 
+from fastseq import ops  # noqa: E402
 from tests.kernels import budget as budgets  # noqa: E402
 from tests.kernels.cases import Call, written  # noqa: E402
-from tests.kernels.compile import Job, Measured, jobs, measure_all, record, specialise  # noqa: E402
+from tests.kernels.compile import Job, Measured, jobs, launches, measure_all, record, specialise  # noqa: E402
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="TRITON_INTERPRET=1 has no compiler")
 each_module = pytest.mark.parametrize("module", budgets.modules())
@@ -32,6 +37,24 @@ def budget() -> dict[str, Any]:
 @each_module
 def test_every_launch_has_a_row(budget: dict[str, Any], module: str) -> None:
     assert not budgets.misnamed(budget, jobs([module], budgets.TARGETS), [module])
+
+
+def test_every_kernel_is_launched() -> None:
+    """And so has rows."""
+    folder = Path(_sources.__file__).parent
+    trees = [ast.parse(path.read_text()) for path in folder.glob("*.py")]
+    kernels = {
+        n.name for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[-7:] == "_kernel"
+    }
+    calls = [(m, c.name, t) for m in budgets.modules() for c in written(m) for t in budgets.TARGETS]
+    assert kernels == {launch.kernel.__name__ for call in calls for launch in launches(*call)}
+
+
+def test_every_operator_is_called() -> None:
+    tables = [importlib.import_module(f"fastseq.ops.{m.name}") for m in pkgutil.iter_modules(ops.__path__)]
+    names = {op for table in tables if isinstance(getattr(table, "BACKENDS", None), dict) for op in table.BACKENDS}
+    assert len(names) > 15
+    assert names <= {call.op for module in budgets.modules() for call in written(module)}
 
 
 @each_module
