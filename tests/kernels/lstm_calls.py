@@ -58,6 +58,7 @@ class Recurrence(NamedTuple):
     state: tuple[Any, ...]  # weight_hr .. c_start
     noise: tuple[Any, ...]
     gate: tuple[Any, ...]
+    words: str
 
 
 def _batch_sizes(T: int, B: int) -> Tensor:
@@ -89,86 +90,81 @@ def recurrence(T: int, B: int, H: int, P: int | None, dtype: torch.dtype, words:
         state,
         (seed, rows, 0, 0, 1.0),
         (0.9 if seed is not None else 1.0, "hard" in on, "reverse" in on),
+        words,
     )
 
 
-def forward(
-    T: int = 5,
-    B: int = 20,
-    H: int = 128,
-    P: int | None = None,
-    dtype: torch.dtype = BF16,
-    words: str = "",
-    save: int = 2,
-) -> tuple[Any, ...]:
-    r = recurrence(T, B, H, P, dtype, words)
-    return (new(*r.lead, 4 * H, dtype=dtype), r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate, save)
+Make = Callable[..., tuple[Any, ...]]
 
 
-def rebuilt(
-    T: int = 5, B: int = 20, H: int = 128, P: int | None = None, dtype: torch.dtype = BF16, words: str = ""
-) -> tuple[Any, ...]:
-    r = recurrence(T, B, H, P, dtype, words)
-    kept = (new(*r.lead, P or H, dtype=dtype), new(*r.lead, H))
-    return (new(*r.lead, 4 * H, dtype=dtype), *kept, r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate)
+def recurrent(make: Callable[..., tuple[Any, ...]]) -> Make:
+    """From a function of a recurrence, which gives a call's arguments, to one of its sizes and options."""
+
+    def of_sizes(
+        T: int = 5,
+        B: int = 20,
+        H: int = 128,
+        P: int | None = None,
+        dtype: torch.dtype = BF16,
+        words: str = "",
+        **more: Any,
+    ) -> tuple[Any, ...]:
+        return make(recurrence(T, B, H, P, dtype, words), **more)
+
+    return of_sizes
 
 
-def _grads(r: Recurrence, H: int, P: int | None, dtype: torch.dtype, words: str) -> tuple[Tensor | None, ...]:
-    """Gradients of h, c, gates, h_n and c_n: those of h and of the last state, or with ``all_grads`` all."""
-    width, every = P or H, "all_grads" in words
-    return (
-        new(*r.lead, width, dtype=dtype),
-        new(*r.lead, H) if every else None,
-        new(*r.lead, 4 * H, dtype=dtype) if every else None,
-        new(*r.h0.shape, dtype=dtype) if every else None,
-        new(*r.c0.shape) if every else None,
-    )
+def _gates(r: Recurrence) -> Tensor:
+    """Of every element; its pre-activations too."""
+    return new(*r.lead, r.weight_hh.shape[0], dtype=r.h0.dtype)
 
 
-def backward(
-    T: int = 5,
-    B: int = 20,
-    H: int = 128,
-    P: int | None = None,
-    dtype: torch.dtype = BF16,
-    words: str = "",
-    weights: bool = True,
-) -> tuple[Any, ...]:
-    r = recurrence(T, B, H, P, dtype, words)
-    kept = (new(*r.lead, 4 * H, dtype=dtype), new(*r.lead, P or H, dtype=dtype), new(*r.lead, H))
-    grads = _grads(r, H, P, dtype, words)
-    return (*grads, *kept, r.weight_hh, r.h0, r.c0, *r.state, *r.gate, weights)
+def _h(r: Recurrence) -> Tensor:
+    return new(*r.lead, r.h0.shape[1], dtype=r.h0.dtype)
 
 
-def layer_forward(
-    T: int = 5,
-    B: int = 20,
-    H: int = 128,
-    P: int | None = None,
-    dtype: torch.dtype = BF16,
-    words: str = "",
-    save: int = 2,
-) -> tuple[Any, ...]:
-    r = recurrence(T, B, H, P, dtype, words)
-    inputs = (new(*r.lead, 80, dtype=dtype), new(4 * H, 80, dtype=dtype), new(4 * H, dtype=dtype))
-    return (*inputs, r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate, save)
+def _c(r: Recurrence) -> Tensor:
+    return new(*r.lead, r.c0.shape[1])
 
 
-def layer_backward(
-    T: int = 5,
-    B: int = 20,
-    H: int = 128,
-    P: int | None = None,
-    dtype: torch.dtype = BF16,
-    words: str = "",
-    rebuild: bool = False,
-) -> tuple[Any, ...]:
-    r = recurrence(T, B, H, P, dtype, words)
-    inputs = (new(*r.lead, 80, dtype=dtype), new(4 * H, 80, dtype=dtype), new(4 * H, dtype=dtype))
-    gates = None if rebuild else new(*r.lead, 4 * H, dtype=dtype)
-    kept = (gates, new(*r.lead, P or H, dtype=dtype), new(*r.lead, H))
-    grads = _grads(r, H, P, dtype, words)
-    return (*grads, *inputs, *kept, r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate, True, True, True, True)
+def _inputs(r: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight_ih and bias."""
+    rows = r.weight_hh.shape[0]
+    return tuple(new(*shape, dtype=r.h0.dtype) for shape in ((*r.lead, 80), (rows, 80), (rows,)))
+
+
+def _grads(r: Recurrence) -> tuple[Tensor | None, ...]:
+    """Gradients of h, c, gates, h_n and c_n: that of h alone, or with ``all_grads`` all."""
+    if "all_grads" not in r.words:
+        return (_h(r), None, None, None, None)
+    return (_h(r), _c(r), _gates(r), torch.empty_like(r.h0), torch.empty_like(r.c0))
+
+
+@recurrent
+def forward(r: Recurrence, save: int = 2) -> tuple[Any, ...]:
+    return (_gates(r), r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate, save)
+
+
+@recurrent
+def rebuilt(r: Recurrence) -> tuple[Any, ...]:
+    return (_gates(r), _h(r), _c(r), r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate)
+
+
+@recurrent
+def backward(r: Recurrence, weights: bool = True) -> tuple[Any, ...]:
+    return (*_grads(r), _gates(r), _h(r), _c(r), r.weight_hh, r.h0, r.c0, *r.state, *r.gate, weights)
+
+
+@recurrent
+def layer_forward(r: Recurrence, save: int = 2) -> tuple[Any, ...]:
+    return (*_inputs(r), r.weight_hh, r.h0, r.c0, *r.state, *r.noise, *r.gate, save)
+
+
+@recurrent
+def layer_backward(r: Recurrence, rebuild: bool = False) -> tuple[Any, ...]:
+    kept = (None if rebuild else _gates(r), _h(r), _c(r))
+    given = (*_grads(r), *_inputs(r), *kept, r.weight_hh, r.h0, r.c0)
+    return (*given, *r.state, *r.noise, *r.gate, True, True, True, True)
 
 
 ROUTES: dict[str, dict[str, Any]] = {  # sizes and options that take another way through the kernels
@@ -188,7 +184,7 @@ OPTIONS: dict[str, str] = {
 }
 
 
-def _recurrent(op: str, make: Callable[..., tuple[Any, ...]], grads: bool) -> None:
+def _recurrent(op: str, make: Make, grads: bool) -> None:
     for name, dtype in DTYPES.items():
         for route, sizes in ROUTES.items():
             if name == "fp16" and route not in ("", "large"):
@@ -223,35 +219,26 @@ call("lstm_layer", "lstm_layer_forward", "bf16 noise", layer_forward, words="noi
 call("lstm_layer", "lstm_layer_backward", "bf16 rebuild", layer_backward, rebuild=True, words="noise lengths")
 
 
-def both_forward(
-    T: int = 5, B: int = 20, H: int = 128, dtype: torch.dtype = BF16, words: str = "", save: int = 2
-) -> tuple[Any, ...]:
-    r = recurrence(T, B, H, None, dtype, words)
-    x, lists = _both(r, dtype)
-    _, lengths, sizes, reset, *_ = r.state
-    return (x, *lists[:5], lengths, sizes, reset, *lists[5:], r.noise[0], r.noise[1], 0, 0, 1.0, *r.gate[:2], save)
-
-
-def both_backward(
-    T: int = 5, B: int = 20, H: int = 128, dtype: torch.dtype = BF16, words: str = "", rebuild: bool = False
-) -> tuple[Any, ...]:
-    r = recurrence(T, B, H, None, dtype, words)
-    x, lists = _both(r, dtype)
-    pairs = zip(_grads(r, H, None, dtype, words), _grads(r, H, None, dtype, words), strict=True)
-    gates = [] if rebuild else [new(*r.lead, 4 * H, dtype=dtype) for _ in range(2)]
-    kept = ([new(*r.lead, H, dtype=dtype) for _ in range(2)], [new(*r.lead, H) for _ in range(2)])
-    grads = [d for pair in pairs for d in pair]
-    _, lengths, sizes, reset, *_ = r.state
-    state = (lengths, sizes, reset, *lists[5:], r.noise[0], r.noise[1], 0, 0, 1.0, *r.gate[:2])
-    return (grads, x, *lists[:2], gates, *kept, *lists[2:5], *state, True, True, True, True)
-
-
-def _both(r: Recurrence, dtype: torch.dtype) -> tuple[Tensor, list[list[Tensor]]]:
+def _both(r: Recurrence) -> tuple[Tensor, list[list[Tensor]]]:
     """x, and per direction weight_ih, bias, weight_hh, h0, c0, h_start and c_start."""
-    own = (r.weight_hh, r.h0, r.c0, *r.state[4:])
-    inputs = (new(r.weight_hh.shape[0], 80, dtype=dtype), new(r.weight_hh.shape[0], dtype=dtype))
-    lists = [[] if t is None else [t, torch.empty_like(t)] for t in (*inputs, *own)]
-    return new(*r.lead, 80, dtype=dtype), lists
+    x, *inputs = _inputs(r)
+    own = (*inputs, r.weight_hh, r.h0, r.c0, *r.state[4:])
+    return x, [[] if t is None else [t, torch.empty_like(t)] for t in own]
+
+
+@recurrent
+def both_forward(r: Recurrence, save: int = 2) -> tuple[Any, ...]:
+    x, lists = _both(r)
+    return (x, *lists[:5], *r.state[1:4], *lists[5:], *r.noise, *r.gate[:2], save)
+
+
+@recurrent
+def both_backward(r: Recurrence, rebuild: bool = False) -> tuple[Any, ...]:
+    x, lists = _both(r)
+    grads = [d for pair in zip(_grads(r), _grads(r), strict=True) for d in pair]
+    kept = ([] if rebuild else [_gates(r), _gates(r)], [_h(r), _h(r)], [_c(r), _c(r)])
+    given = (grads, x, *lists[:2], *kept, *lists[2:5], *r.state[1:4], *lists[5:])
+    return (*given, *r.noise, *r.gate[:2], True, True, True, True)
 
 
 for _H in (128, 512):
