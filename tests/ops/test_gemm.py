@@ -19,7 +19,7 @@ from tests.core.constants import BLOCK_K, BLOCK_M, PANEL_WIDTH, block_k
 from tests.ops import lstm_cases as cases
 from tests.tolerance import assert_same_bits, assert_within_budget
 
-DTYPES = [torch.float32, torch.float64]
+DTYPES = cases.DTYPES
 LARGE_DRAWS = 40
 each_backend = pytest.mark.parametrize("backend", cases.backends(table=BACKENDS))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -18,7 +18,7 @@ from tests.core.constants import PANEL_WIDTH, constant
 from tests.ops import lstm_cases
 
 BACKENDS = {**VQ, **CODES, **RESIDUAL}
-DTYPES = [torch.float32, torch.float64]
+DTYPES = lstm_cases.DTYPES
 GRADIENTS = ("straight", "rotation", "codes")
 SCREENS = (0, 1, 2)  # never, always, automatic
 SCREEN_MOST_D = constant("vq_screen.h", "kScreenMostD")
