@@ -28,6 +28,7 @@ test: $(VENV)/.built $(VENV)/.pretrained
 # the Triton kernels on the CPU, through triton's interpreter, which is chosen when triton is imported
 test-triton: $(VENV)/.built
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels -k "triton or kernels" $(ARGS)
+	TRITON_INTERPRET=1 FASTSEQ_BACKEND=triton $(BIN)/python -m pytest tests/nn/test_kernels.py $(ARGS)
 
 # every kernel for every GPU, without one: within budget.json, no warnings, no spills
 check-gpu: $(VENV)/.built
