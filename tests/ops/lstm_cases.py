@@ -20,8 +20,8 @@ from tests.tolerance import one_thread
 
 OUTPUTS = "h c gates h_n c_n"
 GRADIENTS = "dx_gates dweight_hh dh0 dc0 dweight_hr dh_start dc_start"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # only kernels are tested then, and every operation takes 0.1 ms
-DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.float64]  # kernels for float64 do not exist
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels alone are tested then, 0.1 ms for each operation
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.float64]  # no kernel takes float64
 
 
 class Case(NamedTuple):
