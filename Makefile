@@ -10,13 +10,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 empty :=
+INTERPRETED_LSTM := $(wildcard tests/ops/test_lstm*.py) tests/ops/test_noise.py tests/ops/test_gemm.py
 TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 
 # a developer's build: both doors or an error, and the AVX-512 body compiled with AVX2 flags, which the tests run
 export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
-.PHONY: demo test test-triton bench check check-gpu budget format clean gpu
+.PHONY: demo test test-triton test-triton-lstm test-triton-rest bench check check-gpu budget format clean gpu
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
@@ -25,10 +26,17 @@ test: $(VENV)/.built $(VENV)/.pretrained
 	$(BIN)/python -m pytest $(ARGS)
 	$(if $(ARGS),,$(MAKE) --no-print-directory test-triton)
 
-# the Triton kernels on the CPU, through triton's interpreter, which is chosen when triton is imported
+# the Triton kernels on the CPU, through triton's interpreter, which is chosen when triton is imported; two at a time
 test-triton: $(VENV)/.built
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels -k "triton or kernels" $(ARGS)
+	$(MAKE) --no-print-directory -j2 --output-sync=target test-triton-lstm test-triton-rest
+
+test-triton-lstm: $(VENV)/.built
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED_LSTM) -k triton $(ARGS)
+
+test-triton-rest: $(VENV)/.built
 	TRITON_INTERPRET=1 FASTSEQ_BACKEND=triton $(BIN)/python -m pytest tests/nn/test_kernels.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels -k "triton or kernels" \
+	  $(addprefix --ignore=,$(INTERPRETED_LSTM)) $(ARGS)
 
 # every kernel for every GPU, without one: within budget.json, no warnings, no spills
 check-gpu: $(VENV)/.built
