@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
 import torch
-from fastseq_kernels import _sources, _verified
+from fastseq_kernels import _launch, _sources, _verified
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastseq
@@ -148,3 +149,33 @@ def test_a_kernel_is_verified_by_a_row_of_its_source(monkeypatch: pytest.MonkeyP
     ):
         monkeypatch.setattr(_verified, "rows", lambda rows=rows: rows)
         assert _verified.doubt(module, torch.device("cuda", 0), dtype) == doubt
+
+
+def test_the_route_of_an_lstm_and_why() -> None:
+    """What does not fit into shared memory takes another way, and the reason is told."""
+    x, weight_ih, weight_hh = torch.empty(5, 3, 64), torch.empty(512, 64), torch.empty(512, 128)
+    h0, c0 = torch.empty(3, 128), torch.empty(3, 128)
+    low = (x.bfloat16(), weight_ih.bfloat16(), None, weight_hh.bfloat16(), h0.bfloat16(), c0)
+    options = (None, None, None, None, None, None, None, None, 0, 0, 1.0, 1.0, False, False, 2)
+    detail = _triton.kernels("lstm_layer").lstm_layer_forward_detail
+    with _launch.targeting(_launch.TARGETS[90]):
+        assert detail(*low, *options) == "resident: one kernel for all steps, which holds weight_hh"
+    with _launch.targeting(_launch.TARGETS[86]):
+        assert re.match(r"step: a launch per step: .*\b128\b", detail(*low, *options))
+    assert detail(x[:1].bfloat16(), *low[1:], *options).startswith("cell: one step")
+
+
+def test_mixed_devices_are_named() -> None:
+    with FakeTensorMode():
+        x = torch.empty(5, 3, 4, device="cuda")
+        with pytest.raises(ValueError, match=r"weights\[0\].weight_ih must be on cuda:0, got one on cpu"):
+            fastseq.nn.LSTM(4, 6)(x)
+        with pytest.raises(ValueError, match="vq_nearest: codebook must be on cuda:0, got one on cpu"):
+            fastseq.functional.vq_nearest(x, torch.empty(7, 4))
+        with pytest.raises(ValueError, match=r"vq_residual: codebooks\[1\] must be on cuda:0, got one on cpu"):
+            fastseq.functional.vq_residual(
+                torch.empty(3, 4, device="cuda"), [torch.empty(7, 4, device="cuda"), torch.empty(7, 4)]
+            )
+        with pytest.raises(ValueError, match="lengths must be on the CPU or cuda:0, got one on cuda:1"):
+            weights = [fastseq.functional.Weights(torch.empty(24, 4, device="cuda"), torch.empty(24, 6, device="cuda"))]
+            fastseq.functional.lstm(x, weights, lengths=torch.empty(3, dtype=torch.int64, device="cuda:1"))
