@@ -128,17 +128,9 @@ def lstm(
             "recomputation": recompute,
             "way to return all cell states": return_gates,
         }
-        call = StockCall(x, weights, hx, bidirectional, batch_sizes, dropout, special)
-        if choose("lstm", BACKENDS, call, operator=False).name == "torch":
-            _check_net(x, weights, hx, bidirectional, B)
-
-            def again(x: Tensor, weights: Sequence[Weights], hx: State) -> tuple[Tensor, ...]:
-                options = (None, None, 0, 1.0, 1.0, False)
-                x = x.to(dtype).contiguous()
-                out = _net(x, weights, hx, bidirectional, B, (None, batch_sizes, None), options)
-                return tuple(v.to(out_dtype) for v in out[:3])
-
-            return Result(*stock(call, again), [])
+        found = _by_torch(StockCall(x, weights, hx, bidirectional, batch_sizes, dropout, special), B)
+        if found is not None:
+            return found
     x = (x if x.dtype is dtype else x.to(dtype)).contiguous()
     if lengths is not None:
         lengths = lengths.to("cpu" if x.device.type == "cpu" else lengths.device, torch.int64).contiguous()
@@ -147,8 +139,8 @@ def lstm(
     out, h_n, c_n, gates = _net(
         x, weights, hx, bidirectional, B, sizes, options, memory, (dropout, variational_dropout)
     )
-    found = [_gates(v, out_dtype) for v in gates] if return_gates else []
-    return Result(out.to(out_dtype), h_n.to(out_dtype), c_n.to(out_dtype), found)
+    kept = [_gates(v, out_dtype) for v in gates] if return_gates else []
+    return Result(out.to(out_dtype), h_n.to(out_dtype), c_n.to(out_dtype), kept)
 
 
 def _net(
@@ -182,15 +174,25 @@ def _stock_may_run(x: Tensor) -> bool:
     return x.device.type != "cpu" or allowed() == "torch"
 
 
-def _check_net(x: Tensor, weights: Sequence[Weights], hx: State | None, bidirectional: bool, B: int) -> None:
-    """What ``_layer`` checks on its way, for torch's LSTM."""
-    width, step = x.shape[-1], 2 if bidirectional else 1
-    for n, w in enumerate(weights):
-        check_weights("lstm", n, w, width, x.device)
-        if hx is not None:
-            check_state("lstm", n, w, hx[0].select(0, n), hx[1].select(0, n), B)
+def _by_torch(call: StockCall, B: int) -> Result | None:
+    """By torch's own LSTM, or None where it cannot do what is asked."""
+    if choose("lstm", BACKENDS, call, operator=False).name != "torch":
+        return None
+    width, step = call.x.shape[-1], 2 if call.bidirectional else 1
+    for n, w in enumerate(call.weights):
+        check_weights("lstm", n, w, width, call.x.device)
+        if call.hx is not None:
+            check_state("lstm", n, w, call.hx[0].select(0, n), call.hx[1].select(0, n), B)
         if (n + 1) % step == 0:
             width = w.weight_hh.shape[1] * step
+
+    def again(x: Tensor, weights: Sequence[Weights], hx: State) -> tuple[Tensor, ...]:
+        dtype, out_dtype = dtypes("lstm", x, weights[0].weight_ih, hx)
+        options, sizes = (None, None, 0, 1.0, 1.0, False), (None, call.batch_sizes, None)
+        out = _net(x.to(dtype).contiguous(), weights, hx, call.bidirectional, B, sizes, options)
+        return tuple(v.to(out_dtype) for v in out[:3])
+
+    return Result(*stock(call, again), [])
 
 
 def _layer(
