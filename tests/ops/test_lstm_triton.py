@@ -15,10 +15,9 @@ from tests.ops.lstm_cases import CASES, Case, Inputs
 from tests.tolerance import assert_same_bits, assert_within_budget
 
 reason = why_not_triton() or (None if interpreted() else "kernels are interpreted with TRITON_INTERPRET=1")
-pytestmark = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
-
-if reason is None:
-    from fastseq_kernels import _rows, _steps, lstm, lstm_graph, lstm_layer, lstm_resident, lstm_step
+if reason is not None:
+    pytest.skip(f"triton: {reason}", allow_module_level=True)
+from fastseq_kernels import _rows, _steps, lstm, lstm_graph, lstm_layer, lstm_resident, lstm_step  # noqa: E402
 
 LOW = [torch.bfloat16, torch.float16]
 ROUTES = {

@@ -16,10 +16,9 @@ from tests.ops.test_vq_residual import GIVEN, RESULTS, Case, check, inputs, upst
 from tests.tolerance import assert_same_bits, assert_within_budget
 
 reason = why_not_triton() or (None if interpreted() else "kernels are interpreted with TRITON_INTERPRET=1")
-pytestmark = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
-
-if reason is None:
-    from fastseq_kernels import _launch, vq_backward, vq_codes, vq_nearest, vq_residual, vq_sums
+if reason is not None:
+    pytest.skip(f"triton: {reason}", allow_module_level=True)
+from fastseq_kernels import _launch, vq_backward, vq_codes, vq_nearest, vq_residual, vq_sums  # noqa: E402
 
 LOW = [torch.bfloat16, torch.float16]
 each_low = pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d).removeprefix("torch."))

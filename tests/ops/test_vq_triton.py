@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastseq import reference
-from fastseq.ops._triton import interpreted, why_not_triton
+from fastseq.ops._triton import interpreted
 from tests.ops import vq_cases as cases
 from tests.ops.vq_cases import KINDS, Case
 from tests.tolerance import assert_same_bits, assert_within_budget
@@ -22,13 +22,9 @@ from fastseq_kernels._scores import turned_codes  # noqa: E402
 from fastseq_kernels.vq_quantize import vq_quantize  # noqa: E402
 
 DEVICE = "cpu" if interpreted() else "cuda"
-pytestmark = [
-    pytest.mark.skipif(
-        why_not_triton() is not None or not (interpreted() or torch.cuda.is_available()),
-        reason="triton: neither CUDA nor TRITON_INTERPRET=1",
-    ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, of numbers that are not finite
-]
+if not (interpreted() or torch.cuda.is_available()):
+    pytest.skip("triton: neither CUDA nor TRITON_INTERPRET=1", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of numbers that are not finite
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = {"bf16": (BF16, BF16), "fp16": (FP16, FP16), "mixed": (BF16, FP32), "mixed16": (FP16, FP32)}
 SWEEP, SCREEN = 0, 1
