@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
 from typing import Any
@@ -15,9 +16,10 @@ def show_config() -> dict[str, Any]:
 
     Returns:
         What was printed: ``version``; ``build`` (the doors with None or the reason why not, compiler, flags, the
-        instruction sets and their flags, the torch built against); ``instruction_set`` and ``backend`` (``runs``,
-        ``why`` and ``not``, the others with their reasons); ``torch`` (version or None); ``threads`` (of torch, or
-        None, and the number of cores).
+        instruction sets and their flags, the torch built against); ``instruction_set`` and ``backend`` of tensors on
+        the CPU (``runs``, ``why`` and ``not``, the others with their reasons); ``torch`` (version or None); ``gpu``
+        (``device`` or None, ``triton``: its version or why it cannot be used, and ``verified``, the kernels whose
+        results were seen to be right on such a device); ``threads`` (of torch, or None, and the number of cores).
     """
     build, core, torch = _build(), _load("fastseq._core"), _load("torch")
     doors = {"core": core if isinstance(core, str) else None, "torch": None, **build.get("missing", {})}
@@ -33,6 +35,7 @@ def show_config() -> dict[str, Any]:
         "instruction_set": _instruction_set(core, list(build.get("instruction_sets", {}))),
         "backend": _backend(torch),
         "torch": None if isinstance(torch, str) else torch.__version__,
+        "gpu": _gpu(torch),
         "threads": threads,
     }
     print("\n".join(_lines(config)))
@@ -93,6 +96,23 @@ def _backend(torch: Any) -> dict[str, Any]:
     return {"runs": None, "why": "none can run", "not": no}
 
 
+def _gpu(torch: Any) -> dict[str, Any]:
+    """What ``explain`` tells per operator, in short."""
+    if isinstance(torch, str):
+        return {"device": None, "triton": f"torch: {torch}", "verified": []}
+    from fastseq.ops._triton import kernels, why_not_triton
+
+    why_not = why_not_triton()
+    found: dict[str, Any] = {"device": None, "triton": why_not or importlib.metadata.version("triton"), "verified": []}
+    if torch.cuda.is_available():
+        found["device"] = f"{torch.cuda.get_device_name()}, sm_{kernels('_verified').capability(0)}"
+        if why_not is None:
+            device, dtype = torch.device("cuda", 0), torch.int64  # of any dtype
+            modules = kernels("_sources").modules()
+            found["verified"] = [m for m in modules if kernels("_verified").doubt(m, device, dtype) is None]
+    return found
+
+
 def _lines(config: dict[str, Any]) -> list[str]:
     build, threads = config["build"], config["threads"]
 
@@ -110,5 +130,9 @@ def _lines(config: dict[str, Any]) -> list[str]:
     lines.append(f"  {'backend':<16} {choice(config['backend'])}")
     if config["torch"]:
         lines.append(f"  {'torch':<16} {config['torch']}, {threads['torch']} threads")
+    gpu = config["gpu"]
+    lines.append(f"  {'triton':<16} {gpu['triton']}")
+    verified = f"; kernels verified: {', '.join(gpu['verified']) or 'none'}" if gpu["device"] else ""
+    lines.append(f"  {'gpu':<16} {gpu['device'] or 'none'}{verified}")
     lines.append(f"  {'cores':<16} {threads['cores']}")
     return lines

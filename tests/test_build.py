@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastseq
 from fastseq import _core
@@ -98,6 +99,7 @@ def test_show_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert config["instruction_set"]["runs"] == _core.isa()
     assert set(config["instruction_set"]["not"]) == set(SETS) - {_core.isa()}
     assert (config["backend"]["runs"], config["backend"]["why"]) == ("cpu", "the first that can run here")
+    assert config["gpu"]["triton"] and (config["gpu"]["device"] is None) == (not torch.cuda.is_available())
     for text in (fastseq.__version__, BUILD["compiler"], "-ffp-contract=off", f" {_core.isa()}, ", " cpu, the first"):
         assert text in printed
 
