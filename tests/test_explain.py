@@ -103,6 +103,12 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (choice.backend.name, choice.reasons["triton"]) == ("reference", "sm_75 is older than sm_80")
 
 
+def test_a_gpu_of_another_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    choice = on_cuda(monkeypatch)
+    assert (choice.backend.name, choice.reasons["triton"]) == ("reference", "no kernels for ROCm")
+
+
 def test_float64_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = on_cuda(monkeypatch, dtype=torch.float64)
     assert (choice.backend.name, choice.reasons["triton"]) == ("reference", "no kernel for float64")

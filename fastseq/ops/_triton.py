@@ -60,6 +60,8 @@ def triton_backend(op: str, module: str) -> Backend:
         if reason is not None:
             return reason
         if device.type == "cuda":
+            if torch.version.hip:
+                return "no kernels for ROCm"
             found = kernels("_verified").capability(device.index or 0)
             if found < LEAST_CAPABILITY:
                 return f"sm_{found} is older than sm_{LEAST_CAPABILITY}"
