@@ -169,9 +169,8 @@ def _net(
 
 def _stock_may_run(x: Tensor) -> bool:
     """On the CPU ours is the faster one."""
-    if torch.compiler.is_compiling() or allowed() not in (None, "torch"):
-        return False
-    return x.device.type != "cpu" or allowed() == "torch"
+    only = allowed()
+    return (only == "torch" or (only is None and not x.is_cpu)) and not torch.compiler.is_compiling()
 
 
 def _by_torch(call: StockCall, B: int) -> Result | None:
