@@ -56,8 +56,9 @@ class Specialised(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Content hash of everything that decides the binary, but for triton's version."""
-        told = (self.source.hash(), sorted(self.options.items()), self.target)
+        """Content hash of everything that decides the binary, but for triton's version and where it is installed."""
+        options = sorted((name, value) for name, value in self.options.items() if name != "extern_libs")
+        told = (self.source.hash(), options, self.target)
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     @property
