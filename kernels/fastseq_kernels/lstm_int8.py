@@ -222,6 +222,8 @@ def lstm_int8_forward(
     sizes, tiles = (call.rows.T, call.rows.B, call.H, 1.0 / call.tau), cdiv(call.rows.B, BLOCK_B)
     options: dict[str, Any] = {"HARD": call.hard, "REVERSE": call.reverse, "BLOCK_B": BLOCK_B, "BLOCK_H": at.block_h}
     options |= {"num_warps": at.num_warps, "num_stages": at.num_stages}
+    if target(x_gates.device).capability not in (80, 90):
+        options["maxnreg"] = 255  # else ptxas spills a few registers to have more programs per multiprocessor
     if at.route == "resident":
         launch(resident_kernel, (tiles, 1), *given, *sizes, **options)
         return out.results()
