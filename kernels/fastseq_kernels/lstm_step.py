@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseq_kernels._launch import cdiv, launch, power_of_two, rnn_precision
+from fastseq_kernels._launch import cdiv, launch, power_of_two, rnn_precision, target
 from fastseq_kernels._steps import Recurrence, element, is_cut, state_before, steps_of
 from fastseq_kernels._tiles import gate, sigmoid, tanh
 
@@ -259,6 +259,8 @@ def tile(B: int, width: int, terms: int, dtype: torch.dtype, planes: int = 1) ->
 
 def run(kernel: Any, rows: int, width: int, at: Tile, *args: Any, **constexprs: Any) -> None:
     """One launch over all rows and ``width`` units."""
+    if target(next(a.device for a in args if isinstance(a, Tensor))).capability == 120:
+        constexprs["maxnreg"] = 255  # else ptxas spills a few registers to have more programs per multiprocessor
     launch(
         kernel,
         (cdiv(rows, at.rows), cdiv(width, at.units)),
