@@ -73,7 +73,7 @@ def run_units(cases: list[Unit], seconds: float = 100, alive: Any = lambda: None
 def test_a_case_that_fails_costs_no_other_its_rows() -> None:
     cases = [Unit("wrong", 1, lambda: 1 / 0), Unit("right", 1, lambda: [{"case": "right"}])]  # type: ignore[list-item]
     status, rows = run_units([*cases, Unit("long", 1000, lambda: [])])
-    failed = {"case": "wrong", "gate": "failed: ZeroDivisionError: division by zero"}
+    failed = {"op": "broken", "case": "wrong", "gate": "failed: ZeroDivisionError: division by zero"}
     assert status == 0
     assert rows == [{"begin": "wrong"}, failed, {"begin": "right"}, {"case": "right"}, {"dropped": "long"}]
 

@@ -9,6 +9,7 @@ part is a process: what fails or hangs costs no other part its rows. Nothing is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -175,8 +176,8 @@ def verify(rows: Sequence[Row], facts: Row, path: Path) -> list[str]:
 
 
 def bad(rows: Sequence[Row]) -> list[str]:
-    """Ours that failed the gate, wrong kernels, failed tests."""
-    ours = [r for r in rows if r.get("provider") == "fastseq" or r["op"] in ("parity", "tests")]
+    """Ours that failed the gate, wrong kernels, failed tests, and cases that raised before they had a provider."""
+    ours = [r for r in rows if r.get("provider") == "fastseq" or r["op"] in ("parity", "tests", "broken")]
     reasons = [r for r in ours if r.get("gate", "passed") != "passed" and not r["gate"].startswith(harness.ABSENT)]
     return [f"{r['op']} {r.get('label', '')} {r.get('case', '')}: {r['gate']}" for r in reasons]
 
@@ -188,6 +189,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", help=f"comma-separated, of {', '.join(names)} (default: all)")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="where the rows go (default: benchmarks/results)")
     parser.add_argument("--verified", type=Path, metavar="FILE", default=KERNELS / "verified.json")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="a new one, for all that the parts say")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; keeps rows only in --rows")
     parser.add_argument("--markdown", action="store_true", help="measure nothing: write README's table from the rows")
     given = parser.parse_args()
@@ -195,6 +197,11 @@ def arguments() -> argparse.Namespace:
     for name in given.only:
         if name not in names:
             parser.error(f"--parts: {name} is none of {', '.join(names)}")
+    if given.logs:
+        try:
+            given.logs.mkdir(parents=True)
+        except OSError as error:
+            parser.error(f"--logs: {error}")
     return given
 
 
@@ -217,9 +224,10 @@ def main() -> None:
     if given.markdown:
         tables.write_markdown(harness.RESULTS, process.ROOT / "README.md")
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = given.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         seconds = 60 * given.minutes
-        run = Run(Path(folder), Clock(seconds), given.dry_run, given.only, [], [], threading.Lock(), lambda rows: None)
+        run = Run(folder, Clock(seconds), given.dry_run, given.only, [], [], threading.Lock(), lambda rows: None)
         facts = machine(run)
         shared = {key: value for key, value in facts.items() if key not in ("op", "date")}
         target = given.rows or (None if given.dry_run else harness.results_file(facts["device"]))

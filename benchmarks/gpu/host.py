@@ -56,6 +56,8 @@ def pytest(file: str, suite: str) -> list[Row]:
         return [{**row, "gate": f"failed: not done after {LONGEST:.0f} s"}]
     if done.returncode == NO_TESTS:
         return []
+    if done.returncode:
+        print(done.stdout, done.stderr)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
     counts = {name.rstrip("s") if name.startswith("error") else name: int(n) for n, name in COUNTS.findall(lines[-1])}
     failures = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import os
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -99,8 +100,10 @@ def _row(check: Check, dtype: str) -> list[Row]:
     except CannotRun as error:
         verdict = f"{ABSENT[1]}{error}"
     except AssertionError as error:
+        print(error)
         verdict = f"wrong: {str(error).splitlines()[0][:200]}"
     except Exception as error:  # a kernel that does not compile, or that the device refuses
+        traceback.print_exc()
         verdict = f"failed: {reason(error)}"
     return [{**row, "dtype": dtype, "gate": verdict}]
 

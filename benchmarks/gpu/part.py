@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 Row = dict[str, Any]
+BEGIN = "-- "  # before the name of a case, in the log of a part
 
 
 class Context(NamedTuple):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.part import BEGIN
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 10.0  # seconds beyond its share before a part is ended
@@ -33,8 +34,8 @@ class Result(NamedTuple):
 def environment(threads: int, more: Mapping[str, str]) -> dict[str, str]:
     """Of a part: this tree is importable, and nothing is downloaded by what it starts."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    offline = {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
-    return {**os.environ, **offline, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), **more}
+    always = {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **always, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), **more}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -135,7 +136,8 @@ def where(path: Path) -> str:
 
 
 def _tail(log: Path) -> str:
-    """The last line of a traceback, or of what else was said; "Timeout" is what a hung case leaves."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """The last line of a traceback, or of what else was said in the last case; "Timeout" is what a hung one leaves."""
+    said = log.read_text(errors="replace").rpartition(f"\n{BEGIN}")[2]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "exception" in line or line.startswith("Timeout (")]
     return ((errors or lines or ["nothing was said"])[-1])[:300]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -57,6 +58,7 @@ def measure(
         except CannotRun as error:
             facts[label] = {"gate": f"{ABSENT[1]}{error}"}
         except Exception as error:
+            traceback.print_exc()
             timing.synchronize(context)  # raises where the device is lost
             facts[label] = {"gate": f"failed: {reason(error)}"}
     samples = timing.interleave(context, calls, seconds, cold, around)

@@ -12,6 +12,7 @@ import faulthandler
 import importlib
 import json
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.part import Context, Unit, reason
+from benchmarks.gpu.part import BEGIN, Context, Unit, reason
 
 LEAST_LIMIT = 45.0  # seconds that a case may take in any case before it counts as hung
 BROKEN = 3  # exit status: the device does not answer any more
@@ -39,11 +40,13 @@ def run(cases: Sequence[Unit], clock: Clock, write: Callable[[dict[str, Any]], N
             write({"dropped": case.name})
             continue
         write({"begin": case.name})
+        print(f"{BEGIN}{case.name}", flush=True)
         faulthandler.dump_traceback_later(case.limit or max(LEAST_LIMIT, 4 * case.seconds), exit=True)
         try:
             rows = case.run()
         except Exception as error:  # whatever it is, the other cases go on
-            rows = [{"case": case.name, "gate": f"failed: {reason(error)}"}]
+            traceback.print_exc()
+            rows = [{"op": "broken", "case": case.name, "gate": f"failed: {reason(error)}"}]
         finally:
             faulthandler.cancel_dump_traceback_later()
         for row in rows:

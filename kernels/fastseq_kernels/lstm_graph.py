@@ -72,12 +72,9 @@ def _advance_kernel(table_ptr, steps):
 
 
 @triton.jit
-def _tensor(table_ptr, n: tl.constexpr, GIVEN: tl.constexpr, KIND: tl.constexpr):
-    """The n-th tensor of the call, None where GIVEN has no bit for it. torch aligns memory to 16 bytes and more."""
-    if (GIVEN >> n) & 1:
-        return tl.multiple_of(tl.load(table_ptr + n).to(tl.pointer_type(KIND)), 16)
-    else:
-        return None
+def _tensor(table_ptr, n: tl.constexpr, KIND: tl.constexpr):
+    """The n-th tensor of the call, where GIVEN has a bit for it. torch aligns memory to 16 bytes and more."""
+    return tl.multiple_of(tl.load(table_ptr + n).to(tl.pointer_type(KIND)), 16)
 
 
 @triton.jit
@@ -109,21 +106,21 @@ def _graph_step_kernel(
 ):
     T, t = _step_of(table_ptr, n, FALLING)
     lstm_step.step(
-        _tensor(table_ptr, 0, GIVEN, KIND),
-        _tensor(table_ptr, 1, GIVEN, KIND),
-        _tensor(table_ptr, 2, GIVEN, KIND),
-        _tensor(table_ptr, 3, GIVEN, tl.float32),
-        _tensor(table_ptr, 4, GIVEN, KIND),
+        _tensor(table_ptr, 0, KIND) if (GIVEN >> 0) & 1 else None,
+        _tensor(table_ptr, 1, KIND) if (GIVEN >> 1) & 1 else None,
+        _tensor(table_ptr, 2, KIND) if (GIVEN >> 2) & 1 else None,
+        _tensor(table_ptr, 3, tl.float32) if (GIVEN >> 3) & 1 else None,
+        _tensor(table_ptr, 4, KIND) if (GIVEN >> 4) & 1 else None,
         None,
-        _tensor(table_ptr, 6, GIVEN, KIND),
-        _tensor(table_ptr, 7, GIVEN, tl.float32),
-        _tensor(table_ptr, 8, GIVEN, KIND),
-        _tensor(table_ptr, 9, GIVEN, tl.float32),
-        _tensor(table_ptr, 10, GIVEN, KIND),
-        _tensor(table_ptr, 11, GIVEN, tl.float32),
-        _tensor(table_ptr, 12, GIVEN, tl.int64),
-        _tensor(table_ptr, 13, GIVEN, tl.int64),
-        _tensor(table_ptr, 14, GIVEN, tl.int1),
+        _tensor(table_ptr, 6, KIND) if (GIVEN >> 6) & 1 else None,
+        _tensor(table_ptr, 7, tl.float32) if (GIVEN >> 7) & 1 else None,
+        _tensor(table_ptr, 8, KIND) if (GIVEN >> 8) & 1 else None,
+        _tensor(table_ptr, 9, tl.float32) if (GIVEN >> 9) & 1 else None,
+        _tensor(table_ptr, 10, KIND) if (GIVEN >> 10) & 1 else None,
+        _tensor(table_ptr, 11, tl.float32) if (GIVEN >> 11) & 1 else None,
+        _tensor(table_ptr, 12, tl.int64) if (GIVEN >> 12) & 1 else None,
+        _tensor(table_ptr, 13, tl.int64) if (GIVEN >> 13) & 1 else None,
+        _tensor(table_ptr, 14, tl.int1) if (GIVEN >> 14) & 1 else None,
         *(inverse_tau, t, T, B, H, P, HARD, REVERSE, KEEP_C, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K),
     )
 
@@ -148,23 +145,23 @@ def _graph_step_backward_kernel(
 ):
     T, t = _step_of(table_ptr, n, FALLING)
     lstm_step_backward.step_backward(
-        _tensor(table_ptr, 0, GIVEN, KIND),
-        _tensor(table_ptr, 1, GIVEN, tl.float32),
-        _tensor(table_ptr, 2, GIVEN, KIND),
-        _tensor(table_ptr, 3, GIVEN, KIND),
-        _tensor(table_ptr, 4, GIVEN, tl.float32),
-        _tensor(table_ptr, 5, GIVEN, tl.float32),
-        _tensor(table_ptr, 6, GIVEN, tl.float32),
-        _tensor(table_ptr, 7, GIVEN, KIND),
+        _tensor(table_ptr, 0, KIND) if (GIVEN >> 0) & 1 else None,
+        _tensor(table_ptr, 1, tl.float32) if (GIVEN >> 1) & 1 else None,
+        _tensor(table_ptr, 2, KIND) if (GIVEN >> 2) & 1 else None,
+        _tensor(table_ptr, 3, KIND) if (GIVEN >> 3) & 1 else None,
+        _tensor(table_ptr, 4, tl.float32) if (GIVEN >> 4) & 1 else None,
+        _tensor(table_ptr, 5, tl.float32) if (GIVEN >> 5) & 1 else None,
+        _tensor(table_ptr, 6, tl.float32) if (GIVEN >> 6) & 1 else None,
+        _tensor(table_ptr, 7, KIND) if (GIVEN >> 7) & 1 else None,
         None,
-        _tensor(table_ptr, 9, GIVEN, KIND),
-        _tensor(table_ptr, 10, GIVEN, tl.float32),
-        _tensor(table_ptr, 11, GIVEN, tl.float32),
-        _tensor(table_ptr, 12, GIVEN, tl.float32),
-        _tensor(table_ptr, 13, GIVEN, KIND),
-        _tensor(table_ptr, 14, GIVEN, tl.int64),
-        _tensor(table_ptr, 15, GIVEN, tl.int64),
-        _tensor(table_ptr, 16, GIVEN, tl.int1),
+        _tensor(table_ptr, 9, KIND) if (GIVEN >> 9) & 1 else None,
+        _tensor(table_ptr, 10, tl.float32) if (GIVEN >> 10) & 1 else None,
+        _tensor(table_ptr, 11, tl.float32) if (GIVEN >> 11) & 1 else None,
+        _tensor(table_ptr, 12, tl.float32) if (GIVEN >> 12) & 1 else None,
+        _tensor(table_ptr, 13, KIND) if (GIVEN >> 13) & 1 else None,
+        _tensor(table_ptr, 14, tl.int64) if (GIVEN >> 14) & 1 else None,
+        _tensor(table_ptr, 15, tl.int64) if (GIVEN >> 15) & 1 else None,
+        _tensor(table_ptr, 16, tl.int1) if (GIVEN >> 16) & 1 else None,
         *(inverse_tau, t, T, B, H, P, HARD, REVERSE, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K),
     )
 

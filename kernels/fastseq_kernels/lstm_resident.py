@@ -44,11 +44,8 @@ def _store_planes(ptr, at, plane, a, b, c, d, mask):
 
 @triton.jit
 def _of(direction, a, b):
-    """The argument of this direction; None for both where there is none."""
-    if a is None:
-        return None
-    else:
-        return tl.where(direction == 0, a, b)
+    """The argument of this direction. Not for None: a function cannot return it to Triton before 3.7."""
+    return tl.where(direction == 0, a, b)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -93,9 +90,16 @@ def _resident_kernel(
     if BOTH:
         reverse = tl.program_id(1)
         x_gates_ptr, weight_ptr = _of(reverse, x_gates_ptr, x_gates_2), _of(reverse, weight_ptr, weight_2)
-        h_ptr, c_ptr, gates_ptr = _of(reverse, h_ptr, h_2), _of(reverse, c_ptr, c_2), _of(reverse, gates_ptr, gates_2)
+        h_ptr = _of(reverse, h_ptr, h_2)
         h0_ptr, c0_ptr = _of(reverse, h0_ptr, h0_2), _of(reverse, c0_ptr, c0_2)
-        h_start_ptr, c_start_ptr = _of(reverse, h_start_ptr, h_start_2), _of(reverse, c_start_ptr, c_start_2)
+        if c_ptr is not None:
+            c_ptr = _of(reverse, c_ptr, c_2)
+        if gates_ptr is not None:
+            gates_ptr = _of(reverse, gates_ptr, gates_2)
+        if h_start_ptr is not None:
+            h_start_ptr = _of(reverse, h_start_ptr, h_start_2)
+        if c_start_ptr is not None:
+            c_start_ptr = _of(reverse, c_start_ptr, c_start_2)
         h_n_ptr, c_n_ptr = _of(reverse, h_n_ptr, h_n_2), _of(reverse, c_n_ptr, c_n_2)
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     h = tl.arange(0, BLOCK_H)
@@ -216,24 +220,29 @@ def _resident_backward_kernel(
     reverse = REVERSE
     if BOTH:
         reverse = tl.program_id(1)
-        dh_ptr, dc_ptr, dgates_ptr = (
-            _of(reverse, dh_ptr, dh_2),
-            _of(reverse, dc_ptr, dc_2),
-            _of(reverse, dgates_ptr, dgates_2),
-        )
-        dh_n_ptr, dc_n_ptr = _of(reverse, dh_n_ptr, dh_n_2), _of(reverse, dc_n_ptr, dc_n_2)
-        gates_ptr, c_ptr, weight_ptr = (
-            _of(reverse, gates_ptr, gates_2),
-            _of(reverse, c_ptr, c_2),
-            _of(reverse, weight_ptr, weight_2),
-        )
-        c0_ptr, c_start_ptr, dx_ptr = (
-            _of(reverse, c0_ptr, c0_2),
-            _of(reverse, c_start_ptr, c_start_2),
+        gates_ptr, c_ptr = _of(reverse, gates_ptr, gates_2), _of(reverse, c_ptr, c_2)
+        weight_ptr, c0_ptr = _of(reverse, weight_ptr, weight_2), _of(reverse, c0_ptr, c0_2)
+        dx_ptr, dh0_ptr, dc0_ptr = (
             _of(reverse, dx_ptr, dx_2),
+            _of(reverse, dh0_ptr, dh0_2),
+            _of(reverse, dc0_ptr, dc0_2),
         )
-        dh0_ptr, dc0_ptr = _of(reverse, dh0_ptr, dh0_2), _of(reverse, dc0_ptr, dc0_2)
-        dh_start_ptr, dc_start_ptr = _of(reverse, dh_start_ptr, dh_start_2), _of(reverse, dc_start_ptr, dc_start_2)
+        if dh_ptr is not None:
+            dh_ptr = _of(reverse, dh_ptr, dh_2)
+        if dc_ptr is not None:
+            dc_ptr = _of(reverse, dc_ptr, dc_2)
+        if dgates_ptr is not None:
+            dgates_ptr = _of(reverse, dgates_ptr, dgates_2)
+        if dh_n_ptr is not None:
+            dh_n_ptr = _of(reverse, dh_n_ptr, dh_n_2)
+        if dc_n_ptr is not None:
+            dc_n_ptr = _of(reverse, dc_n_ptr, dc_n_2)
+        if c_start_ptr is not None:
+            c_start_ptr = _of(reverse, c_start_ptr, c_start_2)
+        if dh_start_ptr is not None:
+            dh_start_ptr = _of(reverse, dh_start_ptr, dh_start_2)
+        if dc_start_ptr is not None:
+            dc_start_ptr = _of(reverse, dc_start_ptr, dc_start_2)
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     h = tl.arange(0, BLOCK_H)
     k = tl.arange(0, BLOCK_H)
