@@ -31,7 +31,7 @@ settings.register_profile("explore", parent=settings.get_profile("ci"), derandom
 settings.register_profile("interpreted", parent=settings.get_profile("ci"), max_examples=12)  # a kernel takes seconds
 settings.load_profile("interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "ci")
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 
 def pytest_configure(config: pytest.Config) -> None:

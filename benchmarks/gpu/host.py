@@ -25,7 +25,7 @@ FIRST = ("tests/kernels/test_gpu.py", "tests/ops", "tests/nn")
 SECONDS = {"cuda": 25.0, "cpu": 25.0}  # of a file, roughly
 LONGEST = 240.0  # of a file or a benchmark, before it counts as hung
 LIMIT = LONGEST + 30.0
-SELECT = {"cuda": "cuda", "cpu": "not cuda"}
+SELECT = {"cuda": "gpu", "cpu": "not gpu and not sanitizer"}  # by pytest's markers
 DRY_FILES = ["tests/ops/test_tolerance.py::test_bits"]
 BENCHMARKS = {
     "lstm": ["lstm", "--mode", "train,infer", "--cases", "T50_B16_H128,T100_B1_H256", "--rounds", "5"],
@@ -36,21 +36,23 @@ NO_TESTS = 5  # pytest's exit status where everything was deselected
 
 
 def files(suite: str) -> list[str]:
-    """Test files, those of the operators first; of "cuda" those that speak of a device."""
+    """Test files, those of the operators first; of "cuda" those with tests for it, the first one function by function."""
     found = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py"))]
     if suite == "cuda":
-        found = [f for f in found if re.search(r"\bdevice\b|cuda", (ROOT / f).read_text()) and f.startswith(FIRST)]
+        found = [f for f in found if re.search(r"mark\.gpu\b|\bdevice: str\b", (ROOT / f).read_text())]
+        found.remove(FIRST[0])
+        found += [f"{FIRST[0]}::{name}" for name in re.findall(r"^def (test_\w+)", (ROOT / FIRST[0]).read_text(), re.M)]
     place = {name: next((n for n, start in enumerate(FIRST) if name.startswith(start)), len(FIRST)) for name in found}
     return sorted(found, key=lambda name: place[name])
 
 
 def pytest(file: str, suite: str) -> list[Row]:
     row: Row = {"op": "tests", "table": "tests", "suite": suite, "case": file}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-m", "not sanitizer"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
     begin = time.perf_counter()
     try:
         done = subprocess.run(
-            [*command, "-k", SELECT[suite], file], cwd=ROOT, capture_output=True, text=True, timeout=LONGEST
+            [*command, "-m", SELECT[suite], file], cwd=ROOT, capture_output=True, text=True, timeout=LONGEST
         )
     except subprocess.TimeoutExpired:
         return [{**row, "gate": f"failed: not done after {LONGEST:.0f} s"}]

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseq_kernels._launch import cdiv, launch, power_of_two, rnn_precision
+from fastseq_kernels._tiles import add_product
 
 _RUN_TIME = ["M", "K", "blocks"]  # sizes that must not compile anew; rows are M, or K of a weight's gradient
 
@@ -50,11 +51,12 @@ def _gemm_kernel(
     b_tile = k[:, None] * b_row + tl.arange(0, BLOCK_N)[None, :] * b_column
     m_left, k_left = tl.minimum(M - m_first, BLOCK_M).to(tl.int32), tl.minimum(K - first, blocks * BLOCK_K).to(tl.int32)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    lost = total
     for done in range(0, k_left, BLOCK_K):
         inside = k < tl.multiple_of(k_left - done, K_MULTIPLE)
         left = tl.load(a + a_tile, mask=(m < m_left)[:, None] & inside[None, :], other=0.0)
         right = tl.load(b + b_tile, mask=inside[:, None] & (n < N)[None, :], other=0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        total, lost = add_product(total, lost, left, right, PRECISION)
         a += tl.cast(BLOCK_K, tl.int64) * a_column
         b += tl.cast(BLOCK_K, tl.int64) * b_row
     if bias_ptr is not None:

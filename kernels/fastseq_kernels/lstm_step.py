@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastseq_kernels._launch import cdiv, launch, power_of_two, rnn_precision, target
 from fastseq_kernels._steps import Recurrence, element, is_cut, state_before, steps_of
-from fastseq_kernels._tiles import gate, sigmoid, tanh
+from fastseq_kernels._tiles import add_product, gate, sigmoid, tanh
 
 _RUN_TIME = ["t", "T", "B"]  # sizes that must not compile anew
 
@@ -37,16 +37,17 @@ def _gate_sums(
     """The state times the rows of weight_hh of the units h, per gate."""
     i = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     f, g, o = i, i, i
+    i_lost, f_lost, g_lost, o_lost = i, i, i, i
     plane = tl.cast(H, tl.int64) * P
     for first in range(0, P, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         s = tl.load(state[:, None] + k[None, :], mask=known[:, None] & (k < P)[None, :], other=0.0)
         weight = weight_ptr + h.to(tl.int64)[None, :] * P + k[:, None]
         inside = (k < P)[:, None] & (h < H)[None, :]
-        i = tl.dot(s, tl.load(weight, mask=inside, other=0.0), i, input_precision=PRECISION)
-        f = tl.dot(s, tl.load(weight + plane, mask=inside, other=0.0), f, input_precision=PRECISION)
-        g = tl.dot(s, tl.load(weight + 2 * plane, mask=inside, other=0.0), g, input_precision=PRECISION)
-        o = tl.dot(s, tl.load(weight + 3 * plane, mask=inside, other=0.0), o, input_precision=PRECISION)
+        i, i_lost = add_product(i, i_lost, s, tl.load(weight, mask=inside, other=0.0), PRECISION)
+        f, f_lost = add_product(f, f_lost, s, tl.load(weight + plane, mask=inside, other=0.0), PRECISION)
+        g, g_lost = add_product(g, g_lost, s, tl.load(weight + 2 * plane, mask=inside, other=0.0), PRECISION)
+        o, o_lost = add_product(o, o_lost, s, tl.load(weight + 3 * plane, mask=inside, other=0.0), PRECISION)
     return i, f, g, o
 
 
@@ -188,12 +189,13 @@ def row_sums(
 ):
     """Rows times the columns n of a matrix."""
     total = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+    lost = total
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         a = tl.load(rows[:, None] + k[None, :], mask=known[:, None] & (k < K)[None, :], other=0.0)
         weight = weight_ptr + k.to(tl.int64)[:, None] * weight_row + n.to(tl.int64)[None, :] * weight_column
         w = tl.load(weight, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
-        total = tl.dot(a, w, total, input_precision=PRECISION)
+        total, lost = add_product(total, lost, a, w, PRECISION)
     return total
 
 

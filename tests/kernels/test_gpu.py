@@ -19,6 +19,7 @@ from tests.kernels.cases import CALLS, Call
 from tests.ops import lstm_cases, vq_cases
 from tests.tolerance import assert_same_bits, assert_within_budget
 
+pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RUNS = 20
 WAITS = {"vq_unpack"}  # says so in its docstring

@@ -17,7 +17,10 @@ from tests.tolerance import GRADIENTS, assert_same_bits, assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("FASTSEQ_BACKEND") == "triton"
-pytestmark = pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason="no GPU, and no kernels interpreted")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason="no GPU, and no kernels interpreted"),
+]
 
 T, B, I, H = 4, 3, 5, 10  # noqa: E741
 LENGTHS = torch.tensor([2, 4, 3])

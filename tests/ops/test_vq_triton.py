@@ -24,7 +24,10 @@ from fastseq_kernels.vq_quantize import vq_quantize  # noqa: E402
 DEVICE = "cpu" if interpreted() else "cuda"
 if not (interpreted() or torch.cuda.is_available()):
     pytest.skip("triton: neither CUDA nor TRITON_INTERPRET=1", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of numbers that are not finite
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, of numbers that are not finite
+]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = {"bf16": (BF16, BF16), "fp16": (FP16, FP16), "mixed": (BF16, FP32), "mixed16": (FP16, FP32)}
 SWEEP, SCREEN = 0, 1
