@@ -36,7 +36,7 @@ NO_TESTS = 5  # pytest's exit status where everything was deselected
 
 
 def files(suite: str) -> list[str]:
-    """Test files, those of the operators first; of "cuda" those with tests for it, the first one function by function."""
+    """Test files, those of the operators first; of "cuda" those marked, the first by function."""
     found = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py"))]
     if suite == "cuda":
         found = [f for f in found if re.search(r"mark\.gpu\b|\bdevice: str\b", (ROOT / f).read_text())]
