@@ -26,6 +26,7 @@ from benchmarks.gpu.clock import Clock, Share, shares
 from benchmarks.gpu.part import Row
 
 KERNELS = process.ROOT / "kernels" / "fastseq_kernels"
+DTYPES = ("bfloat16", "float32", "float16", "tf32")
 # processes for each family and dtype: about as many as its compilations need beside the others
 SHARDS = {
     ("lstm", "bfloat16"): 3,
@@ -35,7 +36,9 @@ SHARDS = {
     ("lstm", "float16"): 1,
     ("vq", "float16"): 1,
     ("lstm", "tf32"): 1,
-    **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in ("bfloat16", "float32", "float16")},
+    **{
+        (family, dtype): 1 for family in ("compressed", "graph") for dtype in ("bfloat16", "float32", "float16", "tf32")
+    },
 }
 PARITY = tuple(f"parity:{family}-{dtype}-{n}/{of}" for (family, dtype), of in SHARDS.items() for n in range(of))
 DRY_PARITY = ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1")

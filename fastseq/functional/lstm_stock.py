@@ -1,4 +1,4 @@
-"""torch's own LSTM for a whole net: what runs sigmoid gates on a GPU, where cuDNN is hard to beat.
+"""torch's own LSTM for a whole net: what runs sigmoid gates on a GPU, but where ours was measured to be faster.
 
 It gives way where it lacks something: gate noise, temperatures, resets, all cell states, recomputation, transforms of
 functions, graphs of torch.compile. Its backward exists in evaluation mode too here, and a second derivative goes
@@ -15,6 +15,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastseq.ops._select import Backend
+from fastseq.ops._triton import kernels, why_not_triton
+
+LEAST_T = 64  # steps from which CUDA graphs are used, and the costs of a call matter little
+LEAST_H = {torch.bfloat16: 1, torch.float16: 129, torch.float32: 129}  # units; torch's is faster for fewer
+MOST_WORK = {torch.bfloat16: 1 << 27, torch.float16: 1 << 26, torch.float32: 1 << 24}  # rows times squared units
+PERSISTENT = range(8, 64)  # rows for which cuDNN keeps float16 weights on the chip
 
 
 class StockCall(NamedTuple):
@@ -49,12 +55,32 @@ def _why_not(call: StockCall) -> str | None:
     return None
 
 
+def _slower(call: StockCall) -> str | None:
+    """Where ours was seen right on this device and is faster: on an H100 at every size within these bounds that was
+    measured (``benchmarks/results``), forward and backward."""
+    x, weight_hh = call.x, call.weights[0].weight_hh
+    if x.device.type != "cuda" or x.dtype not in MOST_WORK or call.weights[0].weight_hr is not None:
+        return None
+    T, B = x.shape[:2] if call.batch_sizes is None else (len(call.batch_sizes), int(call.batch_sizes[0]))
+    H = weight_hh.shape[1]
+    if T < LEAST_T or H < LEAST_H[x.dtype] or B * H * H > MOST_WORK[x.dtype]:
+        return None
+    if x.dtype == torch.float16 and B in PERSISTENT:
+        return None
+    if why_not_triton() is not None or torch.version.hip:
+        return None
+    doubt = kernels("_verified").doubt
+    if any(doubt(module, x.device, x.dtype) is not None for module in ("lstm_layer", "lstm_graph")):
+        return None
+    return f"slower than our kernels for {B} rows and {H} units in {str(x.dtype).removeprefix('torch.')}"
+
+
 def _can(call: StockCall) -> str | None:
     return None
 
 
 # "layers" stands for our operators, layer by layer, each with backends of its own
-BACKENDS = (Backend("torch", lambda call: stock(call), _why_not), Backend("layers", lambda call: None, _can))
+BACKENDS = (Backend("torch", lambda call: stock(call), _why_not, _slower), Backend("layers", lambda call: None, _can))
 
 
 def stock(call: StockCall, again: Callable[..., tuple[Tensor, ...]] | None = None) -> tuple[Tensor, Tensor, Tensor]:

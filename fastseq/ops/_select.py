@@ -20,8 +20,9 @@ def _none(*args: Any, **kwargs: Any) -> None:
 class Backend(NamedTuple):
     """One way to compute an operator.
 
-    ``why_not(*args)`` is None where it can, else the reason. ``doubt(*args)`` is None, or why nobody has seen its
-    results be right on this device; then it gives way to a backend without doubt, but for the reference.
+    ``why_not(*args)`` is None where it can, else the reason. ``doubt(*args)`` is None, or why another is better: nobody
+    has seen its results be right on this device, or it was measured to be slower. Then it gives way to a backend
+    without doubt, but for the reference.
     """
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -85,20 +85,45 @@ def recording(chosen: Target) -> Iterator[list[Launch]]:
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 1, **constexprs: Any
-) -> None:
-    """Run ``kernel`` on a grid of programs, on the device and stream of its tensors; an empty grid runs none."""
+) -> Any:
+    """Run ``kernel`` on a grid of programs, on the device and stream of its tensors; an empty grid runs none.
+
+    Returns:
+        The binary that ran on the current device, or None.
+    """
     if 0 in grid:
-        return
+        return None
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
-        return
+        return None
     options = {} if INTERPRETED else {"num_warps": num_warps, "num_stages": num_stages}
     device = next(a.device for a in args if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constexprs, **options)
-    else:
-        kernel[grid](*args, **constexprs, **options)
+        return None
+    return kernel[grid](*args, **constexprs, **options)
+
+
+class Repeated:
+    """A launch that a loop makes again and again, with the same tensors and other numbers that specialise no kernel.
+
+    triton looks for the binary of every call, which takes longer than a step on the device; here of the first alone.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int], **options: Any) -> None:
+        self._kernel, self._grid, self._options = kernel, grid, options
+        self._again: Callable[..., None] | None = None
+        self._constants: tuple[Any, ...] = ()
+
+    def __call__(self, *args: Any) -> None:
+        if self._again is not None:
+            self._again(*args, *self._constants)
+            return
+        binary = launch(self._kernel, self._grid, *args, **self._options)
+        if binary is not None and not INTERPRETED:
+            self._again = binary[(*self._grid, 1)]
+            self._constants = tuple(self._options[name] for name in self._kernel.arg_names[len(args) :])
 
 
 def cdiv(a: int, b: int) -> int:

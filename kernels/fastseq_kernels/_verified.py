@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from fastseq_kernels._launch import rnn_precision
 from fastseq_kernels._sources import source_hash
+
+TF32 = ("lstm", "lstm_layer", "lstm_graph", "lstm_lowrank")  # what may round float32 to TF32 counts as another dtype
 
 
 @functools.cache
@@ -39,6 +42,8 @@ def doubt(module: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if row["source"] != source_hash(module):
         return f"unverified: {module} has changed since its result row for {name}"
     wanted = str(dtype).removeprefix("torch.")
+    if module in TF32 and rnn_precision(dtype) == "tf32":
+        wanted = "tf32"
     if dtype.is_floating_point and wanted not in row["dtypes"]:
         return f"unverified: no result row of {module} in {wanted} for {name}"
     return None

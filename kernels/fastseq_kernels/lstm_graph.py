@@ -193,15 +193,15 @@ def _launch_block(loop: Loop, table: Tensor) -> None:
     """All steps of one graph and the count of them; every launch depends on the table alone."""
     call, given = loop.call, sum(1 << n for n, t in enumerate(loop.tensors) if t is not None)
     kind = _KINDS[call.weight_hh.dtype]
+    step = lstm_step.repeated(
+        *(_KERNELS[loop.kernel], call.rows.B, call.H, loop.at, table.device),
+        GIVEN=given,
+        KIND=kind,
+        FALLING=loop.falling,
+        **loop.constexprs,
+    )
     for n in range(STEPS):
-        lstm_step.run(
-            *(_KERNELS[loop.kernel], call.rows.B, call.H, loop.at, table),
-            *(1.0 / call.tau, n, call.rows.B, call.H, call.P),
-            GIVEN=given,
-            KIND=kind,
-            FALLING=loop.falling,
-            **loop.constexprs,
-        )
+        step(table, 1.0 / call.tau, n, call.rows.B, call.H, call.P)
     launch(_advance_kernel, (1,), table, STEPS, num_warps=1)
 
 
@@ -236,8 +236,9 @@ def run(loop: Loop) -> None:
     if blocks:
         with _lock:
             _run_blocks(loop, blocks)
+    step = loop.launcher()
     for n in range(blocks * STEPS, T):
-        loop.one(loop.step(n))
+        step(loop.step(n))
 
 
 def _run_blocks(loop: Loop, blocks: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastseq_kernels._call import BLOCK_B, outputs, recurrence
 from fastseq_kernels._cell import cell, load_c, load_gates, store_gates, store_step
-from fastseq_kernels._launch import Target, cdiv, launch, power_of_two, target
+from fastseq_kernels._launch import Repeated, Target, cdiv, launch, power_of_two, target
 from fastseq_kernels._steps import element, is_cut, neighbours, state_before, steps_between, steps_of
 
 _RUN_TIME = ["first", "last", "T", "B", "inverse_tau"]  # what must not compile anew
@@ -229,9 +229,9 @@ def lstm_int8_forward(
         return out.results()
     across = 1 if at.route == "loop" else cdiv(call.H, at.block_h)
     step = max(call.rows.T, 1) if at.route == "loop" else 1
+    run = Repeated(steps_kernel, (tiles, across), BLOCK_K=at.block_k, **options)
     for first in range(0, call.rows.T, step):
-        args = (*given, first, first + step, *sizes, *weight.shape[1:])
-        launch(steps_kernel, (tiles, across), *args, BLOCK_K=at.block_k, **options)
+        run(*given, first, first + step, *sizes, *weight.shape[1:])
     return out.results()
 
 

@@ -7,6 +7,7 @@ by all multiprocessors; tiles are narrow so that there are programs for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseq_kernels._launch import cdiv, launch, power_of_two, rnn_precision, target
+from fastseq_kernels._launch import Repeated, cdiv, power_of_two, rnn_precision, target
 from fastseq_kernels._steps import Recurrence, element, is_cut, state_before, steps_of
 from fastseq_kernels._tiles import add_product, gate, sigmoid, tanh
 
@@ -26,7 +27,7 @@ def _gate_sums(
     state,  # [BLOCK_B] pointers to rows of P
     known,  # [BLOCK_B] rows to read, the others are zeros
     weight_ptr,  # [4*H, P]
-    h,
+    first_unit,
     H,
     P,
     PRECISION: tl.constexpr,
@@ -34,20 +35,23 @@ def _gate_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The state times the rows of weight_hh of the units h, per gate."""
-    i = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-    f, g, o = i, i, i
-    i_lost, f_lost, g_lost, o_lost = i, i, i, i
-    plane = tl.cast(H, tl.int64) * P
+    """The state times the rows of weight_hh of BLOCK_N units, per gate.
+
+    The four gates of a unit are neighbours in one product, whose long side is theirs: few rows fill no instruction.
+    """
+    n = tl.arange(0, 4 * BLOCK_N)
+    h = first_unit + n // 4
+    weight = weight_ptr + ((n % 4) * H + h).to(tl.int64)[:, None] * P
+    sums = tl.zeros([4 * BLOCK_N, BLOCK_B], tl.float32)
+    lost = sums
     for first in range(0, P, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        s = tl.load(state[:, None] + k[None, :], mask=known[:, None] & (k < P)[None, :], other=0.0)
-        weight = weight_ptr + h.to(tl.int64)[None, :] * P + k[:, None]
-        inside = (k < P)[:, None] & (h < H)[None, :]
-        i, i_lost = add_product(i, i_lost, s, tl.load(weight, mask=inside, other=0.0), PRECISION)
-        f, f_lost = add_product(f, f_lost, s, tl.load(weight + plane, mask=inside, other=0.0), PRECISION)
-        g, g_lost = add_product(g, g_lost, s, tl.load(weight + 2 * plane, mask=inside, other=0.0), PRECISION)
-        o, o_lost = add_product(o, o_lost, s, tl.load(weight + 3 * plane, mask=inside, other=0.0), PRECISION)
+        w = tl.load(weight + k[None, :], mask=(h < H)[:, None] & (k < P)[None, :], other=0.0)
+        s = tl.load(state[None, :] + k[:, None], mask=known[None, :] & (k < P)[:, None], other=0.0)
+        sums, lost = add_product(sums, lost, w, s, PRECISION)
+    i_g, f_o = tl.split(tl.reshape(tl.trans(sums), [BLOCK_B, BLOCK_N, 2, 2]))
+    i, g = tl.split(i_g)
+    f, o = tl.split(f_o)
     return i, f, g, o
 
 
@@ -83,7 +87,8 @@ def step(
     BLOCK_K: tl.constexpr,
 ):
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    h = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_unit = tl.program_id(1) * BLOCK_N
+    h = first_unit + tl.arange(0, BLOCK_N)
     steps = steps_of(lengths_ptr, b, T, B)
     alive = t < steps
     before = t + 1 if REVERSE else t - 1
@@ -106,7 +111,7 @@ def step(
     x_g = tl.load(x_gates_ptr + at + 2 * H, mask=here, other=0.0).to(tl.float32)
     x_o = tl.load(x_gates_ptr + at + 3 * H, mask=here, other=0.0).to(tl.float32)
     c = tl.load(c_state[:, None] + h[None, :], mask=c_known[:, None] & columns, other=0.0)
-    i, f, g, o = _gate_sums(state, known, weight_ptr, h, H, P, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+    i, f, g, o = _gate_sums(state, known, weight_ptr, first_unit, H, P, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
 
     i, f = gate(x_i + i, inverse_tau, HARD), gate(x_f + f, inverse_tau, HARD)
     g, o = tanh(x_g + g), sigmoid(x_o + o)
@@ -248,25 +253,24 @@ def tile(B: int, width: int, terms: int, dtype: torch.dtype, planes: int = 1) ->
     """For B rows, ``width`` units of a model, sums of ``terms``, and that many of them at once.
 
     Tiles grow where there are programs enough without. About 32 KiB must be under way to hide the second-level cache.
-    A matrix instruction takes 16 rows; of many rows 32 share what a program reads of the weights (64 spill registers
-    on sm_80 to sm_120), which is all that B decides, so that other batches compile one kernel more at most. A row's
-    sums are the same either way. Products without tensor cores keep all terms of a tile in registers, so these are few.
+    A matrix instruction takes 16 rows; of many rows 32 or 64 share what a program reads of the weights, which is all
+    that B decides, so that other batches compile two kernels more at most. A row's sums are the same either way.
+    Products without tensor cores keep all terms of a tile in registers, so these are few.
     """
     units = power_of_two(width, 16, 16 if width <= 2048 else 32)
     if dtype == torch.float32 and rnn_precision(dtype) == "ieee":
         return Tile(16, units, 16, 4, 2)
-    rows = 32 if B > 32 else 16
+    rows = 16 if B <= 32 else 32 if B <= 128 else 64
     return Tile(rows, units, power_of_two(terms, 16, 64 if dtype == torch.float32 else 128), 4, 3 if planes == 4 else 5)
 
 
-def run(kernel: Any, rows: int, width: int, at: Tile, *args: Any, **constexprs: Any) -> None:
-    """One launch over all rows and ``width`` units."""
-    if target(next(a.device for a in args if isinstance(a, Tensor))).capability == 120:
+def repeated(kernel: Any, rows: int, width: int, at: Tile, device: torch.device, **constexprs: Any) -> Repeated:
+    """Launches over all rows and ``width`` units."""
+    if target(device).capability == 120:
         constexprs["maxnreg"] = 255  # else ptxas spills a few registers to have more programs per multiprocessor
-    launch(
+    return Repeated(
         kernel,
         (cdiv(rows, at.rows), cdiv(width, at.units)),
-        *args,
         BLOCK_B=at.rows,
         BLOCK_N=at.units,
         BLOCK_K=at.terms,
@@ -286,11 +290,11 @@ class Loop(NamedTuple):
     constexprs: dict[str, Any]
     falling: bool  # from the last step to the first
 
-    def one(self, t: int) -> None:
-        """Launch step t."""
+    def launcher(self) -> Callable[[int], None]:
+        """What launches step t."""
         (T, B, *_), H, P = self.call.rows, self.call.H, self.call.P
-        numbers = (1.0 / self.call.tau, t, T, B, H, P)
-        run(self.kernel, B, H, self.at, *self.tensors, *numbers, **self.constexprs)
+        launch = repeated(self.kernel, B, H, self.at, self.call.h0.device, **self.constexprs)
+        return lambda t: launch(*self.tensors, 1.0 / self.call.tau, t, T, B, H, P)
 
     def step(self, n: int) -> int:
         """The n-th step of the loop."""
@@ -320,13 +324,10 @@ def forward(
     """Write h, and c and gates where they are kept; returns h_n and c_n. ``gates`` may be ``x_gates``."""
     (T, B, *_), H, P = call.rows, call.H, call.P
     loop, h_n, c_n = forward_loop(call, x_gates, h, c, gates)
-    m, at = loop.tensors[5], tile(B, P, H, h.dtype)
+    m, step, options = loop.tensors[5], loop.launcher(), {"REVERSE": call.reverse, "PRECISION": rnn_precision(h.dtype)}
+    project = repeated(_project_kernel, B, P, tile(B, P, H, h.dtype), h.device, **options)
     for t in map(loop.step, range(T)):
-        loop.one(t)
+        step(t)
         if m is not None:
-            run(
-                *(_project_kernel, B, P, at, m, call.weight_hr, h, h_n, *call.places[:2], t, T, B, H, P),
-                REVERSE=call.reverse,
-                PRECISION=rnn_precision(h.dtype),
-            )
+            project(m, call.weight_hr, h, h_n, *call.places[:2], t, T, B, H, P)
     return h_n, c_n

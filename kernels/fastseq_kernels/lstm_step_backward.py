@@ -17,16 +17,48 @@ from torch import Tensor
 from fastseq_kernels._cell import cell_backward
 from fastseq_kernels._launch import rnn_precision
 from fastseq_kernels._steps import Found, Grads, Recurrence, element, is_cut, state_before, steps_of
-from fastseq_kernels._tiles import tanh
-from fastseq_kernels.lstm_step import Loop, row_sums, run, tile
+from fastseq_kernels._tiles import add_product, tanh
+from fastseq_kernels.lstm_step import Loop, Tile, repeated, row_sums, tile
 
 _RUN_TIME = ["t", "T", "B"]  # sizes that must not compile anew
 
 
 @triton.jit
+def _gate_rows(
+    rows,  # [BLOCK_B] pointers to rows of 4*H
+    known,  # [BLOCK_B] rows to read, the others are zeros
+    turned_ptr,  # [P, 4*H]
+    p,
+    H,
+    P,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The pre-activations' gradients times the columns p of weight_hh: a product per gate, each by a warp of its own.
+
+    As one product, tiles this small would give several warps the same work.
+    """
+    gates = tl.arange(0, 4) * H
+    total = tl.zeros([4, BLOCK_B, BLOCK_N], tl.float32)
+    lost = total
+    column = turned_ptr + p.to(tl.int64) * (4 * H)
+    for first in range(0, H, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        inside, at = k < H, gates[:, None] + k[None, :]
+        here = known[None, :, None] & inside[None, None, :]
+        there = inside[None, :, None] & (p < P)[None, None, :]
+        a = tl.load(rows[None, :, None] + at[:, None, :], mask=here, other=0.0)
+        w = tl.load(column[None, None, :] + at[:, :, None], mask=there, other=0.0)
+        total, lost = add_product(total, lost, a, w, PRECISION)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def _carried(
     dx_ptr,  # [N, 4*H] of the steps done so far
-    weight_ptr,  # [4*H, P]
+    turned_ptr,  # [P, 4*H]
     dh_n_ptr,  # [B, P] or None
     dh_start_ptr,  # [B, P] in and out, or None
     offsets_ptr,
@@ -48,7 +80,7 @@ def _carried(
 ):
     """The gradient of a state from the step after it: that of the pre-activations times weight_hh."""
     rows = dx_ptr + element(offsets_ptr, after, b, T, B) * (4 * H)
-    dh = row_sums(rows, taken, weight_ptr, p, P, 4 * H, P, 1, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+    dh = _gate_rows(rows, taken, turned_ptr, p, H, P, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
     columns = (p < P)[None, :]
     own = b.to(tl.int64)[:, None] * P + p[None, :]
     if dh_n_ptr is not None:
@@ -69,7 +101,7 @@ def _carried(
 @triton.jit(do_not_specialize=_RUN_TIME)
 def _carry_kernel(
     dx_ptr,  # [N, 4*H]
-    weight_ptr,  # [4*H, P]
+    turned_ptr,  # [P, 4*H]
     dh_ptr,  # [N, P] upstream or None
     dh_n_ptr,  # [B, P] or None
     dh_start_ptr,  # [B, P] in and out, or None
@@ -99,7 +131,7 @@ def _carry_kernel(
         after = steps * 0 + (t - 1 if REVERSE else t + 1)
         taken = (t < steps) & (after >= 0) & (after < steps)
     dh = _carried(
-        *(dx_ptr, weight_ptr, dh_n_ptr, dh_start_ptr, offsets_ptr, reset_ptr, after, taken, b, p, steps, T, B, H, P),
+        *(dx_ptr, turned_ptr, dh_n_ptr, dh_start_ptr, offsets_ptr, reset_ptr, after, taken, b, p, steps, T, B, H, P),
         *(REVERSE, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K),
     )
     columns = (p < P)[None, :]
@@ -131,7 +163,7 @@ def step_backward(
     c_ptr,  # [N, H]
     c0_ptr,  # [B, H]
     c_start_ptr,  # [H] or None
-    weight_ptr,  # [4*H, P]; with a projection weight_hr [P, H]
+    weight_ptr,  # the transpose of weight_hh, [P, 4*H]; with a projection weight_hr [P, H]
     lengths_ptr,
     offsets_ptr,
     reset_ptr,
@@ -258,6 +290,13 @@ def _step_backward_kernel(
     )
 
 
+def gate_tile(B: int, width: int, H: int, dtype: torch.dtype) -> Tile:
+    """For the sums of H terms of four gates: more of them at once are too much for shared memory."""
+    at = tile(B, width, H, dtype, planes=4)
+    stages = min(at.num_stages + 1, {16: 4, 32: 3, 64: 2}[at.rows])
+    return at._replace(terms=min(at.terms, 128 // dtype.itemsize), num_stages=stages)
+
+
 class Backward(NamedTuple):
     """The loop of the backward, and what is around it."""
 
@@ -279,14 +318,20 @@ def backward_loop(call: Recurrence, grads: Grads, gates: Tensor, c: Tensor) -> B
     m = gates.new_empty(*gates.shape[:-1], H) if projected else None
     options: dict[str, Any] = {"REVERSE": call.reverse, "PRECISION": rnn_precision(gates.dtype)}
 
-    def carry(out: Tensor, t: int, first: bool) -> None:
-        given = (dx, call.weight_hh, None if first else grads.h, grads.h_n, dh_start, out, *call.places)
-        run(_carry_kernel, B, P, tile(B, P, 4 * H, gates.dtype), *given, t, T, B, H, P, FIRST=first, **options)
+    turned = call.weight_hh.mT.contiguous()  # neighbours in a sum are neighbours in memory
+    carrying = {
+        first: repeated(_carry_kernel, B, P, gate_tile(B, P, H, gates.dtype), gates.device, FIRST=first, **options)
+        for first in (False, True)
+    }
 
-    weight = call.weight_hr if projected else call.weight_hh
+    def carry(out: Tensor, t: int, first: bool) -> None:
+        given = (dx, turned, None if first else grads.h, grads.h_n, dh_start, out, *call.places)
+        carrying[first](*given, t, T, B, H, P)
+
+    weight = call.weight_hr if projected else turned
     upstream = (dh, grads.c, grads.gates, grads.h_n, dh_start, dc_start, dc_state, dx, m)
     tensors = (*upstream, gates, c, call.c0, call.c_start, weight, *call.places)
-    at = tile(call.rows.B, H, P if projected else 4 * H, gates.dtype)
+    at = tile(B, H, P, gates.dtype) if projected else gate_tile(B, H, H, gates.dtype)
     loop = Loop(_step_backward_kernel, tensors, call, at, {"HARD": call.hard, **options}, not call.reverse)
     return Backward(loop, Found(dx, dh0, dc_state, dh_start, dc_start, dh if projected else None, m), carry)
 
@@ -294,9 +339,10 @@ def backward_loop(call: Recurrence, grads: Grads, gates: Tensor, c: Tensor) -> B
 def backward(call: Recurrence, grads: Grads, gates: Tensor, c: Tensor) -> Found:
     """Gradients of the pre-activations and of all states."""
     loop, found, carry = backward_loop(call, grads, gates, c)
+    step = loop.launcher()
     for t in map(loop.step, range(call.rows.T)):
         if found.dh is not None:
             carry(found.dh, t, False)
-        loop.one(t)
+        step(t)
     carry(found.dh0, 0, True)
     return found

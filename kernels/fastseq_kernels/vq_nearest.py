@@ -2,8 +2,8 @@
 
 Short codes, few rows, and whatever the screen on tensor cores (``vq_screen``) leaves open are swept: a program holds a
 tile of rows and goes through codes with the definition's own chain of fused multiply-adds. Few rows share the codes
-among programs, and a second kernel merges what these found, in ascending order of the codes. So a row's result
-depends neither on other rows nor on how the work was shared.
+among programs, whose results meet in the least key of score and code. So a row's result depends neither on other rows
+nor on how the work was shared.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ _SCRATCH = 64 << 20  # bytes, of sorted scores
 _INDEX = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
+@triton.jit
+def _key(score, code):
+    """int64, ordered as scores and then as codes; zeros of either sign are equal."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | code
+
+
 @triton.jit(do_not_specialize=["N", "K", "first", "rows", "span"])
 def _sweep_kernel(
     x_ptr,  # [G, N, D]
@@ -35,8 +42,7 @@ def _sweep_kernel(
     starts_ptr,  # float32 [G, K]
     list_ptr,  # int32 [G, rows] the rows to look up, or None: first .. first + rows - 1
     count_ptr,  # int32 [G] how many of them, or None
-    score_ptr,  # float32 [G, splits, rows] out
-    place_ptr,  # int32 [G, splits, rows] out
+    keys_ptr,  # int64 [G, rows] in/out: the least of what any program found
     N,
     K,
     D,
@@ -73,9 +79,7 @@ def _sweep_kernel(
             LANES_N,
             LANES_K,
         )
-        at = (g * tl.num_programs(1) + split) * rows + i
-        tl.store(score_ptr + at, score, mask=alive)
-        tl.store(place_ptr + at, place, mask=alive)
+        tl.atomic_min(keys_ptr + g * rows + i, _key(score, place), mask=alive, sem="relaxed")
 
 
 @triton.jit
@@ -89,21 +93,19 @@ def finite_rows(row_ptrs, alive, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
     return worst == 0
 
 
-@triton.jit(do_not_specialize=["N", "first", "rows", "splits"])
-def _merge_kernel(
+@triton.jit(do_not_specialize=["N", "first", "rows"])
+def _write_kernel(
     x_ptr,  # [G, N, D]
     mask_ptr,  # bool [G, N] or None
     list_ptr,  # as of the sweep
     count_ptr,
-    score_ptr,  # float32 [G, splits, rows]
-    place_ptr,  # int32 [G, splits, rows]
-    index_out_ptr,  # [G, N] out
-    score_out_ptr,  # float32 [G, N] out, or None
+    keys_ptr,  # int64 [G, rows]
+    index_ptr,  # [G, N] out
+    score_ptr,  # float32 [G, N] out, or None
     N,
     D,
     first,
     rows,
-    splits,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -117,22 +119,17 @@ def _merge_kernel(
         n = first + i
         if list_ptr is not None:
             n = tl.load(list_ptr + g * rows + i, mask=alive, other=0)
-        score = tl.full([BLOCK_N], float("inf"), tl.float32)
-        place = tl.zeros([BLOCK_N], tl.int32)
-        for split in range(splits):
-            at = (g * splits + split) * rows + i
-            other = tl.load(score_ptr + at, mask=alive, other=float("inf"))
-            less = other < score
-            score = tl.where(less, other, score)
-            place = tl.where(less, tl.load(place_ptr + at, mask=alive, other=0), place)
+        key = tl.load(keys_ptr + g * rows + i, mask=alive, other=0)
+        bits, place = (key >> 32).to(tl.int32), key.to(tl.int32)
+        score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         finite = finite_rows(x_ptr + (g * N + n) * D, alive, D, BLOCK_N, BLOCK_D)
         score, place = tl.where(finite, score, float("inf")), tl.where(finite, place, 0)
         if mask_ptr is not None:
             counts = tl.load(mask_ptr + g * N + n, mask=alive, other=0) != 0
             score, place = tl.where(counts, score, float("inf")), tl.where(counts, place, -1)
-        tl.store(index_out_ptr + g * N + n, place, mask=alive)
-        if score_out_ptr is not None:
-            tl.store(score_out_ptr + g * N + n, score, mask=alive)
+        tl.store(index_ptr + g * N + n, place, mask=alive)
+        if score_ptr is not None:
+            tl.store(score_ptr + g * N + n, score, mask=alive)
 
 
 @triton.jit(do_not_specialize=["N", "K", "first", "rows"])
@@ -164,11 +161,8 @@ def _keys_kernel(
         rows_x = tl.broadcast_to(x[:, None], [BLOCK_N, BLOCK_K])
         score = tl.fma(rows_x, tl.broadcast_to(c[None, :], [BLOCK_N, BLOCK_K]), score)
     score = tl.where((score == score) & finite[:, None], score, float("inf"))
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # zeros of either sign are equal
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = (ordered.to(tl.int64) << 32) | k[None, :]
     at = (g * rows + i)[:, None] * K + k[None, :]
-    tl.store(keys_ptr + at, keys, mask=alive[:, None] & inside[None, :])
+    tl.store(keys_ptr + at, _key(score, k[None, :]), mask=alive[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "N", "K", "best"])
@@ -220,15 +214,14 @@ def sweep(call: Lookup, part: Screened | None = None) -> None:
         grids = (tiles, cdiv(N, _MERGE_N))
     else:  # how many rows is known on the device alone: programs share what there is
         first, rows, listed = part.first, part.rows, (part.open, part.count)
-        splits = min(64, cdiv(K, 2 * _BLOCK_K))
-        grids = (cdiv(4 * many, splits), many)
+        splits = cdiv(K, _BLOCK_K)
+        grids = (cdiv(8 * many, splits), many)
     span = cdiv(cdiv(K, splits), _BLOCK_K) * _BLOCK_K
-    scores = torch.empty(G, splits, rows, dtype=torch.float32, device=device)
-    places = torch.empty(G, splits, rows, dtype=torch.int32, device=device)
+    keys = torch.full((G, rows), torch.iinfo(torch.int64).max, device=device)
     launch(
         _sweep_kernel,
         (grids[0], splits, G),
-        *(call.x, call.turned, call.starts, *listed, scores, places, N, K, D, first, rows, span),
+        *(call.x, call.turned, call.starts, *listed, keys, N, K, D, first, rows, span),
         BLOCK_N=_BLOCK_N,
         BLOCK_K=_BLOCK_K,
         LANES_N=_LANES_N,
@@ -236,9 +229,9 @@ def sweep(call: Lookup, part: Screened | None = None) -> None:
         num_warps=4,
     )
     launch(
-        _merge_kernel,
+        _write_kernel,
         (grids[1], G),
-        *(call.x, call.mask, *listed, scores, places, call.index, call.score, N, D, first, rows, splits),
+        *(call.x, call.mask, *listed, keys, call.index, call.score, N, D, first, rows),
         BLOCK_N=_MERGE_N,
         BLOCK_D=power_of_two(D, most=64),
         num_warps=4,

@@ -33,7 +33,7 @@ from fastseq_kernels._pieces import (
 )
 
 _PIECES = 64 << 20  # bytes, of the rows that share one scratch
-_MOST_ROWS = 1 << 16  # that share it
+_MOST_ROWS = 1 << 17  # that share it
 _CANDIDATES = 4  # more make a row open
 
 

@@ -197,6 +197,7 @@ def _recurrent(op: str, make: Make, grads: bool) -> None:
     call("lstm", op, "fp32 large lengths", make, dtype=FP32, words=OPTIONS["lengths"], H=512)
     for name in ("bf16", "fp32"):  # rows enough for taller tiles
         call("lstm", op, f"{name} many", make, dtype=DTYPES[name], words="lengths reset start", B=100, H=512)
+        call("lstm", op, f"{name} most", make, dtype=DTYPES[name], B=200, H=512)
     call("lstm", op, "bf16 many projection", make, B=100, H=512, P=128)
 
 

@@ -100,8 +100,10 @@ each_layer = pytest.mark.parametrize("layer", LAYERS)
 def step(layer: str, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], Tensor], torch.nn.Module]:
     """A training step of one layer on static memory: its output, with gradients left in the parameters and x."""
     torch.manual_seed(1)
-    module = LAYERS[layer]().cuda().to(dtype if "quant" not in layer and layer != "residual" else torch.float32)
-    x = torch.randn(17, 20, 24, device="cuda").to(next(iter(module.state_dict().values())).dtype).requires_grad_()
+    quantizes = layer in ("quantizer", "learned", "residual")
+    dtype = torch.float32 if quantizes else dtype
+    module = LAYERS[layer]().cuda().to(dtype)
+    x = torch.randn(17, 20, 24, device="cuda", dtype=dtype, requires_grad=True)
 
     def run() -> Tensor:
         for t in (x, *module.parameters()):
@@ -135,8 +137,10 @@ def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, results
 
 
-@pytest.mark.parametrize("call", [c for c in EVERY if "packed" not in c.variant], ids=lambda call: call.name)
+@each_call
 def test_operators_in_a_graph(call: Call) -> None:
+    if any(isinstance(a, Tensor) and a.device.type == "cpu" for a in pytree.tree_leaves(call.make())):
+        pytest.skip("sizes of packed data come from the host, and change from call to call")
     run = runner(call)
     expected = run()
     graph, got = captured(run)

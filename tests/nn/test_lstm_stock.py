@@ -157,3 +157,37 @@ def test_on_a_gpu_it_is_chosen_for_sigmoid_gates(monkeypatch: pytest.MonkeyPatch
         call = StockCall(x, [Weights(weight_ih, weight_hh)], None, False, None, 0.0, {"reset": False})
         assert choose("lstm", lstm_stock.BACKENDS, call).name == "torch"
         assert choose("lstm", lstm_stock.BACKENDS, call._replace(special={"reset": True})).name == "layers"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "T", "B", "H", "name"),
+    [
+        (torch.bfloat16, 64, 16, 512, "layers"),
+        (torch.bfloat16, 64, 16, 64, "layers"),
+        (torch.bfloat16, 63, 16, 512, "torch"),
+        (torch.bfloat16, 64, 256, 1024, "torch"),
+        (torch.float16, 64, 1, 512, "layers"),
+        (torch.float16, 64, 16, 512, "torch"),
+        (torch.float16, 64, 64, 512, "layers"),
+        (torch.float16, 64, 64, 128, "torch"),
+        (torch.float32, 64, 16, 512, "layers"),
+        (torch.float32, 64, 64, 1024, "torch"),
+    ],
+)
+def test_ours_comes_first_where_it_was_measured_to_be_faster(
+    dtype: torch.dtype, T: int, B: int, H: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastseq_kernels import _verified
+
+    monkeypatch.setenv("FASTSEQ_BACKEND", "")
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    with FakeTensorMode():
+        x, weight_hh = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((T, B, 8), (4 * H, H)))
+        call = StockCall(x, [Weights(torch.empty(4 * H, 8), weight_hh)], None, False, None, 0.0, {})
+    for missing, expected in ((None, name), ("lstm_graph", "torch")):
+
+        def doubt(module: str, *args: Any, missing: str | None = missing) -> str | None:
+            return "unverified" if module == missing else None
+
+        monkeypatch.setattr(_verified, "doubt", doubt)
+        assert choose("lstm", lstm_stock.BACKENDS, call, operator=False).name == expected
