@@ -9,13 +9,20 @@ from fastseq_kernels._tiles import gate, sigmoid, tanh
 
 
 @triton.jit
-def load_gates(first, H, mask):
-    """The planes i, f, g, o of a block; ``first`` points to that of i, the others follow at distances of H."""
-    i = tl.load(first, mask=mask, other=0.0).to(tl.float32)
-    f = tl.load(first + H, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(first + 2 * H, mask=mask, other=0.0).to(tl.float32)
-    o = tl.load(first + 3 * H, mask=mask, other=0.0).to(tl.float32)
+def load_planes(first, plane, mask):
+    """Four blocks at distances of ``plane``, one per gate, as they are in memory."""
+    i = tl.load(first, mask=mask, other=0.0)
+    f = tl.load(first + plane, mask=mask, other=0.0)
+    g = tl.load(first + 2 * plane, mask=mask, other=0.0)
+    o = tl.load(first + 3 * plane, mask=mask, other=0.0)
     return i, f, g, o
+
+
+@triton.jit
+def load_gates(first, H, mask):
+    """i, f, g, o of a block in float32; ``first`` points to i."""
+    i, f, g, o = load_planes(first, H, mask)
+    return i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
 
 
 @triton.jit

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseq_kernels._cell import cell_backward
+from fastseq_kernels._cell import cell, cell_backward, load_gates, store_gates
 from fastseq_kernels._launch import cdiv, launch, power_of_two
 from fastseq_kernels._steps import Found, Grads, Recurrence
-from fastseq_kernels._tiles import gate, sigmoid, tanh
+from fastseq_kernels._tiles import tanh
 from fastseq_kernels.gemm import layer_product
 
 _RUN_TIME = ["B"]  # the size that must not compile anew
@@ -41,16 +41,10 @@ def _cell_kernel(
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < H
     at, own = b * (4 * H) + h, b * H + h
-    i = tl.load(x_gates_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    f = tl.load(x_gates_ptr + at + H, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(x_gates_ptr + at + 2 * H, mask=inside, other=0.0).to(tl.float32)
-    o = tl.load(x_gates_ptr + at + 3 * H, mask=inside, other=0.0).to(tl.float32)
-    i = gate(i + tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32), inverse_tau, HARD)
-    f = gate(f + tl.load(product_ptr + at + H, mask=inside, other=0.0).to(tl.float32), inverse_tau, HARD)
-    g = tanh(g + tl.load(product_ptr + at + 2 * H, mask=inside, other=0.0).to(tl.float32))
-    o = sigmoid(o + tl.load(product_ptr + at + 3 * H, mask=inside, other=0.0).to(tl.float32))
-    c = f * tl.load(c0_ptr + own, mask=inside, other=0.0) + i * g
-    m = o * tanh(c)
+    x_i, x_f, x_g, x_o = load_gates(x_gates_ptr + at, H, inside)
+    i, f, g, o = load_gates(product_ptr + at, H, inside)
+    c = tl.load(c0_ptr + own, mask=inside, other=0.0)
+    i, f, g, o, c, m = cell(x_i + i, x_f + f, x_g + g, x_o + o, c, inverse_tau, HARD)
     tl.store(h_ptr + own, m, mask=inside)
     if h_n_ptr is not None:
         tl.store(h_n_ptr + own, m, mask=inside)
@@ -59,10 +53,7 @@ def _cell_kernel(
         tl.store(c_ptr + own, c, mask=inside)
     if gates_ptr is not None:
         tl.debug_barrier()  # gates may be x_gates: other threads of this program have read their part of it
-        tl.store(gates_ptr + at, i, mask=inside)
-        tl.store(gates_ptr + at + H, f, mask=inside)
-        tl.store(gates_ptr + at + 2 * H, g, mask=inside)
-        tl.store(gates_ptr + at + 3 * H, o, mask=inside)
+        store_gates(gates_ptr + at, H, i, f, g, o, inside)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -99,22 +90,13 @@ def _cell_backward_kernel(
     if dc_n_ptr is not None:
         dc += tl.load(dc_n_ptr + own, mask=inside, other=0.0)
     if dgates_ptr is not None:
-        di = tl.load(dgates_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        df = tl.load(dgates_ptr + at + H, mask=inside, other=0.0).to(tl.float32)
-        dg = tl.load(dgates_ptr + at + 2 * H, mask=inside, other=0.0).to(tl.float32)
-        do = tl.load(dgates_ptr + at + 3 * H, mask=inside, other=0.0).to(tl.float32)
-    i = tl.load(gates_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    f = tl.load(gates_ptr + at + H, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gates_ptr + at + 2 * H, mask=inside, other=0.0).to(tl.float32)
-    o = tl.load(gates_ptr + at + 3 * H, mask=inside, other=0.0).to(tl.float32)
+        di, df, dg, do = load_gates(dgates_ptr + at, H, inside)
+    i, f, g, o = load_gates(gates_ptr + at, H, inside)
     c, c0 = tl.load(c_ptr + own, mask=inside, other=0.0), tl.load(c0_ptr + own, mask=inside, other=0.0)
     if m_ptr is not None:
         tl.store(m_ptr + own, o * tanh(c), mask=inside)
     di, df, dg, do, dc = cell_backward(dm, dc, i, f, g, o, c, c0, di, df, dg, do, inverse_tau, HARD)
-    tl.store(dx_ptr + at, di, mask=inside)
-    tl.store(dx_ptr + at + H, df, mask=inside)
-    tl.store(dx_ptr + at + 2 * H, dg, mask=inside)
-    tl.store(dx_ptr + at + 3 * H, do, mask=inside)
+    store_gates(dx_ptr + at, H, di, df, dg, do, inside)
     tl.store(dc0_ptr + own, dc, mask=inside)
 
 

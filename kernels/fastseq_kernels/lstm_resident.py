@@ -14,32 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseq_kernels._cell import cell, cell_backward, load_planes, store_gates
 from fastseq_kernels._launch import Target, cdiv, launch, power_of_two, rnn_precision
 from fastseq_kernels._steps import Found, Grads, Recurrence, element, is_cut, state_before, steps_of
-from fastseq_kernels._tiles import gate, sigmoid, tanh
-from fastseq_kernels.lstm_step_backward import cell_backward
 
 _RUN_TIME = ["T", "B"]  # sizes that must not compile anew
 BLOCK_B = 16  # rows of a tile: what a matrix instruction takes
-
-
-@triton.jit
-def _planes(ptr, at, plane, mask):
-    """Four tensors of one shape, one per gate."""
-    return (
-        tl.load(ptr + at, mask=mask, other=0.0),
-        tl.load(ptr + at + plane, mask=mask, other=0.0),
-        tl.load(ptr + at + 2 * plane, mask=mask, other=0.0),
-        tl.load(ptr + at + 3 * plane, mask=mask, other=0.0),
-    )
-
-
-@triton.jit
-def _store_planes(ptr, at, plane, a, b, c, d, mask):
-    tl.store(ptr + at, a, mask=mask)
-    tl.store(ptr + at + plane, b, mask=mask)
-    tl.store(ptr + at + 2 * plane, c, mask=mask)
-    tl.store(ptr + at + 3 * plane, d, mask=mask)
 
 
 @triton.jit
@@ -108,12 +88,12 @@ def _resident_kernel(
     steps = steps_of(lengths_ptr, b, T, B)
     longest = tl.max(steps)
     in_weight = (k < H)[:, None] & columns
-    w_i, w_f, w_g, w_o = _planes(weight_ptr, h[None, :] * H + k[:, None], H * H, in_weight)
+    w_i, w_f, w_g, w_o = load_planes(weight_ptr + h[None, :] * H + k[:, None], H * H, in_weight)
     own = b.to(tl.int64)[:, None] * H + h[None, :]
     in_batch = (b < B)[:, None] & columns
     state = tl.load(h0_ptr + own, mask=in_batch, other=0.0)
-    cell = tl.load(c0_ptr + own, mask=in_batch, other=0.0)
-    state_start, cell_start = tl.zeros_like(state), tl.zeros_like(cell)
+    kept = tl.load(c0_ptr + own, mask=in_batch, other=0.0)
+    state_start, cell_start = tl.zeros_like(state), tl.zeros_like(kept)
     if h_start_ptr is not None:
         state_start += tl.load(h_start_ptr + h, mask=h < H, other=0.0)[None, :]
     if c_start_ptr is not None:
@@ -122,9 +102,8 @@ def _resident_kernel(
     way = 1 - 2 * reverse
     first = reverse * (longest - 1)
     place = element(offsets_ptr, first, b, T, B)[:, None]
-    x_i, x_f, x_g, x_o = _planes(
-        x_gates_ptr, place * (4 * H) + h[None, :], H, ((first >= 0) & (first < steps))[:, None] & columns
-    )
+    begin = ((first >= 0) & (first < steps))[:, None] & columns
+    x_i, x_f, x_g, x_o = load_planes(x_gates_ptr + place * (4 * H) + h[None, :], H, begin)
     for s in range(0, longest):
         t = first + s * way
         alive = t < steps
@@ -132,40 +111,38 @@ def _resident_kernel(
         place = element(offsets_ptr, t, b, T, B)[:, None]
         if reset_ptr is not None:
             cut = is_cut(reset_ptr, offsets_ptr, t, b, steps, T, B, reverse)[:, None]
-            state, cell = tl.where(cut, state_start, state), tl.where(cut, cell_start, cell)
+            state, kept = tl.where(cut, state_start, state), tl.where(cut, cell_start, kept)
         then = t + way
         ahead = ((then >= 0) & (then < steps))[:, None] & columns
         at_then = element(offsets_ptr, then, b, T, B)[:, None] * (4 * H) + h[None, :]
-        then_i, then_f, then_g, then_o = _planes(x_gates_ptr, at_then, H, ahead)
+        then_i, then_f, then_g, then_o = load_planes(x_gates_ptr + at_then, H, ahead)
 
         i = tl.dot(state, w_i, input_precision=PRECISION) + x_i.to(tl.float32)
         f = tl.dot(state, w_f, input_precision=PRECISION) + x_f.to(tl.float32)
         g = tl.dot(state, w_g, input_precision=PRECISION) + x_g.to(tl.float32)
         o = tl.dot(state, w_o, input_precision=PRECISION) + x_o.to(tl.float32)
-        i, f = gate(i, inverse_tau, HARD), gate(f, inverse_tau, HARD)
-        g, o = tanh(g), sigmoid(o)
-        c = f * cell + i * g
-        m = (o * tanh(c)).to(state.dtype)
-        state, cell = tl.where(here, m, state), tl.where(here, c, cell)
+        i, f, g, o, c, m = cell(i, f, g, o, kept, inverse_tau, HARD)
+        m = m.to(state.dtype)
+        state, kept = tl.where(here, m, state), tl.where(here, c, kept)
         written = here
         if lengths_ptr is not None and offsets_ptr is None:  # elements beyond a row's end exist and are zeros
             written = in_batch
             i, f, g, o = tl.where(here, i, 0.0), tl.where(here, f, 0.0), tl.where(here, g, 0.0), tl.where(here, o, 0.0)
         if gates_ptr is not None:
             tl.debug_barrier()  # gates may be x_gates: other threads of this program have read their part of it
-            _store_planes(gates_ptr, place * (4 * H) + h[None, :], H, i, f, g, o, written)
+            store_gates(gates_ptr + place * (4 * H) + h[None, :], H, i, f, g, o, written)
         if c_ptr is not None:
             tl.store(c_ptr + place * H + h[None, :], tl.where(here, c, 0.0), mask=written)
         tl.store(h_ptr + place * H + h[None, :], tl.where(here, m, 0.0), mask=written)
         x_i, x_f, x_g, x_o = then_i, then_f, then_g, then_o
     tl.store(h_n_ptr + own, state, mask=in_batch)
-    tl.store(c_n_ptr + own, cell, mask=in_batch)
+    tl.store(c_n_ptr + own, kept, mask=in_batch)
     if lengths_ptr is not None and offsets_ptr is None:
         zero = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
         for t in range(longest, T):
             place = element(offsets_ptr, t, b, T, B)[:, None]
             if gates_ptr is not None:
-                _store_planes(gates_ptr, place * (4 * H) + h[None, :], H, zero, zero, zero, zero, in_batch)
+                store_gates(gates_ptr + place * (4 * H) + h[None, :], H, zero, zero, zero, zero, in_batch)
             if c_ptr is not None:
                 tl.store(c_ptr + place * H + h[None, :], zero, mask=in_batch)
             tl.store(h_ptr + place * H + h[None, :], zero, mask=in_batch)
@@ -250,7 +227,7 @@ def _resident_backward_kernel(
     steps = steps_of(lengths_ptr, b, T, B)
     longest = tl.max(steps)
     in_weight = (k < H)[:, None] & columns
-    w_i, w_f, w_g, w_o = _planes(weight_ptr, k[:, None] * H + h[None, :], H * H, in_weight)
+    w_i, w_f, w_g, w_o = load_planes(weight_ptr + k[:, None] * H + h[None, :], H * H, in_weight)
     own = b.to(tl.int64)[:, None] * H + h[None, :]
     in_batch = (b < B)[:, None] & columns
     dh = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
@@ -264,7 +241,7 @@ def _resident_backward_kernel(
     first = (1 - reverse) * (longest - 1)
     place = element(offsets_ptr, first, b, T, B)[:, None]
     begin = ((first >= 0) & (first < steps))[:, None] & columns
-    i, f, g, o = _planes(gates_ptr, place * (4 * H) + h[None, :], H, begin)
+    i, f, g, o = load_planes(gates_ptr + place * (4 * H) + h[None, :], H, begin)
     c = tl.load(c_ptr + place * H + h[None, :], mask=begin, other=0.0)
     up = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     if dh_ptr is not None:
@@ -289,7 +266,7 @@ def _resident_backward_kernel(
         c_before = tl.load(pointers[:, None] + h[None, :], mask=known[:, None] & columns, other=0.0)
         ahead = (begins == 0)[:, None] & columns
         at_h = place_before[:, None] * H + h[None, :]
-        then_i, then_f, then_g, then_o = _planes(gates_ptr, place_before[:, None] * (4 * H) + h[None, :], H, ahead)
+        then_i, then_f, then_g, then_o = load_planes(gates_ptr + place_before[:, None] * (4 * H) + h[None, :], H, ahead)
         then_up = up
         if dh_ptr is not None:
             then_up = tl.load(dh_ptr + at_h, mask=ahead, other=0.0).to(tl.float32)
@@ -297,7 +274,7 @@ def _resident_backward_kernel(
         di = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
         df, dg, do = di, di, di
         if dgates_ptr is not None:
-            di, df, dg, do = _planes(dgates_ptr, place * (4 * H) + h[None, :], H, here)
+            di, df, dg, do = load_planes(dgates_ptr + place * (4 * H) + h[None, :], H, here)
             di, df, dg, do = di.to(tl.float32), df.to(tl.float32), dg.to(tl.float32), do.to(tl.float32)
         dc_all = dc
         if dc_ptr is not None:
@@ -312,7 +289,7 @@ def _resident_backward_kernel(
         kind = w_i.dtype
         di, df = tl.where(here, di, 0.0).to(kind), tl.where(here, df, 0.0).to(kind)
         dg, do = tl.where(here, dg, 0.0).to(kind), tl.where(here, do, 0.0).to(kind)
-        _store_planes(dx_ptr, place * (4 * H) + h[None, :], H, di, df, dg, do, written)
+        store_gates(dx_ptr + place * (4 * H) + h[None, :], H, di, df, dg, do, written)
         dh_in = tl.dot(di, w_i, input_precision=PRECISION)
         dh_in = tl.dot(df, w_f, dh_in, input_precision=PRECISION)
         dh_in = tl.dot(dg, w_g, dh_in, input_precision=PRECISION)
@@ -334,7 +311,7 @@ def _resident_backward_kernel(
         zero = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
         for t in range(longest, T):
             place = element(offsets_ptr, t, b, T, B)[:, None]
-            _store_planes(dx_ptr, place * (4 * H) + h[None, :], H, zero, zero, zero, zero, in_batch)
+            store_gates(dx_ptr + place * (4 * H) + h[None, :], H, zero, zero, zero, zero, in_batch)
 
 
 class Tile(NamedTuple):

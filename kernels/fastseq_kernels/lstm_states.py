@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseq_kernels._cell import cell, load_gates, store_gates
 from fastseq_kernels._launch import cdiv, launch, power_of_two, rnn_precision
 from fastseq_kernels._steps import Recurrence, element, is_cut, state_before, steps_of
-from fastseq_kernels._tiles import gate, sigmoid, tanh
 from fastseq_kernels.gemm import layer_product
+from fastseq_kernels.lstm_step import gate_sums
 
 _RUN_TIME = ["T", "B", "N", "first"]  # sizes that must not compile anew
 
@@ -117,37 +118,22 @@ def _gates_kernel(
 ):
     across = tl.cdiv(H, BLOCK_H)
     n = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    h = (tl.program_id(0) % across) * BLOCK_H + tl.arange(0, BLOCK_H)
+    first_unit = (tl.program_id(0) % across) * BLOCK_H
+    h = first_unit + tl.arange(0, BLOCK_H)
     alive = n < N
     if lengths_ptr is not None:
         t, b = (first + n) // B, (first + n) % B
         alive = alive & (t < tl.load(lengths_ptr + b, mask=alive, other=0))
     here = alive[:, None] & (h < H)[None, :]
     at = n[:, None] * (4 * H) + h[None, :]
-    i = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    f, g, o = i, i, i
-    plane = tl.cast(H, tl.int64) * P
-    for start in range(0, P, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        s = tl.load(states_ptr + n[:, None] * P + k[None, :], mask=alive[:, None] & (k < P)[None, :], other=0.0)
-        weight = weight_ptr + h.to(tl.int64)[None, :] * P + k[:, None]
-        inside = (k < P)[:, None] & (h < H)[None, :]
-        i = tl.dot(s, tl.load(weight, mask=inside, other=0.0), i, input_precision=PRECISION)
-        f = tl.dot(s, tl.load(weight + plane, mask=inside, other=0.0), f, input_precision=PRECISION)
-        g = tl.dot(s, tl.load(weight + 2 * plane, mask=inside, other=0.0), g, input_precision=PRECISION)
-        o = tl.dot(s, tl.load(weight + 3 * plane, mask=inside, other=0.0), o, input_precision=PRECISION)
-    i += tl.load(x_gates_ptr + at, mask=here, other=0.0).to(tl.float32)
-    f += tl.load(x_gates_ptr + at + H, mask=here, other=0.0).to(tl.float32)
-    g += tl.load(x_gates_ptr + at + 2 * H, mask=here, other=0.0).to(tl.float32)
-    o += tl.load(x_gates_ptr + at + 3 * H, mask=here, other=0.0).to(tl.float32)
-    i, f = gate(i, inverse_tau, HARD), gate(f, inverse_tau, HARD)
-    g, o = tanh(g), sigmoid(o)
+    i, f, g, o = gate_sums(
+        states_ptr + n * P, alive, weight_ptr, first_unit, H, P, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K
+    )
+    x_i, x_f, x_g, x_o = load_gates(x_gates_ptr + at, H, here)
+    i, f, g, o, _, _ = cell(x_i + i, x_f + f, x_g + g, x_o + o, 0.0, inverse_tau, HARD)
+    i, f, g, o = tl.where(here, i, 0.0), tl.where(here, f, 0.0), tl.where(here, g, 0.0), tl.where(here, o, 0.0)
     tl.debug_barrier()  # gates may be x_gates: other threads of this program have read their part of it
-    written = (n < N)[:, None] & (h < H)[None, :]
-    tl.store(gates_ptr + at, tl.where(here, i, 0.0), mask=written)
-    tl.store(gates_ptr + at + H, tl.where(here, f, 0.0), mask=written)
-    tl.store(gates_ptr + at + 2 * H, tl.where(here, g, 0.0), mask=written)
-    tl.store(gates_ptr + at + 3 * H, tl.where(here, o, 0.0), mask=written)
+    store_gates(gates_ptr + at, H, i, f, g, o, (n < N)[:, None] & (h < H)[None, :])
 
 
 class Tile(NamedTuple):

@@ -15,15 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseq_kernels._cell import cell, load_gates, store_gates
 from fastseq_kernels._launch import Repeated, cdiv, power_of_two, rnn_precision, target
 from fastseq_kernels._steps import Recurrence, element, is_cut, state_before, steps_of
-from fastseq_kernels._tiles import add_product, gate, sigmoid, tanh
+from fastseq_kernels._tiles import add_product
 
 _RUN_TIME = ["t", "T", "B"]  # sizes that must not compile anew
 
 
 @triton.jit
-def _gate_sums(
+def gate_sums(
     state,  # [BLOCK_B] pointers to rows of P
     known,  # [BLOCK_B] rows to read, the others are zeros
     weight_ptr,  # [4*H, P]
@@ -106,17 +107,11 @@ def step(
     columns = (h < H)[None, :]
     here = alive[:, None] & columns
     at = place[:, None] * (4 * H) + h[None, :]
-    x_i = tl.load(x_gates_ptr + at, mask=here, other=0.0).to(tl.float32)
-    x_f = tl.load(x_gates_ptr + at + H, mask=here, other=0.0).to(tl.float32)
-    x_g = tl.load(x_gates_ptr + at + 2 * H, mask=here, other=0.0).to(tl.float32)
-    x_o = tl.load(x_gates_ptr + at + 3 * H, mask=here, other=0.0).to(tl.float32)
+    x_i, x_f, x_g, x_o = load_gates(x_gates_ptr + at, H, here)
     c = tl.load(c_state[:, None] + h[None, :], mask=c_known[:, None] & columns, other=0.0)
-    i, f, g, o = _gate_sums(state, known, weight_ptr, first_unit, H, P, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+    i, f, g, o = gate_sums(state, known, weight_ptr, first_unit, H, P, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
 
-    i, f = gate(x_i + i, inverse_tau, HARD), gate(x_f + f, inverse_tau, HARD)
-    g, o = tanh(x_g + g), sigmoid(x_o + o)
-    c = f * c + i * g
-    m = o * tanh(c)
+    i, f, g, o, c, m = cell(x_i + i, x_f + f, x_g + g, x_o + o, c, inverse_tau, HARD)
 
     tl.debug_barrier()  # gates may be x_gates: other threads of this program have read their part of it
     written = here
@@ -124,10 +119,7 @@ def step(
         written = (b < B)[:, None] & columns
         i, f, g, o = tl.where(here, i, 0.0), tl.where(here, f, 0.0), tl.where(here, g, 0.0), tl.where(here, o, 0.0)
     if gates_ptr is not None:
-        tl.store(gates_ptr + at, i, mask=written)
-        tl.store(gates_ptr + at + H, f, mask=written)
-        tl.store(gates_ptr + at + 2 * H, g, mask=written)
-        tl.store(gates_ptr + at + 3 * H, o, mask=written)
+        store_gates(gates_ptr + at, H, i, f, g, o, written)
     tl.store(c_ptr + c_place[:, None] * H + h[None, :], tl.where(here, c, 0.0), mask=written)
     last = here & ((t == 0) if REVERSE else (t + 1 == steps)[:, None])
     own = b.to(tl.int64)[:, None] * H + h[None, :]

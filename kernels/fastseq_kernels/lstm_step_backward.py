@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseq_kernels._cell import cell_backward
+from fastseq_kernels._cell import cell_backward, load_gates, store_gates
 from fastseq_kernels._launch import rnn_precision
 from fastseq_kernels._steps import Found, Grads, Recurrence, element, is_cut, state_before, steps_of
 from fastseq_kernels._tiles import add_product, tanh
@@ -196,10 +196,7 @@ def step_backward(
     here = alive[:, None] & columns
     own = b.to(tl.int64)[:, None] * H + h[None, :]
     at_h, at = place[:, None] * H + h[None, :], place[:, None] * (4 * H) + h[None, :]
-    i = tl.load(gates_ptr + at, mask=here, other=0.0).to(tl.float32)
-    f = tl.load(gates_ptr + at + H, mask=here, other=0.0).to(tl.float32)
-    g = tl.load(gates_ptr + at + 2 * H, mask=here, other=0.0).to(tl.float32)
-    o = tl.load(gates_ptr + at + 3 * H, mask=here, other=0.0).to(tl.float32)
+    i, f, g, o = load_gates(gates_ptr + at, H, here)
     c = tl.load(c_ptr + at_h, mask=here, other=0.0)
     c_before = tl.load(c_state[:, None] + h[None, :], mask=c_known[:, None] & columns, other=0.0)
     dc = tl.load(dc_state_ptr + own, mask=here, other=0.0)
@@ -208,10 +205,7 @@ def step_backward(
     di = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     df, dg, do = di, di, di
     if dgates_ptr is not None:
-        di = tl.load(dgates_ptr + at, mask=here, other=0.0).to(tl.float32)
-        df = tl.load(dgates_ptr + at + H, mask=here, other=0.0).to(tl.float32)
-        dg = tl.load(dgates_ptr + at + 2 * H, mask=here, other=0.0).to(tl.float32)
-        do = tl.load(dgates_ptr + at + 3 * H, mask=here, other=0.0).to(tl.float32)
+        di, df, dg, do = load_gates(dgates_ptr + at, H, here)
 
     if m_ptr is not None:
         rows = dh_ptr + place * P
@@ -245,10 +239,7 @@ def step_backward(
             tl.where(here, dg, 0.0),
             tl.where(here, do, 0.0),
         )
-    tl.store(dx_ptr + at, di, mask=written)
-    tl.store(dx_ptr + at + H, df, mask=written)
-    tl.store(dx_ptr + at + 2 * H, dg, mask=written)
-    tl.store(dx_ptr + at + 3 * H, do, mask=written)
+    store_gates(dx_ptr + at, H, di, df, dg, do, written)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
