@@ -41,7 +41,7 @@ def plan(H: int, R: int, downs: int, dtype: torch.dtype, device: Target) -> Plan
     if wide and rnn_precision(dtype) == "ieee":
         return Plan("loop" if in_one else "steps", min(block_h, 32), 16, 4, 1)
     factors, staged = size * cdiv(H, block_h) * block_h * block_r, _STAGED * dtype.itemsize
-    most = 512 if downs == 1 else 128  # beyond, the backward spills registers on sm_90
+    most = 128 if downs > 1 else 384 if device.capability == 100 else 512  # beyond, the backward spills registers
     if H <= most and factors + staged <= device.shared:
         return Plan("resident", block_h, block_r, 4 if H <= 64 else 8, 1)
     # Larger tiles would have more on its way from the cache at once, as far as registers allow: to be measured.
@@ -67,7 +67,7 @@ class _Call(NamedTuple):
 
     def run(self, kernel: Any, across: int, *args: Any, **constexprs: Any) -> None:
         """One launch over all rows; ``across``: programs that share a tile of them."""
-        if self.at.route != "resident":
+        if self.at.route != "resident" or self.at.num_warps == 4:
             constexprs["maxnreg"] = 255  # else ptxas spills a few registers to have more programs per multiprocessor
         launch(
             kernel,

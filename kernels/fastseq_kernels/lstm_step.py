@@ -245,14 +245,15 @@ def tile(B: int, width: int, terms: int, dtype: torch.dtype, planes: int = 1) ->
     """For B rows, ``width`` units of a model, sums of ``terms``, and that many of them at once.
 
     Tiles grow where there are programs enough without. About 32 KiB must be under way to hide the second-level cache.
-    A matrix instruction takes 16 rows; of many rows 32 or 64 share what a program reads of the weights, which is all
-    that B decides, so that other batches compile two kernels more at most. A row's sums are the same either way.
+    A matrix instruction takes 16 rows; of many rows 32 or 64 share what a program reads of the weights (64 of float32
+    spill registers on sm_120), which is all that B decides, so that other batches compile two kernels more at most. A
+    row's sums are the same either way.
     Products without tensor cores keep all terms of a tile in registers, so these are few.
     """
     units = power_of_two(width, 16, 16 if width <= 2048 else 32)
     if dtype == torch.float32 and rnn_precision(dtype) == "ieee":
         return Tile(16, units, 16, 4, 2)
-    rows = 16 if B <= 32 else 32 if B <= 128 else 64
+    rows = 16 if B <= 32 else 32 if B <= 128 or dtype == torch.float32 else 64
     return Tile(rows, units, power_of_two(terms, 16, 64 if dtype == torch.float32 else 128), 4, 3 if planes == 4 else 5)
 
 
