@@ -139,16 +139,21 @@ def host_lane(run: Run, cores: list[int]) -> None:
         list(pool.map(one, range(1 if run.dry else len(lanes))))
 
 
-def lanes(run: Run, scale: float) -> None:
-    """The parity on all cores; then device and host side by side where there are cores for both, else in turn."""
+def lanes(run: Run, scale: float, after_parity: Callable[[], None]) -> None:
+    """The parity on all cores; then device and host side by side where there are cores for both, else in turn.
+
+    Args:
+        after_parity: what has been verified is written down, so that what comes next can choose it.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     stages = {parts: share for parts, share in STAGES.items() if run.wants(share.name)}
-    if len(cores) < HOST_CORES or run.dry:
+    if PARITY in stages:
+        device_lane(run, cores, scale, stages, "parity")
+        after_parity()
+    if len(cores) < HOST_CORES or run.dry or not run.wants("host"):
         device_lane(run, cores, scale, stages)
         host_lane(run, cores)
         return
-    if PARITY in stages:
-        device_lane(run, cores, scale, stages, "parity")
     half = len(cores) // 2
     beside = threading.Thread(target=host_lane, args=(run, cores[half:]))
     beside.start()
@@ -170,9 +175,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def verify(rows: Sequence[Row], facts: Row, path: Path) -> list[str]:
-    """Write ``verified.json``."""
-    if not any(r["op"] == "plan" for r in rows):
-        return ["the parity did not run: verified.json stays as it is"]
+    """Write ``verified.json``; returns lines to print."""
     from fastseq_kernels._sources import source_hash
 
     return list(importlib.import_module("benchmarks.gpu.parity").record(rows, facts, path, source_hash))
@@ -244,7 +247,12 @@ def main() -> None:
 
         run = run._replace(keep=keep)
         print("\n".join(f"{key}: {value}" for key, value in facts.items() if key != "op"), flush=True)
-        lanes(run, given.minutes / 10)
+
+        def write_verified() -> None:
+            if not given.dry_run or given.verified != KERNELS / "verified.json":
+                run.notes.extend(verify(run.rows, facts, given.verified))
+
+        lanes(run, given.minutes / 10, write_verified)
     told = summary(run.rows)
     keep_parity = [{**r, **shared} for r in told]
     if target:
@@ -252,8 +260,6 @@ def main() -> None:
     rows = [r for r in run.rows if r["op"] not in ("parity", "plan")] + told
     for drawn in tables.of_rows(rows):
         print(f"\n{table.text(drawn)}")
-    if not given.dry_run or given.verified != KERNELS / "verified.json":
-        print("\n" + "\n".join(verify(run.rows, facts, given.verified)))
     print("\n".join(["", *run.notes]))
     wrong = bad(rows)
     if wrong:

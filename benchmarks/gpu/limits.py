@@ -23,7 +23,7 @@ PRODUCT = 8192  # size of the square products
 COPY_BYTES = 1 << 30
 LAUNCHES = 1000  # in a row, and nodes of a graph
 BROADCAST_KIB = (8, 64, 512)
-GRID = {"B": (16, 1, 64, 256), "H": (512, 1024, 256, 2048), "dtype": ("bfloat16", "float16", "float32"), "T": 1024}
+GRID = {"B": (16, 1, 64, 256), "H": (512, 1024, 256, 2048), "dtype": ("bfloat16", "float16", "float32"), "T": 256}
 DRY_GRID = {"B": (1,), "H": (8,), "dtype": ("float32",), "T": 4}
 
 
@@ -186,6 +186,6 @@ def units(context: Context) -> list[Unit]:
             Unit("dots", 3.0, functools.partial(dots, context)),
         ]
     return found + [
-        Unit(f"stock T{case[0]}_B{case[1]}_H{case[2]} {case[3]}", 1.5, functools.partial(stock, context, *case))
+        Unit(f"stock T{case[0]}_B{case[1]}_H{case[2]} {case[3]}", 0.8, functools.partial(stock, context, *case))
         for case in _grid(context)
     ]
