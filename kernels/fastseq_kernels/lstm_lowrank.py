@@ -6,6 +6,7 @@ factors are products over all elements after the loop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastseq_kernels import _lowrank_loop, _lowrank_resident
 from fastseq_kernels._call import BLOCK_B, fresh, outputs, recurrence
-from fastseq_kernels._launch import Target, cdiv, launch, power_of_two, rnn_precision, target
+from fastseq_kernels._launch import Repeated, Target, cdiv, power_of_two, rnn_precision, target
 from fastseq_kernels._steps import Grads, Recurrence
 from fastseq_kernels.gemm import layer_product
 from fastseq_kernels.lstm_states import states_before
@@ -65,15 +66,13 @@ class _Call(NamedTuple):
     def sizes(self) -> tuple[Any, ...]:
         return (self.base.rows.T, self.base.rows.B, self.base.H, self.up.shape[2], 1.0 / self.base.tau)
 
-    def run(self, kernel: Any, across: int, *args: Any, **constexprs: Any) -> None:
-        """One launch over all rows; ``across``: programs that share a tile of them."""
+    def launcher(self, kernel: Any, across: int, **constexprs: Any) -> Callable[..., None]:
+        """Launches over all rows; ``across``: programs that share a tile of them."""
         if self.at.route != "resident" or self.at.num_warps == 4:
             constexprs["maxnreg"] = 255  # else ptxas spills a few registers to have more programs per multiprocessor
-        launch(
+        launch = Repeated(
             kernel,
             (cdiv(self.base.rows.B, BLOCK_B), across),
-            *args,
-            *self.sizes,
             **constexprs,
             DOWNS=self.downs,
             HARD=self.base.hard,
@@ -85,6 +84,10 @@ class _Call(NamedTuple):
             num_warps=self.at.num_warps,
             num_stages=self.at.num_stages,
         )
+        return lambda *args: launch(*args, *self.sizes)
+
+    def run(self, kernel: Any, across: int, *args: Any, **constexprs: Any) -> None:
+        self.launcher(kernel, across, **constexprs)(*args)
 
     @property
     def chunks(self) -> int:
@@ -117,10 +120,10 @@ def lstm_lowrank_forward(
     if call.at.route == "loop":
         call.run(_lowrank_loop.forward_kernel, 1, *given, 0, T, PART=0)
         return out.results()
-    units, ranks = call.blocks
+    parts = [call.launcher(_lowrank_loop.forward_kernel, n, PART=part) for part, n in enumerate(call.blocks[::-1], 1)]
     for step in range(T):
-        call.run(_lowrank_loop.forward_kernel, ranks, *given, step, step + 1, PART=1)
-        call.run(_lowrank_loop.forward_kernel, units, *given, step, step + 1, PART=2)
+        for part in parts:
+            part(*given, step, step + 1)
     return out.results()
 
 
@@ -144,16 +147,17 @@ def lstm_lowrank_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_loop(call: _Call, given: tuple[Any, ...]) -> None:
-    T, (units, ranks) = call.base.rows.T, call.blocks
+    T = call.base.rows.T
     if call.at.route == "loop":
         call.run(_lowrank_loop.backward_kernel, 1, *given, 0, T, PART=0)
         return
+    parts = [call.launcher(_lowrank_loop.backward_kernel, n, PART=part) for part, n in enumerate(call.blocks, 1)]
     for step in range(T):
-        call.run(_lowrank_loop.backward_kernel, units, *given, step, step + 1, PART=1)
-        call.run(_lowrank_loop.backward_kernel, ranks, *given, step, step + 1, PART=2)
+        for part in parts:
+            part(*given, step, step + 1)
     dv, dh0 = given[14:16]
     dh_n, down, places = given[3], given[7], given[9:12]
-    call.run(_lowrank_loop.start_kernel, units, dv, down, dh_n, *places, dh0)
+    call.run(_lowrank_loop.start_kernel, call.blocks[0], dv, down, dh_n, *places, dh0)
 
 
 def _factor_gradients(call: _Call, d: Tensor, dv: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
