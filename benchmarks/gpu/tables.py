@@ -1,9 +1,8 @@
-"""Tables from the rows of a run on a GPU, and README's: measured figures, or modelled ones that are called so."""
+"""Tables from the rows of a run on a GPU, and README's."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,24 +12,7 @@ from benchmarks.gpu.targets import find, targets
 from benchmarks.table import Table, by_case, failed, ms
 
 MARKS = "<!-- bench:gpu -->", "<!-- /bench:gpu -->"
-# A step of the LSTM by a model of its terms, in microseconds: rows, units; replayed as a graph (3.0 for the node and
-# the exchange of h, plus the larger of 1.45 times the product and reading the weights from L2); and in one program that
-# keeps the weights, where it can.
-MODELLED = [
-    (1, 128, None, 0.6),
-    (1, 256, 3.1, None),
-    (16, 256, 3.1, None),
-    (1, 512, 3.4, None),
-    (16, 512, 3.4, None),
-    (64, 512, 3.4, None),
-    (256, 512, 4.0, None),
-    (1, 1024, 4.5, None),
-    (16, 1024, 4.5, None),
-    (64, 1024, 4.5, None),
-    (256, 1024, 6.9, None),
-    (16, 2048, 9.1, None),
-    (256, 2048, 18.8, None),
-]
+PENDING = "GPU numbers are pending: nothing here was measured on one. `make gpu` does it, in ten minutes."
 
 
 def limits(rows: list[Row]) -> Table:
@@ -141,24 +123,6 @@ def of_rows(rows: Sequence[Row]) -> list[Table]:
     return [*found, aims(rows)]
 
 
-def pending() -> list[str]:
-    """What README says until a GPU has been there."""
-    header = ["rows", "units", "step in a graph, us", "one program, us", "ms of 1024 steps"]
-    lines = []
-    for B, H, graph, resident in MODELLED:
-        best = min(v for v in (graph, resident) if v is not None)
-        cells = ["-" if v is None else f"{v:.1f}" for v in (graph, resident)]
-        lines.append([str(B), str(H), *cells, f"{best * 1.024:.1f}"])
-    title = "LSTM in bfloat16 on an H200, forward: modelled, not measured"
-    text = (
-        "GPU numbers are pending: nothing here was measured on one. `make gpu` does it, in ten minutes. The figures "
-        "below come from a model of the terms of a step (launch or graph node, exchange of the state, product, reads "
-        "of the weights from L2); for a kernel with a published time it came out 15 % too low. Of stock nn.LSTM in "
-        "bfloat16 the same reasoning expects 4 to 8 us a step up to 1024 units."
-    )
-    return [textwrap.fill(text, 120), table.markdown(Table(title, header, lines, []))]
-
-
 def newest(folder: Path) -> list[Row]:
     """The rows of the last run on a GPU among all files of rows."""
     rows = [r for path in sorted(folder.glob("*.jsonl")) for r in harness.read(path) if "capability" in r]
@@ -186,5 +150,5 @@ def write_markdown(folder: Path, readme: Path) -> None:
     if begin not in text or end not in text:
         raise SystemExit(f"{readme.name} lacks the marks {begin} and {end}")
     rows = newest(folder)
-    block = "\n\n".join([begin, *(measured(rows) if rows else pending()), end])
+    block = "\n\n".join([begin, *(measured(rows) if rows else [PENDING]), end])
     readme.write_text(re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.S))
