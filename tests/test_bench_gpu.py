@@ -267,13 +267,16 @@ def test_readme_says_that_numbers_are_pending(tmp_path: Path) -> None:
     tables.write_markdown(tmp_path, readme)
     text = readme.read_text()
     assert "GPU numbers are pending" in text and "old" not in text
-    rows = [{**lookup("fastseq", 1.0), **FACTS}, {**lookup("fastseq", 9.0), **FACTS, "run": "2025"}]
+    rows = [{**lookup(label, ms), **FACTS} for label, ms in (("fastseq", 1.0), ("cdist", 4.0))]
+    rows.append({**lookup("fastseq", 9.0), **FACTS, "run": "2025"})
     (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables.write_markdown(tmp_path, readme)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "pending" not in text
     assert "Measured on GPU, driver 1, CUDA 13.0, torch 2, Triton 3, commit abc, 2026-01-02." in text
-    assert "| N65536_K8192_D256 | bfloat16 | fastseq | 1 | 550 | 0.00% |" in text and "| 9 |" not in text
+    assert "| N65536_K8192_D256 | bfloat16 | 1 | 550 | - | cdist |" in text and "| 9 |" not in text
+    full = (tmp_path / "gpu.md").read_text()
+    assert "| N65536_K8192_D256 | bfloat16 | cdist | 4 | 137.5 | 0.00% |" in full and "| 9 |" not in full
 
 
 @pytest.mark.parametrize("part", ["facts", "limits", "lstm", "vq", "layers"])

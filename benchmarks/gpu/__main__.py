@@ -50,7 +50,7 @@ STAGES: dict[tuple[str, ...], Share] = {
     ("lstm",): Share("lstm", 2, 45, 170),
     ("vq",): Share("vq", 3, 30, 110),
     ("layers",): Share("layers", 5, 20, 60),
-    SUITES: Share("tests", 4, 60, 110),
+    SUITES: Share("tests", 4, 60, 180),
 }
 FACTS_SECONDS = 60.0
 HOST_CORES = 8  # so many and more: half of them are the host's own

@@ -22,7 +22,7 @@ from benchmarks.gpu.process import ROOT
 from benchmarks.harness import ABSENT
 
 FIRST = ("tests/kernels/test_gpu.py", "tests/ops", "tests/nn")
-SECONDS = {"cuda": 25.0, "cpu": 25.0}  # of a file, roughly
+SECONDS = {"cuda": 20.0, "cpu": 25.0}  # of a file, roughly
 LONGEST = 240.0  # of a file or a benchmark, before it counts as hung
 LIMIT = LONGEST + 30.0
 SELECT = {"cuda": "gpu", "cpu": "not gpu and not sanitizer"}  # by pytest's markers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import harness, table
 from benchmarks.gpu.part import Row
-from benchmarks.gpu.targets import find, targets
+from benchmarks.gpu.targets import fastest_exact_rival, find, targets
 from benchmarks.table import Table, by_case, failed, ms
 
 MARKS = "<!-- bench:gpu -->", "<!-- /bench:gpu -->"
@@ -130,17 +130,52 @@ def newest(folder: Path) -> list[Row]:
     return [r for r in rows if r["run"] == last]
 
 
-def measured(rows: Sequence[Row]) -> list[str]:
+def brief_lstm(rows: Sequence[Row]) -> Table:
+    """Ours and stock nn.LSTM in the same dtype, microseconds a step."""
+    header = ["case", "dtype", "mode", "fastseq us/step", "binary gates", "stock", "fastseq is faster by"]
+    lines = []
+    for key in dict.fromkeys((r["case"], r["dtype"], r["mode"]) for r in rows if r.get("table") == "lstm"):
+        shared = dict(zip(("case", "dtype", "mode"), key, strict=True))
+        found = [find(rows, table="lstm", label=n, **shared) for n in ("fastseq", "fastseq binary p=0.2", "stock")]
+        ours, _, theirs = found
+        if ours and theirs:
+            steps = [f"{r['us_per_step']:.3g}" if r else "-" for r in found]
+            lines.append([*key, *steps, table.times_faster(ours, "stock")])
+    return Table("LSTM, one layer of as many inputs as units", header, lines, [])
+
+
+def brief_vq(rows: Sequence[Row]) -> Table:
+    """Ours and the fastest of those whose indices are exact."""
+    header = ["case", "dtype", "fastseq ms", "TFLOP/s", "peak MB", "fastest exact rival", "fastseq's time over it"]
+    lines = []
+    for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows if r.get("table") == "vq"):
+        ours = find(rows, table="vq", case=case, dtype=dtype, label="fastseq")
+        rival = fastest_exact_rival(rows, case, dtype)
+        if ours and rival:
+            own = [ms(ours), f"{ours['tflops']:.4g}", f"{ours.get('peak_mb', '-')}"]
+            lines.append([case, dtype, *own, rival["label"], table.ratio(ours, rival["label"])])
+    return Table("Lookup of the nearest code, cold cache; every index is the definition's", header, lines, [])
+
+
+def brief(rows: Sequence[Row], full: str) -> list[str]:
+    """What README shows."""
+    drawn = [t for t in (brief_lstm(rows), brief_vq(rows)) if t.lines]
+    missed = [f"{t.name}: {t.value:.3g} {t.unit}".strip() for t in targets(rows) if t.verdict == "missed"]
+    told = [f"Missed of {len(targets(rows))} targets: {'; '.join(missed)}."] if missed else []
+    return [*(table.markdown(t) for t in drawn), *told, f"{source(rows)} All tables: `{full}`."]
+
+
+def source(rows: Sequence[Row]) -> str:
+    """Where the figures are from."""
     first = rows[0]
     tree = "" if first["clean"] else " with uncommitted changes"
     versions = f"driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, Triton {first['triton']}"
-    source = f"Measured on {first['device']}, {versions}, commit {first['commit']}{tree}, {first['run'][:10]}."
-    drawn = [t for t in of_rows(rows) if t.title != "Tests"]
-    return [*(table.markdown(t) for t in drawn), source]
+    return f"Measured on {first['device']}, {versions}, commit {first['commit']}{tree}, {first['run'][:10]}."
 
 
 def write_markdown(folder: Path, readme: Path) -> None:
-    """Put the newest rows between the marks in ``readme``, or say there that numbers are pending.
+    """Put the newest rows between the marks in ``readme``, or say there that numbers are pending; all tables go into
+    ``gpu.md`` of ``folder``.
 
     Raises:
         SystemExit: without marks.
@@ -150,5 +185,10 @@ def write_markdown(folder: Path, readme: Path) -> None:
     if begin not in text or end not in text:
         raise SystemExit(f"{readme.name} lacks the marks {begin} and {end}")
     rows = newest(folder)
-    block = "\n\n".join([begin, *(measured(rows) if rows else [PENDING]), end])
+    full = folder / "gpu.md"
+    if rows:
+        drawn = [table.markdown(t) for t in of_rows(rows)]
+        full.write_text("\n\n".join(["# On a GPU", source(rows), *drawn]) + "\n")
+    shown = brief(rows, f"{folder.parent.name}/{folder.name}/{full.name}") if rows else [PENDING]
+    block = "\n\n".join([begin, *shown, end])
     readme.write_text(re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.S))

@@ -165,13 +165,10 @@ def test_on_a_gpu_it_is_chosen_for_sigmoid_gates(monkeypatch: pytest.MonkeyPatch
         (torch.bfloat16, 64, 16, 512, "layers"),
         (torch.bfloat16, 64, 16, 64, "layers"),
         (torch.bfloat16, 63, 16, 512, "torch"),
-        (torch.bfloat16, 64, 256, 1024, "torch"),
-        (torch.float16, 64, 1, 512, "layers"),
+        (torch.bfloat16, 64, 64, 512, "layers"),
+        (torch.bfloat16, 64, 17, 1024, "torch"),
         (torch.float16, 64, 16, 512, "torch"),
-        (torch.float16, 64, 64, 512, "layers"),
-        (torch.float16, 64, 64, 128, "torch"),
-        (torch.float32, 64, 16, 512, "layers"),
-        (torch.float32, 64, 64, 1024, "torch"),
+        (torch.float32, 64, 16, 512, "torch"),
     ],
 )
 def test_ours_comes_first_where_it_was_measured_to_be_faster(
