@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from fastseq import reference as reference
     from fastseq._config import show_config as show_config
     from fastseq._explain import explain as explain
+    from fastseq.compression import compress as compress
     from fastseq.replacement import replace as replace
     from fastseq.replacement import replaced as replaced
 
 __version__ = "0.1.0"
 
-_MODULES = ("functional", "nn", "ops", "reference", "replacement")
-_NAMES = {"explain": "_explain", "replace": "replacement", "replaced": "replacement", "show_config": "_config"}
+_MODULES = ("compression", "functional", "nn", "ops", "reference", "replacement")
+_NAMES = {
+    "compress": "compression",
+    "explain": "_explain",
+    "replace": "replacement",
+    "replaced": "replacement",
+    "show_config": "_config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # layer (a module or package) -> the other layers that it may import
 LAYERS = {
     "fastseq": {
+        "fastseq.compression",
         "fastseq.functional",
         "fastseq.nn",
         "fastseq.ops",
@@ -30,6 +31,7 @@ LAYERS = {
     "fastseq.functional": {"fastseq._check", "fastseq.ops", "fastseq.reference"},
     "fastseq.nn": {"fastseq._check", "fastseq.functional"},
     "fastseq.replacement": {"fastseq._check", "fastseq.nn"},
+    "fastseq.compression": {"fastseq._check", "fastseq.nn", "fastseq.reference"},
     "fastseq.deploy": {"fastseq._check", "fastseq._core"},
     "fastseq._explain": {"fastseq.ops"},
     "fastseq._config": {"fastseq", "fastseq._core", "fastseq.ops"},

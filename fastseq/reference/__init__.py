@@ -1,5 +1,6 @@
 """The definitions: plain differentiable torch, any dtype, no speed. Everything else is judged by them."""
 
+from fastseq.reference.compression import integer_rows, integer_values, low_rank, rank_of_energy, rounded
 from fastseq.reference.linear import linear
 from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, packed_index, philox, unpack
 from fastseq.reference.lstm_int8 import int8_product, lstm_int8, quantized
@@ -20,7 +21,10 @@ from fastseq.reference.vq_residual import vq_residual, vq_residual_backward
 __all__ = [
     "gate_noise",
     "int8_product",
+    "integer_rows",
+    "integer_values",
     "linear",
+    "low_rank",
     "lowrank_product",
     "lstm",
     "lstm_backward",
@@ -31,6 +35,8 @@ __all__ = [
     "packed_index",
     "philox",
     "quantized",
+    "rank_of_energy",
+    "rounded",
     "unpack",
     "vq_backward",
     "vq_gather",

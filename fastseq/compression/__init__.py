@@ -1,0 +1,172 @@
+"""``compress(model)``: a copy of a trained model whose LSTM matrices take fewer bytes, and a report of the cost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastseq import _check
+from fastseq.compression.forms import GATES, Form, apply
+from fastseq.compression.measure import outputs, step_errors, times
+from fastseq.compression.report import Matrix, Report
+from fastseq.nn import LSTM, LSTMCell
+
+__all__ = ["Compressed", "Form", "Matrix", "Report", "compress"]
+
+WEIGHTS = ("int8", "int4", "bfloat16")
+Rank = int | float
+
+
+class Compressed(NamedTuple):
+    """What ``compress`` returns."""
+
+    model: nn.Module
+    report: Report
+
+
+def compress(
+    model: nn.Module,
+    weights: str | None = None,
+    rank: Rank | Mapping[str, Rank] | None = None,
+    *,
+    step: float | None = None,
+    clip: float | None = None,
+    gates: str = "if",
+    group: int | None = None,
+    inputs: Any = None,
+    metric: Callable[[nn.Module], float] | None = None,
+) -> Compressed:
+    """A copy of ``model`` with compressed matrices in its LSTMs, and what it saves and costs; ``model`` stays as it is.
+
+    The copy has the classes and calls of ``model``, and holds in its own dtype the values that the compressed matrices
+    stand for, so that its outputs are those of the compressed model. Rounding with ``step`` and ``clip``, and a
+    ``rank``, are what G2-LSTM (Li et al., ICML 2018, section 4.3) does to models that were trained as usual: by
+    default to the input and forget gates alone, to each matrix of each gate on its own. Biases stay.
+
+    Args:
+        model: holds ``torch.nn.LSTM``, ``LSTMCell``, or ours. What else it holds stays, and is listed in the report.
+        weights: how all four gates (and projections) are stored: "int8" and "int4" with a scale for each row, or each
+            ``group`` neighbours in it; "bfloat16". None: as they are. With a rank the factors are stored so.
+        rank: of ``gates``: a whole number, or a share of the sum of squares in (0, 1) that the factors must keep; or
+            one of these for each gate, {"i": 16, "f": 16, "g": 0.9}. What factors would not make smaller has none.
+        step: values of ``gates`` become multiples of it; clip: and are moved into -clip .. clip. Not with others.
+        gates: letters of i, f, g, o.
+        inputs: for a call of the model, a tensor or a tuple: then the report has the error of each LSTM's output at
+            the first, middle and last step, and milliseconds.
+        metric: a number for a model, such as its loss; called with both.
+
+    Returns:
+        ``Compressed``: model, report.
+
+    Raises:
+        ArgumentError: naming the argument, or the matrix that cannot be compressed.
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compress: model should be of type nn.Module, got: {type(model).__name__}")
+    form = _form(weights, rank, step, clip, gates, group)
+    mine = recurrent(model)
+    if not mine:
+        _check.fail("compress", "model", "a module with an LSTM or LSTMCell inside", type(model).__name__)
+    for name, module in mine.items():
+        _check_module(name, module)
+    small = copy.deepcopy(model)
+    matrices, seen = [], set()
+    for name, module in recurrent(small).items():
+        for parameter, value in _matrices(module).items():
+            if id(value) not in seen:  # a tied one is compressed once
+                seen.add(id(value))
+                full = f"{name}.{parameter}" if name else parameter
+                matrices += _compress_matrix(full, value, form, gated=not parameter.startswith("weight_hr"))
+    return Compressed(small, _report(model, small, matrices, inputs, metric))
+
+
+def recurrent(model: nn.Module) -> dict[str, nn.Module]:
+    """The LSTMs and cells in a model, by name; one that is used in several places once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.LSTM, nn.LSTMCell, LSTM, LSTMCell))}
+
+
+def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in module.named_parameters(recurse=False) if n.startswith("weight_") and p.dim() == 2}
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    told = f"model.{name}" if name else "model"
+    if parametrize.is_parametrized(module):
+        _check.fail("compress", told, "without parametrizations (remove them first)", "a parametrized module")
+    for parameter, value in _matrices(module).items():
+        if not value.is_floating_point():
+            _check.fail("compress", f"{told}.{parameter}", "of a floating-point dtype", value.dtype)
+        if not bool(value.isfinite().all()):
+            _check.fail("compress", f"{told}.{parameter}", "finite", "a matrix with NaN or infinity")
+
+
+def _form(weights: Any, rank: Any, step: Any, clip: Any, gates: Any, group: Any) -> Form:
+    """The checked options."""
+    if not isinstance(gates, str) or not gates or len(set(gates)) < len(gates) or set(gates) - set(GATES):
+        _check.fail("compress", "gates", "different letters of 'ifgo'", repr(gates))
+    if weights is not None:
+        _check.one_of("compress", "weights", weights, WEIGHTS)
+    for name, value in (("step", step), ("clip", clip)):
+        if value is not None:
+            _check.positive("compress", name, value)
+    if step is not None and (weights is not None or rank is not None):
+        _check.fail("compress", "step", "None beside weights or rank", step)
+    if clip is not None and (step is None or clip < step):
+        _check.fail("compress", "clip", "None, or at least step" if step else "None without step", clip)
+    if group is not None and (weights not in ("int8", "int4") or not _is_whole(group)):
+        _check.fail("compress", "group", "None, or a whole number > 0 with weights 'int8' or 'int4'", repr(group))
+    if weights is None and rank is None and step is None:
+        _check.fail("compress", "weights", "given, or rank, or step", "none of them")
+    ranks = dict(rank) if isinstance(rank, Mapping) else {} if rank is None else dict.fromkeys(gates, rank)
+    if rank is not None and (not ranks or set(ranks) - set(GATES)):
+        _check.fail("compress", "rank", "a number, or one for each of some gates i, f, g, o", repr(rank))
+    for value in ranks.values():
+        if not (_is_whole(value) or (isinstance(value, float) and 0 < value < 1)):
+            _check.fail("compress", "rank", "a whole number > 0, or a share of the squares in (0, 1)", repr(value))
+    return Form(weights, ranks, step, clip, gates, group)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _compress_matrix(name: str, value: nn.Parameter, form: Form, gated: bool) -> list[Matrix]:
+    """Change a matrix in place, gate by gate, or a projection as a whole."""
+    rows = []
+    parts: list[tuple[str, Tensor]] = list(zip(GATES, value.detach().chunk(4), strict=True)) if gated else []
+    for gate, part in parts or [("", value.detach())]:
+        before = part.clone()
+        how, size = apply(part, gate, form)
+        if how:
+            rows.append(Matrix(name, gate, how, before.numel() * before.element_size(), size, _snr(before, part)))
+    return rows
+
+
+def _snr(true: Tensor, found: Tensor) -> float:
+    """Decibels; infinite where nothing changed."""
+    noise = (found.double() - true.double()).square().sum()
+    return float(10 * torch.log10(true.double().square().sum() / noise)) if noise > 0 else float("inf")
+
+
+def _report(
+    model: nn.Module, small: nn.Module, matrices: list[Matrix], inputs: Any, metric: Callable[[nn.Module], float] | None
+) -> Report:
+    inside = {id(p) for m in recurrent(model).values() for p in m.parameters()}
+    rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
+    names = [
+        f"{name}: {type(m).__name__}"
+        for name, m in model.named_modules()
+        if any(id(p) not in inside for p in m.parameters(recurse=False))
+    ]
+    values = None if metric is None else (float(metric(model)), float(metric(small)))
+    if inputs is None:
+        return Report(matrices, [], values, None, names, rest)
+    given = inputs if type(inputs) is tuple else (inputs,)  # a PackedSequence is a tuple too
+    found = [outputs(m, recurrent(m), given) for m in (model, small)]
+    return Report(matrices, step_errors(*found), values, times((model, small), given), names, rest)
