@@ -37,7 +37,7 @@ def section(runners: Mapping[str, Runner], held_out: Sequence[Chunk], report: Ca
             bits = bits_per_character(model, held_out, runner.masked)  # type: ignore[arg-type]
             costs[way, name] = bits - whole[name]
             cells.append(f"{bits:.3f} ({bits - whole[name]:+.3f})")
-            less = f"{found.bytes_before / found.bytes_after:.1f}"
+            less = f"{found.bytes_before / found.bytes_after:.1f}" if found.matrices else "1.0"
             done += 1
         rows.append((way, *cells, less))
     report(1.0, "")
