@@ -284,13 +284,20 @@ def test_lstm_chapter(tmp_path):
     stages = []
     budget = demo.Budget(1.0, 5, lambda stage, done, note: stages.append((stage, done)))
     sections = lstm.run(budget, lstm.Sizes(T=20, B=8, E=8, H=16, L=2, held_out=4))
-    assert {stage for stage, done in stages if done == 1} == {"training", "timing", "looking at gates"}
+    assert {stage for stage, done in stages if done == 1} == {"training", "timing", "compressing", "looking at gates"}
     out = tmp_path / "r.html"
     report.write(out, "fastseq demo", facts.collect(5), [Chapter(lstm.TITLE, sections)])
     page = check_page(out.read_text(encoding="utf-8"))
     assert page.tags.count("svg") == 5
     words = " ".join(page.words)
-    for part in ("bits per character", "LSTM alone, ms", "reset=mask", "fastseq backend", "microseconds per character"):
+    for part in (
+        "bits per character",
+        "LSTM alone, ms",
+        "reset=mask",
+        "fastseq backend",
+        "microseconds per character",
+        "i, f of rank H/8",
+    ):
         assert part in words
     tables = [block for section in sections for block in section.blocks if isinstance(block, Table)]
     assert not re.search(r"\bnan\b|\binf\b", str([table.rows for table in tables]))
