@@ -11,24 +11,31 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 empty :=
 INTERPRETED_LSTM := $(wildcard tests/ops/test_lstm*.py) tests/ops/test_noise.py tests/ops/test_gemm.py
+TWO = $(MAKE) --no-print-directory -j2 --output-sync=target
 TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 
 # a developer's build: both doors or an error, and the AVX-512 body compiled with AVX2 flags, which the tests run
 export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
-.PHONY: demo test test-triton test-triton-lstm test-triton-rest bench check check-gpu budget format clean gpu
+.PHONY: demo test test-ops test-rest test-triton test-triton-lstm test-triton-rest bench check check-gpu budget format clean gpu
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
 
+# without ARGS in four parts, two at a time, each of which prints when it is done; ARGS go to one pytest
 test: $(VENV)/.built $(VENV)/.pretrained
-	$(BIN)/python -m pytest $(ARGS)
-	$(if $(ARGS),,$(MAKE) --no-print-directory test-triton)
+	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(TWO) test-ops test-rest test-triton-lstm test-triton-rest)
 
-# the Triton kernels on the CPU, through triton's interpreter, which is chosen when triton is imported; two at a time
+test-ops: $(VENV)/.built
+	$(BIN)/python -m pytest tests/ops
+
+test-rest: $(VENV)/.built $(VENV)/.pretrained
+	$(BIN)/python -m pytest tests --ignore=tests/ops
+
+# the Triton kernels on the CPU, through triton's interpreter, which is chosen when triton is imported
 test-triton: $(VENV)/.built
-	$(MAKE) --no-print-directory -j2 --output-sync=target test-triton-lstm test-triton-rest
+	$(TWO) test-triton-lstm test-triton-rest
 
 test-triton-lstm: $(VENV)/.built
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED_LSTM) -k triton $(ARGS)
