@@ -41,7 +41,7 @@ def add_product(total, lost, a, b, PRECISION: tl.constexpr):
     if PRECISION == "ieee" and a.dtype == tl.float32:
         part = tl.dot(a, b, lost, input_precision=PRECISION)
         longer = total + part
-        lost = part - (longer - total)
+        lost = tl.where(longer - longer == 0, part - (longer - total), 0.0)  # of an infinite sum nothing is lost
         total = longer
     else:
         total = tl.dot(a, b, total, input_precision=PRECISION)
