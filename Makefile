@@ -25,6 +25,7 @@ demo: $(VENV)/.built
 
 # without ARGS in four parts, two at a time, each of which prints when it is done; ARGS go to one pytest
 test: $(VENV)/.built $(VENV)/.pretrained
+	$(if $(ARGS),,@echo "four parts, two at a time; each prints when it is done, the first after about five minutes")
 	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(TWO) test-ops test-rest test-triton-lstm test-triton-rest)
 
 test-ops: $(VENV)/.built

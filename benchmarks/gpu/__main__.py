@@ -36,9 +36,7 @@ SHARDS = {
     ("lstm", "float16"): 1,
     ("vq", "float16"): 1,
     ("lstm", "tf32"): 1,
-    **{
-        (family, dtype): 1 for family in ("compressed", "graph") for dtype in ("bfloat16", "float32", "float16", "tf32")
-    },
+    **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in DTYPES},
 }
 PARITY = tuple(f"parity:{family}-{dtype}-{n}/{of}" for (family, dtype), of in SHARDS.items() for n in range(of))
 DRY_PARITY = ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1")

@@ -45,8 +45,8 @@ def compress(
 
     The copy has the classes and calls of ``model``, and holds in its own dtype the values that the compressed matrices
     stand for, so that its outputs are those of the compressed model. Rounding with ``step`` and ``clip``, and a
-    ``rank``, are what G2-LSTM (Li et al., ICML 2018, section 4.3) does to models that were trained as usual: by
-    default to the input and forget gates alone, to each matrix of each gate on its own. Biases stay.
+    ``rank``, are what G2-LSTM (Li et al., ICML 2018) does to models that were trained as usual: by default to the
+    input and forget gates alone, to each matrix of each gate on its own. Biases stay.
 
     Args:
         model: holds ``torch.nn.LSTM``, ``LSTMCell``, or ours. What else it holds stays, and is listed in the report.
@@ -55,7 +55,7 @@ def compress(
         rank: of ``gates``: a whole number, or a share of the sum of squares in (0, 1) that the factors must keep; or
             one of these for each gate, {"i": 16, "f": 16, "g": 0.9}. What factors would not make smaller has none.
         step: values of ``gates`` become multiples of it; clip: and are moved into -clip .. clip. Not with others.
-        gates: letters of i, f, g, o.
+        gates: letters of i, f, g, o, for ``step`` and for one ``rank``; ranks by gate name theirs.
         inputs: for a call of the model, a tensor or a tuple: then the report has the error of each LSTM's output at
             the first, middle and last step, and milliseconds.
         metric: a number for a model, such as its loss; called with both.

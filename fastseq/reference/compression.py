@@ -1,7 +1,7 @@
 """Definitions of what compression makes of a matrix: rounding, integers with scales, and thin factors.
 
-Rounding, clipping and the truncated SVD are those of G2-LSTM (Li et al., ICML 2018, section 4.3), where they change the
-matrices of the input and forget gates alone, each on its own.
+Rounding, clipping and the truncated SVD are those of G2-LSTM (Li et al., ICML 2018), where they change the matrices of
+the input and forget gates alone, each on its own.
 """
 
 from __future__ import annotations

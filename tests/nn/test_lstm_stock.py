@@ -180,8 +180,9 @@ def test_ours_comes_first_where_it_was_measured_to_be_faster(
     monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
     with FakeTensorMode():
         x, weight_hh = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((T, B, 8), (4 * H, H)))
-        call = StockCall(x, [Weights(torch.empty(4 * H, 8), weight_hh)], None, False, None, 0.0, {})
-    for missing, expected in ((None, name), ("lstm_graph", "torch")):
+        weights = [Weights(torch.empty(4 * H, 8), weight_hh)]
+    for layers, missing, expected in ((1, None, name), (1, "lstm_graph", "torch"), (2, None, "torch")):
+        call = StockCall(x, weights * layers, None, False, None, 0.0, {})
 
         def doubt(module: str, *args: Any, missing: str | None = missing) -> str | None:
             return "unverified" if module == missing else None
