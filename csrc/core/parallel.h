@@ -15,7 +15,7 @@ namespace fastseq::core {
 // the team must have lost its processor.
 class Barrier {
  public:
-  explicit Barrier(int size) : size_(size) {}
+  explicit Barrier(int size, int spins = kSpins) : size_(size), spins_(spins) {}
 
   void wait() noexcept {
     if (size_ == 1) return next_.store(0, std::memory_order_relaxed);
@@ -23,11 +23,13 @@ class Barrier {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
       next_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
+      // Sequentially consistent: notify_all looks whether anybody sleeps, and must not look before the store is seen, or
+      // one who falls asleep between the two is never woken.
+      phase_.store(phase + 1, std::memory_order_seq_cst);
       phase_.notify_all();
       return;
     }
-    for (int spins = 0; spins < kSpins; ++spins) {
+    for (int spins = 0; spins < spins_; ++spins) {
       if (phase_.load(std::memory_order_acquire) != phase) return;
 #if defined(__SSE2__)
       _mm_pause();
@@ -45,7 +47,7 @@ class Barrier {
   alignas(64) std::atomic<uint32_t> phase_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int64_t> next_{0};
-  int size_;
+  int size_, spins_;
 };
 
 // The host's answer. `run` calls body(context, rank, size, barrier) once on each of `size` threads, at most `most` and
