@@ -53,6 +53,7 @@ def instruction_sets() -> dict[str, tuple[str, list[str]]]:
     if not sysconfig.get_platform().endswith(("x86_64", "amd64")):
         return found
     found |= {"avx2": ("csrc/core/isa_avx2.cpp", AVX2), "avx512": ("csrc/core/isa_avx512.cpp", AVX512)}
+    found["avx2_vnni"] = ("csrc/core/isa_avx2_vnni.cpp", [*AVX2, "-mavxvnni"])
     found["avx512_vnni"] = ("csrc/core/isa_avx512_vnni.cpp", [*AVX512, "-mavx512vnni"])
     if os.environ.get("FASTSEQ_BUILD_TEST_ISA", "0") not in ("", "0"):
         if "bdist_wheel" in sys.argv:

@@ -1,5 +1,9 @@
 #include "core/isa.h"
 
+#if defined(FASTSEQ_HAVE_AVX2_VNNI)
+#include <cpuid.h>
+#endif
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +18,11 @@ namespace avx2 {
 extern const Kernels table;
 }
 #endif
+#if defined(FASTSEQ_HAVE_AVX2_VNNI)
+namespace avx2_vnni {
+extern const ByteKernels table;
+}
+#endif
 #if defined(FASTSEQ_HAVE_AVX512)
 namespace avx512 {
 extern const Kernels table;
@@ -21,7 +30,7 @@ extern const Kernels table;
 #endif
 #if defined(FASTSEQ_HAVE_AVX512_VNNI)
 namespace avx512_vnni {
-extern const VqScreenTable table;
+extern const ByteKernels table;
 }
 #endif
 #if defined(FASTSEQ_HAVE_AVX512_ON_AVX2)
@@ -39,8 +48,16 @@ namespace {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+#if defined(FASTSEQ_HAVE_AVX2_VNNI)
+// GCC 12 knows no name for it. Its registers are those of AVX2.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 Choice choose() {
-  const Kernels* found[5];
+  const Kernels* found[kMostSets];
   const int count = supported(found);
   const char* wanted = std::getenv("FASTSEQ_ISA");
   if (wanted == nullptr || *wanted == '\0') {
@@ -57,15 +74,23 @@ Choice choose() {
   return {found[0], error};
 }
 
+// A set with other kernels for bytes.
+[[maybe_unused]] Kernels with(const char* name, Kernels k, const ByteKernels& bytes) {
+  k.name = name;
+  if (bytes.vq_screen) k.vq_screen = bytes.vq_screen;
+  k.matrix = bytes.matrix;
+  return k;
+}
+
+#if defined(FASTSEQ_HAVE_AVX2_VNNI)
+const Kernels& avx2_vnni_table() {
+  static const Kernels table = with("avx2_vnni", avx2::table, avx2_vnni::table);
+  return table;
+}
+#endif
 #if defined(FASTSEQ_HAVE_AVX512_VNNI)
-// AVX-512, but for the screen.
 const Kernels& avx512_vnni_table() {
-  static const Kernels table = [] {
-    Kernels k = avx512::table;
-    k.name = "avx512_vnni";
-    k.vq_screen = &avx512_vnni::table;
-    return k;
-  }();
+  static const Kernels table = with("avx512_vnni", avx512::table, avx512_vnni::table);
   return table;
 }
 #endif
@@ -80,6 +105,9 @@ int supported(const Kernels** out) {
 #endif
 #if defined(FASTSEQ_HAVE_AVX2)
   if (has_avx2()) out[count++] = &avx2::table;
+#endif
+#if defined(FASTSEQ_HAVE_AVX2_VNNI)
+  if (has_avx_vnni()) out[count++] = &avx2_vnni_table();
 #endif
 #if defined(FASTSEQ_HAVE_AVX512)
   if (has_avx512()) out[count++] = &avx512::table;

@@ -5,6 +5,7 @@
 
 #include "core/gemm.h"
 #include "core/lstm_step.h"
+#include "core/matrix.h"
 #include "core/vq.h"
 #include "core/vq_screen.h"
 
@@ -43,6 +44,13 @@ struct Kernels {
   Table<double> f64;
   void (*philox)(int64_t count, const uint32_t* counter, uint64_t key, uint32_t* words);
   const VqScreenTable* vq_screen;  // null where there are no products of bytes
+  const MatrixTable* matrix;
+};
+
+// What a set with instructions for products of bytes does better than the set below it.
+struct ByteKernels {
+  const VqScreenTable* vq_screen;  // null: that of the set below
+  const MatrixTable* matrix;
 };
 
 template <class R>
@@ -63,7 +71,8 @@ struct Choice {
 };
 const Choice& choice();
 inline const Kernels& kernels() { return *choice().kernels; }
-// The sets that are built and that this processor and operating system support, best last. Returns their number (<= 5).
+constexpr int kMostSets = 6;
+// The sets that are built and that this processor and operating system support, best last. Returns their number.
 int supported(const Kernels** out);
 
 }  // namespace fastseq::core

@@ -12,6 +12,7 @@
 #include "core/lstm.inl.h"
 #include "core/vq.inl.h"
 #include "core/vq_screen.inl.h"
+#include "core/matrix.inl.h"
 
 namespace fastseq::core::FASTSEQ_ISA {
 static_assert(kTileRows <= kMostTileRows && kPanel<float> <= kMostPanelWidth);
@@ -31,6 +32,7 @@ constinit const Kernels table = {
 #else
     nullptr,
 #endif
+    &matrix_table,
 };
 
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -152,20 +152,6 @@ void body(const void* context, int rank, int size, Barrier& barrier) {
   }
 }
 
-// Steps beyond a row's end.
-template <class R>
-void zero_padding(const LstmForward<R>& call) {
-  const LstmArgs<R>& a = call.args;
-  for (int64_t b = 0; a.lengths && b < a.B; ++b) {
-    for (int64_t t = a.lengths[b]; t < a.T; ++t) {
-      const int64_t e = t * a.B + b;
-      std::memset(call.h + e * a.P, 0, a.P * sizeof(R));
-      if (call.c) std::memset(call.c + e * a.H, 0, a.H * sizeof(R));
-      if (call.gates) std::memset(call.gates + e * 4 * a.H, 0, 4 * a.H * sizeof(R));
-    }
-  }
-}
-
 template <class R>
 int64_t local_size(const Tiling& tiling) {
   return round_up(6 * tiling.tile_rows * tiling.width);

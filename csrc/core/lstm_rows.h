@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "core/isa.h"
 #include "core/lstm.h"
@@ -81,6 +82,7 @@ struct Split {
   int size;
   bool by_rows;
 
+  Split(int threads, bool rows) : size(threads), by_rows(rows) {}
   // `sums`: rows are summed into one result in the loop over time, in an order that must not depend on the threads.
   template <class R>
   Split(const LstmArgs<R>& a, bool sums, int most) {
@@ -96,9 +98,10 @@ struct Split {
 struct Tiling {
   int64_t parts, tile_rows, width;
 
+  Tiling(const Split& split, int64_t rows, int64_t columns)
+      : parts(split.by_rows ? split.size : 1), tile_rows(rows), width(columns) {}
   template <class R>
-  Tiling(const Split& split, const Table<R>& table)
-      : parts(split.by_rows ? split.size : 1), tile_rows(table.tile_rows), width(table.panel_width) {}
+  Tiling(const Split& split, const Table<R>& table) : Tiling(split, table.tile_rows, table.panel_width) {}
   int64_t panels(int64_t units) const { return (units + width - 1) / width; }
   int64_t tiles(int64_t rows) const { return (rows + parts * tile_rows - 1) / (parts * tile_rows) * parts; }
   Range tile(int64_t number, int64_t rows) const {
@@ -134,6 +137,20 @@ void entering(const Rows& rows, const LstmArgs<R>& a, const R* h, const R* zeros
   if (a.lengths) std::fill(h_in, h_in + a.N, zeros);
   for (int64_t t = 0; t < a.T; ++t) {
     for (int64_t r = 0; r < rows.count(t); ++r) rows.entering(a, h, zeros, t, {r, r + 1}, h_in + rows.element(t, r));
+  }
+}
+
+// Zeros beyond the end of each row.
+template <class R>
+void zero_padding(const LstmForward<R>& call) {
+  const LstmArgs<R>& a = call.args;
+  for (int64_t b = 0; a.lengths && b < a.B; ++b) {
+    for (int64_t t = a.lengths[b]; t < a.T; ++t) {
+      const int64_t e = t * a.B + b;
+      std::memset(call.h + e * a.P, 0, a.P * sizeof(R));
+      if (call.c) std::memset(call.c + e * a.H, 0, a.H * sizeof(R));
+      if (call.gates) std::memset(call.gates + e * 4 * a.H, 0, 4 * a.H * sizeof(R));
+    }
   }
 }
 

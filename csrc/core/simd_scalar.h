@@ -35,6 +35,23 @@ inline VecU64 multiply_even(VecU64 a, VecU64 b) {
   return out;
 }
 
+typedef int16_t VecI16 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecWord __attribute__((vector_size(kVectorBytes)));
+// Neighbouring products of 16 bits, two of which fit 16 bits.
+inline VecWord dot_words(VecWord sum, VecI16 even_w, VecI16 odd_w, VecWord a) {
+  const VecWord pairs = (VecWord)(even_w * (((VecI16)a << 8) >> 8) + odd_w * ((VecI16)a >> 8));
+  return sum + ((pairs << 16) >> 16) + (pairs >> 16);
+}
+// sum + four products of neighbouring bytes in every lane: of w, which is shifted by 128 and not 0, and of a, -127 ..
+// 127. kByteShift times the sum of a remains to be subtracted. dot_nibbles: w is 0 .. 15, as it is.
+constexpr int kByteShift = 0;
+inline VecWord dot_bytes(VecWord sum, VecWord w, VecWord a) {
+  return dot_words(sum, ((VecI16)w & 255) - 128, (((VecI16)w >> 8) & 255) - 128, a);
+}
+inline VecWord dot_nibbles(VecWord sum, VecWord w, VecWord a) {
+  return dot_words(sum, (VecI16)w & 255, ((VecI16)w >> 8) & 255, a);
+}
+
 // Rounded once: in the C library where the processor has no such instruction, and then slowly.
 inline VecF fused(VecF a, VecF b, VecF c) {
   for (int i = 0; i < kVectorBytes / 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);

@@ -10,10 +10,11 @@
 
 namespace fastseq::door {
 
-enum class Type { f32, f64, i64, u8, boolean, other };
+enum class Type { f32, f64, bf16, i64, i8, u8, boolean, other };
 
 inline const char* name_of(Type type) {
-  constexpr const char* kNames[] = {"float32", "float64", "int64", "uint8", "bool", "another type"};
+  constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "int64",
+                                    "int8",    "uint8",   "bool",     "another type"};
   return kNames[static_cast<int>(type)];
 }
 

@@ -23,12 +23,14 @@ using Optional = std::optional<py::array>;
 inline door::Array view(const char* op, const char* name, const py::array& array) {
   door::Array out;
   out.data = array.data();
-  out.type = py::isinstance<py::array_t<float>>(array)     ? door::Type::f32
-             : py::isinstance<py::array_t<double>>(array)  ? door::Type::f64
-             : py::isinstance<py::array_t<int64_t>>(array) ? door::Type::i64
-             : py::isinstance<py::array_t<uint8_t>>(array) ? door::Type::u8
-             : py::isinstance<py::array_t<bool>>(array)    ? door::Type::boolean
-                                                           : door::Type::other;
+  out.type = py::isinstance<py::array_t<float>>(array)      ? door::Type::f32
+             : py::isinstance<py::array_t<double>>(array)   ? door::Type::f64
+             : py::isinstance<py::array_t<uint16_t>>(array) ? door::Type::bf16  // numpy has no such type
+             : py::isinstance<py::array_t<int64_t>>(array)  ? door::Type::i64
+             : py::isinstance<py::array_t<int8_t>>(array)   ? door::Type::i8
+             : py::isinstance<py::array_t<uint8_t>>(array)  ? door::Type::u8
+             : py::isinstance<py::array_t<bool>>(array)     ? door::Type::boolean
+                                                            : door::Type::other;
   out.dims = static_cast<int>(array.ndim());
   if (out.dims > 4) door::fail(op, name, " has ", out.dims, " dimensions");
   for (int i = 0; i < out.dims; ++i) out.size[i] = array.shape(i);
@@ -38,6 +40,12 @@ inline door::Array view(const char* op, const char* name, const py::array& array
 
 inline door::Array view(const char* op, const char* name, const Optional& array) {
   return array ? view(op, name, *array) : door::Array{};
+}
+
+inline std::vector<door::Array> view(const char* op, const char* name, const std::vector<py::array>& arrays) {
+  std::vector<door::Array> found;
+  for (const py::array& array : arrays) found.push_back(view(op, name, array));
+  return found;
 }
 
 inline py::array empty(door::Type type, const std::vector<int64_t>& size) {
@@ -56,6 +64,7 @@ inline void check_call(const char* op, int threads) {
 
 void bind_gemm(py::module_& m);
 void bind_lstm(py::module_& m);
+void bind_packed(py::module_& m);
 void bind_vq(py::module_& m);
 void bind_vq_codes(py::module_& m);
 void bind_vq_residual(py::module_& m);

@@ -12,7 +12,7 @@ std::string isa() {
 }
 
 std::vector<std::string> isas() {
-  const core::Kernels* found[5];
+  const core::Kernels* found[core::kMostSets];
   const int count = core::supported(found);
   std::vector<std::string> names;
   for (int i = 0; i < count; ++i) names.push_back(found[i]->name);
@@ -29,6 +29,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("isas", &door::isas, "The instruction sets that are built and that this machine supports, best last.");
   door::bind_gemm(m);
   door::bind_lstm(m);
+  door::bind_packed(m);
   door::bind_vq(m);
   door::bind_vq_codes(m);
   door::bind_vq_residual(m);

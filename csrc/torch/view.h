@@ -26,12 +26,14 @@ inline door::Array view(const char* op, const char* name, const Tensor& tensor) 
   door::Array out;
   out.data = tensor.const_data_ptr();
   const ScalarType type = tensor.scalar_type();
-  out.type = type == ScalarType::Float    ? door::Type::f32
-             : type == ScalarType::Double ? door::Type::f64
-             : type == ScalarType::Long   ? door::Type::i64
-             : type == ScalarType::Byte   ? door::Type::u8
-             : type == ScalarType::Bool   ? door::Type::boolean
-                                          : door::Type::other;
+  out.type = type == ScalarType::Float      ? door::Type::f32
+             : type == ScalarType::Double   ? door::Type::f64
+             : type == ScalarType::BFloat16 ? door::Type::bf16
+             : type == ScalarType::Long     ? door::Type::i64
+             : type == ScalarType::Char     ? door::Type::i8
+             : type == ScalarType::Byte     ? door::Type::u8
+             : type == ScalarType::Bool     ? door::Type::boolean
+                                            : door::Type::other;
   out.dims = static_cast<int>(tensor.dim());
   if (out.dims > 4) door::fail(op, name, " has ", out.dims, " dimensions");
   for (int i = 0; i < out.dims; ++i) out.size[i] = tensor.size(i);
@@ -41,6 +43,12 @@ inline door::Array view(const char* op, const char* name, const Tensor& tensor) 
 
 inline door::Array view(const char* op, const char* name, const Optional& tensor) {
   return tensor ? view(op, name, *tensor) : door::Array{};
+}
+
+inline std::vector<door::Array> view(const char* op, const char* name, const std::vector<Tensor>& tensors) {
+  std::vector<door::Array> found;
+  for (const Tensor& tensor : tensors) found.push_back(view(op, name, tensor));
+  return found;
 }
 
 inline Tensor empty(const Tensor& like, std::vector<int64_t> size) {

@@ -8,17 +8,11 @@ namespace {
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-std::vector<door::Array> view_all(const char* op, const std::vector<Tensor>& codebooks) {
-  std::vector<door::Array> found;
-  for (const Tensor& codebook : codebooks) found.push_back(view(op, "codebooks", codebook));
-  return found;
-}
-
 Six vq_residual(Tensor x, std::vector<Tensor> codebooks, Optional mask, Optional levels, bool sums, bool keep) {
   const char* const op = "vq_residual";
   check_isa(op);
   const door::Array vx = view(op, "x", x), vm = view(op, "mask", mask), vl = view(op, "levels", levels);
-  const std::vector<door::Array> books = view_all(op, codebooks);
+  const std::vector<door::Array> books = view(op, "codebooks", codebooks);
   const door::VqResidualSizes s = door::check_residual(op, vx, books, vm, vl);
   Tensor quantized = empty(x, {s.N, s.D}), distance = empty(x, {s.M, s.N});
   Tensor index = torch::stable::new_empty(x, std::vector<int64_t>{s.N, s.M}, ScalarType::Long);
