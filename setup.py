@@ -54,7 +54,10 @@ def instruction_sets() -> dict[str, tuple[str, list[str]]]:
         return found
     found |= {"avx2": ("csrc/core/isa_avx2.cpp", AVX2), "avx512": ("csrc/core/isa_avx512.cpp", AVX512)}
     found["avx2_vnni"] = ("csrc/core/isa_avx2_vnni.cpp", [*AVX2, "-mavxvnni"])
-    found["avx512_vnni"] = ("csrc/core/isa_avx512_vnni.cpp", [*AVX512, "-mavx512vnni"])
+    vnni = [*AVX512, "-mavx512vnni"]
+    found["avx512_vnni"] = ("csrc/core/isa_avx512_vnni.cpp", vnni)
+    if sys.platform == "linux":
+        found["avx512_amx"] = ("csrc/core/isa_avx512_amx.cpp", [*vnni, "-mamx-tile", "-mamx-int8"])
     if os.environ.get("FASTSEQ_BUILD_TEST_ISA", "0") not in ("", "0"):
         if "bdist_wheel" in sys.argv:
             fail("FASTSEQ_BUILD_TEST_ISA is for tests, a wheel must not contain avx512_on_avx2")

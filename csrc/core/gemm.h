@@ -54,7 +54,7 @@ void gemm(const GemmArgs<R>& args, R* scratch, const Team& team) noexcept;
 
 // ---- what an instruction set provides; see isa.h ----
 
-constexpr int kMostTileRows = 16;
+constexpr int kMostTileRows = 32;
 constexpr int kMostPanelWidth = 32;
 
 enum class Init { zero, result, bias };  // what the product is added to: 0, what c holds, or bias[column]

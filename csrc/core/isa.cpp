@@ -3,6 +3,10 @@
 #if defined(FASTSEQ_HAVE_AVX2_VNNI)
 #include <cpuid.h>
 #endif
+#if defined(FASTSEQ_HAVE_AVX512_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdio>
 #include <cstdlib>
@@ -33,6 +37,11 @@ namespace avx512_vnni {
 extern const ByteKernels table;
 }
 #endif
+#if defined(FASTSEQ_HAVE_AVX512_AMX)
+namespace avx512_amx {
+extern const ByteKernels table;
+}
+#endif
 #if defined(FASTSEQ_HAVE_AVX512_ON_AVX2)
 namespace avx512_on_avx2 {
 extern const Kernels table;
@@ -53,6 +62,16 @@ namespace {
 bool has_avx_vnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+#if defined(FASTSEQ_HAVE_AVX512_AMX)
+// The system keeps the large registers from a process that has not asked for them.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 #endif
 
@@ -94,6 +113,12 @@ const Kernels& avx512_vnni_table() {
   return table;
 }
 #endif
+#if defined(FASTSEQ_HAVE_AVX512_AMX)
+const Kernels& avx512_amx_table() {
+  static const Kernels table = with("avx512_amx", avx512_vnni_table(), avx512_amx::table);
+  return table;
+}
+#endif
 
 }  // namespace
 
@@ -114,6 +139,9 @@ int supported(const Kernels** out) {
 #endif
 #if defined(FASTSEQ_HAVE_AVX512_VNNI)
   if (has_avx512() && __builtin_cpu_supports("avx512vnni")) out[count++] = &avx512_vnni_table();
+#endif
+#if defined(FASTSEQ_HAVE_AVX512_AMX)
+  if (has_avx512() && __builtin_cpu_supports("avx512vnni") && has_amx()) out[count++] = &avx512_amx_table();
 #endif
   return count;
 }

@@ -71,7 +71,7 @@ struct Choice {
 };
 const Choice& choice();
 inline const Kernels& kernels() { return *choice().kernels; }
-constexpr int kMostSets = 6;
+constexpr int kMostSets = 7;
 // The sets that are built and that this processor and operating system support, best last. Returns their number.
 int supported(const Kernels** out);
 

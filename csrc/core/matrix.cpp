@@ -72,6 +72,7 @@ struct Places {
 };
 
 int64_t panel_bytes(Storage storage, int64_t K) {
+  if (storage == Storage::int8 && K > 32) K = (K + 63) / 64 * 64;  // whole steps of AMX
   const int64_t step = storage_step(storage);
   return (K + step - 1) / step * kLine;
 }

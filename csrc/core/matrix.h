@@ -14,7 +14,7 @@ constexpr int64_t kMatrixPanel = 16;
 // How numbers are kept, in a panel of 16 rows w[0] .. w[15]:
 //   f32   [K][16] floats
 //   bf16  [K/2][16][2] upper halves of floats
-//   int8  [K/4][16][4] bytes, value + 128
+//   int8  [K/4][16][4] bytes, value + 128; for more than 32 columns K is rounded up to a multiple of 64
 //   int4  [K/8][16][4] bytes, value + 8: the low nibbles hold columns 8 j .. 8 j + 3, the high ones the next four
 // K is rounded up, with zeros (of the value). Integers carry float scales [groups][16] for each panel.
 enum class Storage : int32_t { f32, bf16, int8, int4 };
@@ -100,7 +100,7 @@ void linear_packed(const PackedMatrix& w, const LinearPacked& call, uint8_t* scr
 
 // ---- what an instruction set provides; see isa.h ----
 
-constexpr int kMostMatrixRows = 8;
+constexpr int kMostMatrixRows = 32;
 constexpr int64_t kIntegerPad = 64;  // a row of integers has zeros up to a multiple of it
 
 // c[i][p][:16] = sum over k of a[i][k] * panel p [k], i < rows, p < panels; for integers in the order of

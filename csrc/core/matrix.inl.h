@@ -5,7 +5,7 @@ namespace {
 
 constexpr int kPanelVectors = (int)kMatrixPanel / kLanes<float>;
 constexpr bool kManyRegisters = kVectorBytes == 64;
-constexpr int kMatrixRows = kManyRegisters ? 6 : 4;
+constexpr int kMatrixRows = kManyRegisters ? 6 : 4;  // of a register tile
 
 // Panels of a register tile, and the pieces of K that integers, whose sums are exact, are summed in side by side: few
 // rows alone would wait for each product.
@@ -176,22 +176,51 @@ void matrix_rows(const MatrixTile& t) {
   matrix_run<S, M, matrix_panels(is_integer(S), M)>(t, 0);
 }
 
+#if defined(FASTSEQ_HAS_AMX)
+}  // namespace
+}  // namespace fastseq::core::FASTSEQ_ISA
+#include "core/matrix_amx.inl.h"
+namespace fastseq::core::FASTSEQ_ISA {
+namespace {
+#endif
+
+using MatrixRun = void (*)(const MatrixTile&);
+
+// The rows in register tiles as even as can be.
+template <int N>
+void matrix_tiles(const MatrixTile& t, const MatrixRun (&run)[N]) {
+  MatrixTile part = t;
+  const int64_t tiles = (t.rows + N - 1) / N;
+  for (int64_t n = 0, first = 0; n < tiles; ++n, first += part.rows) {
+    part.rows = t.rows * (n + 1) / tiles - first;
+    for (int64_t i = 0; i < part.rows; ++i) {
+      part.a[i] = t.a[first + i];
+      part.sums[i] = t.sums[first + i];
+      part.a_scale[i] = t.a_scale[t.a_scale[0] ? first + i : 0];
+    }
+    part.c = t.c + first * t.c_row;
+    run[part.rows - 1](part);
+  }
+}
+
 template <Storage S>
 void matrix_storage(const MatrixTile& t) {
-  using Run = void (*)(const MatrixTile&);
   if constexpr (kMatrixRows == 6) {
-    constexpr Run run[] = {matrix_rows<S, 1>, matrix_rows<S, 2>, matrix_rows<S, 3>,
-                           matrix_rows<S, 4>, matrix_rows<S, 5>, matrix_rows<S, 6>};
-    run[t.rows - 1](t);
+    constexpr MatrixRun run[] = {matrix_rows<S, 1>, matrix_rows<S, 2>, matrix_rows<S, 3>,
+                                 matrix_rows<S, 4>, matrix_rows<S, 5>, matrix_rows<S, 6>};
+    matrix_tiles(t, run);
   } else {
-    constexpr Run run[] = {matrix_rows<S, 1>, matrix_rows<S, 2>, matrix_rows<S, 3>, matrix_rows<S, 4>};
-    run[t.rows - 1](t);
+    constexpr MatrixRun run[] = {matrix_rows<S, 1>, matrix_rows<S, 2>, matrix_rows<S, 3>, matrix_rows<S, 4>};
+    matrix_tiles(t, run);
   }
 }
 
 void matrix_tile(const MatrixTile& t) {
-  constexpr void (*run[])(const MatrixTile&) = {matrix_storage<Storage::f32>, matrix_storage<Storage::bf16>,
-                                                matrix_storage<Storage::int8>, matrix_storage<Storage::int4>};
+  constexpr MatrixRun run[] = {matrix_storage<Storage::f32>, matrix_storage<Storage::bf16>,
+                               matrix_storage<Storage::int8>, matrix_storage<Storage::int4>};
+#if defined(FASTSEQ_HAS_AMX)
+  if (amx_takes(t)) return amx_tile(t);
+#endif
   run[(int)t.storage](t);
 }
 
@@ -245,7 +274,13 @@ void sum_integers(const int8_t* q, int64_t K, int64_t group, int32_t* out) {
   }
 }
 
-constinit const MatrixTable matrix_table = {kMatrixRows, matrix_tile, to_integers, magnitude, sum_integers};
+#if defined(FASTSEQ_HAS_AMX)
+constexpr int kMatrixTile = 2 * (int)kAmxRows;
+#else
+constexpr int kMatrixTile = 2 * kMatrixRows;
+#endif
+
+constinit const MatrixTable matrix_table = {kMatrixTile, matrix_tile, to_integers, magnitude, sum_integers};
 
 }  // namespace
 }  // namespace fastseq::core::FASTSEQ_ISA

@@ -128,6 +128,9 @@ inline VecWord add_products(VecWord a, VecU8 x, VecU8 c) {
 
 // sum + four products of neighbouring bytes in every lane: of w, which is shifted by 128 and not 0, and of a, -127 ..
 // 127. kByteShift times the sum of a remains to be subtracted. dot_nibbles: w is 0 .. 15, as it is.
+#if defined(__AMX_INT8__) || defined(FASTSEQ_AVX512_ON_AVX2)
+#define FASTSEQ_HAS_AMX
+#endif
 #if defined(FASTSEQ_HAS_DOT)
 constexpr int kByteShift = 128;
 inline VecWord dot_bytes(VecWord sum, VecWord w, VecWord a) { return add_products(sum, (VecU8)w, (VecU8)a); }
