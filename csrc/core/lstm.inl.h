@@ -32,9 +32,9 @@ inline void cell_forward(const CellForward<R>& s, int64_t row, Units<R, Whole, V
   FASTSEQ_EACH(v, V) {
     const R* from = pre + v * kLanes<R>;
     i[v] = load(from) + u.get(x, v);
-    f[v] = load(from + kPanel<R>) + u.get(x + s.H, v);
-    g[v] = load(from + 2 * kPanel<R>) + u.get(x + 2 * s.H, v);
-    o[v] = load(from + 3 * kPanel<R>) + u.get(x + 3 * s.H, v);
+    f[v] = load(from + kPanel<R>) + u.get(x + s.x_gate, v);
+    g[v] = load(from + 2 * kPanel<R>) + u.get(x + 2 * s.x_gate, v);
+    o[v] = load(from + 3 * kPanel<R>) + u.get(x + 3 * s.x_gate, v);
     if (s.noise) {
       const R* noise = s.noise + row * 2 * kPanel<R> + u.at + v * kLanes<R>;
       i[v] += load(noise);

@@ -93,7 +93,7 @@ void Forward<R>::cell_tile(int64_t t, int64_t panel, Range part, R* mine) const 
   CellForward<R> cell;
   cell.rows = part.end - part.begin;
   cell.units = units;
-  cell.H = a.H;
+  cell.H = cell.x_gate = a.H;
   cell.inverse_tau = inverse_tau;
   cell.hard = a.hard;
   cell.pre = pre;

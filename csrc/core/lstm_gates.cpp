@@ -38,7 +38,7 @@ void cell_row(const Cells<R>& cells, int64_t t, int64_t r) {
     CellForward<R> cell;
     cell.rows = 1;
     cell.units = units;
-    cell.H = a.H;
+    cell.H = cell.x_gate = a.H;
     cell.inverse_tau = R(1.0 / a.tau);
     cell.hard = a.hard;
     cell.pre = pre;

@@ -1,12 +1,14 @@
 // One team for the whole sequence. A step: with factors what the lower ones make of h, then tile by tile the
-// pre-activations of some units and their cell, then the projection where there is one; a barrier after each.
+// pre-activations of some units and their cell, then the projection where there is one; a barrier after each. Before
+// some steps their input product, each thread for the units, or the rows, that it works on in these steps.
 #include "core/lstm_packed.h"
 
 #include <cstring>
+#include <optional>
 
 #include "core/flush.h"
 #include "core/lstm_rows.h"
-#include "core/matrix_rows.h"
+#include "core/matrix_product.h"
 
 namespace fastseq::core {
 namespace {
@@ -31,8 +33,24 @@ Split split_of(const LstmPacked& call, int most) {
   return {size, size > 1 && dense && (rows >= 16 || (rows >= 4 && bytes <= 1024 * 1024))};
 }
 
+constexpr int64_t kMostSteps = 64;
+// Steps whose input product is made at once. Few enough to stay in the second cache, enough rows to be worth a pass
+// over the weights.
+int64_t input_steps(const LstmPacked& call) {
+  constexpr int64_t kBytes = 512 * 1024, kLeastRows = 32;
+  const LstmArgs<float>& a = call.forward.args;
+  if (!call.weight_ih || !a.B) return 1;
+  const int64_t fit = kBytes / (a.B * 4 * a.H * static_cast<int64_t>(sizeof(float)));
+  const int64_t steps = std::max({fit, (kLeastRows + a.B - 1) / a.B, int64_t(1)});
+  return std::min({steps, kMostSteps, std::max(a.T, int64_t(1))});
+}
+
 // What one thread has to itself.
 struct Own {
+  std::optional<Product> input;  // memory of its own where the threads split rows, else that of all
+  float* x_gates;                // [slots][4][padded H]
+  Range rows;                    // those of a step that are its own
+  int64_t slot[kMostSteps];      // the first of each step
   Integers h;         // shared rows and own sums; with projection all its own
   Integers upper[4];  // of what the lower factors make
   Integers inner;     // shared rows, own sums
@@ -59,12 +77,14 @@ struct Packed {
   float* zeros;     // a row of zeros
   uint8_t* own;     // of each thread
   int64_t own_size;
+  uint8_t* input = nullptr;  // of all threads
+  int64_t steps, padded;     // of an input product; H rounded up to whole panels
   float inverse_tau;
 
   Packed(const LstmPacked& call, const Rows& rows, Split split)
       : call(call), f(call.forward), a(f.args), w(*call.weight_hh), hr(call.weight_hr), table(kernels().f32),
         matrix(*kernels().matrix), rows(rows), split(split), tiling(split, matrix.rows, table.panel_width),
-        inverse_tau(static_cast<float>(1.0 / a.tau)) {
+        steps(input_steps(call)), padded((a.H + kMatrixPanel - 1) / kMatrixPanel * kMatrixPanel), inverse_tau(static_cast<float>(1.0 / a.tau)) {
     h.init(a.P);
     inner.init(a.H);
     if (w.down.N) h.groupings.add(w.down);
@@ -82,6 +102,13 @@ struct Packed {
     place_own(places, nowhere);
     own_size = places.used;
   }
+  int64_t slots() const { return steps * (split.by_rows ? (a.B + split.size - 1) / split.size + tiling.tile_rows : a.B); }
+  void place_input(Places& places, Own& mine) const {
+    if (!call.weight_ih) return;
+    mine.input.emplace(*call.weight_ih, matrix, slots());
+    mine.input->place(places);
+    mine.x_gates = places.take<float>(slots() * 4 * padded);
+  }
   int64_t h_rows() const { return hr ? a.B : 2 * a.B + 2; }
   void place_own(Places& places, Own& mine) const;
   void place(Places& places, int most);
@@ -95,6 +122,7 @@ struct Packed {
   void enter(int64_t s, int64_t t, Range part, Own& mine) const;
   TileRows entering(int64_t s, int64_t t, Range part, const Own& mine) const;
   void lower_tile(int64_t s, int64_t t, int64_t panel, Range part, const Own& mine) const;
+  void make_inputs(int64_t s, int rank, int size, Barrier& barrier, Own& mine) const;
   void cell_tile(int64_t s, int64_t t, int64_t panel, Range part, const Own& mine) const;
   void pre_activations(int64_t s, int64_t t, int64_t first, int64_t panels, Range part, const Own& mine) const;
   void projection_tile(int64_t t, int64_t panel, Range part, const Own& mine) const;
@@ -104,6 +132,12 @@ struct Packed {
 void Packed::place_own(Places& places, Own& mine) const {
   mine.h = h;
   mine.inner = inner;
+  if (split.by_rows) {
+    place_input(places, mine);
+  } else if (input) {
+    Places shared{input};
+    place_input(shared, mine);
+  }
   if (hr) {
     mine.h.place(places, a.B, true);
   } else if (h.used()) {
@@ -125,6 +159,11 @@ void Packed::place(Places& places, int most) {
   values = places.take<float>(a.B * w.down.N);
   zeros = places.take<float>(a.P);
   own = places.take<uint8_t>(most * own_size);
+  if (split.by_rows) return;
+  Own nowhere;
+  Places count{nullptr};
+  place_input(count, nowhere);
+  if (count.used) input = places.take<uint8_t>(count.used);
 }
 
 // Each row's place among the last states holds its latest c, and h where the row has no steps at all.
@@ -175,7 +214,7 @@ TileRows Packed::entering(int64_t s, int64_t t, Range part, const Own& mine) con
 
 void Packed::lower_tile(int64_t s, int64_t t, int64_t panel, Range part, const Own& mine) const {
   float* const out = values + part.begin * w.down.N + panel * kMatrixPanel;
-  multiply(matrix, w.down, panel, 1, 1, entering(s, t, part, mine), out, w.down.N, kMatrixPanel);
+  multiply(matrix, w.down, panel, 1, 1, entering(s, t, part, mine), nullptr, out, w.down.N, 0);
 }
 
 // Of 16-unit panels first .. first + panels - 1, [rows][4][width].
@@ -184,7 +223,7 @@ void Packed::pre_activations(int64_t s, int64_t t, int64_t first, int64_t panels
   const TileRows in = entering(s, t, part, mine);
   if (w.alike && !w.gate[0].rank) {
     for (int64_t p = 0; p < panels; ++p) {
-      multiply(matrix, w.gate[0].piece, first + p, 4, 4, in, mine.pre + p * kMatrixPanel, 4 * width, width);
+      multiply(matrix, w.gate[0].piece, first + p, 4, 4, in, nullptr, mine.pre + p * kMatrixPanel, 4 * width, width);
     }
     return;
   }
@@ -198,7 +237,41 @@ void Packed::pre_activations(int64_t s, int64_t t, int64_t first, int64_t panels
         from.x[i] = values + from.number[i] * w.down.N + gate.offset;
       }
     }
-    multiply(matrix, gate.piece, first, panels, 1, from, mine.pre + g * width, 4 * width, kMatrixPanel);
+    multiply(matrix, gate.piece, first, panels, 1, from, nullptr, mine.pre + g * width, 4 * width, kMatrixPanel);
+  }
+}
+
+// The input product of the steps from number `s` on.
+void Packed::make_inputs(int64_t s, int rank, int size, Barrier& barrier, Own& mine) const {
+  int64_t slots = 0;
+  for (int64_t n = 0; n < steps && s + n < a.T; ++n) {
+    mine.slot[n] = slots;
+    const Range part = own_rows(rows.count(rows.step(s + n)), rank, size);
+    slots += part.end - part.begin;
+  }
+  const Product& product = *mine.input;
+  const Range share_of = split.by_rows ? Range{0, slots} : share(slots, rank, size);
+  for (int64_t n = 0; n < steps && s + n < a.T; ++n) {
+    const int64_t t = rows.step(s + n);
+    const Range part = own_rows(rows.count(t), rank, size);
+    for (int64_t r = part.begin; r < part.end; ++r) {
+      const int64_t slot = mine.slot[n] + r - part.begin;
+      if (slot < share_of.begin || slot >= share_of.end) continue;
+      product.prepare(slot, call.x + rows.element(t, r) * call.weight_ih->K);
+    }
+  }
+  if (!split.by_rows) barrier.wait();
+  if (product.lower_panels()) {
+    const Range lower = split.by_rows ? Range{0, product.lower_panels()} : share(product.lower_panels(), rank, size);
+    for (int64_t panel = lower.begin; panel < lower.end; ++panel) product.lower(panel, {0, slots});
+    if (!split.by_rows) barrier.wait();
+    for (int64_t slot = share_of.begin; slot < share_of.end; ++slot) product.prepare_upper(slot);
+    if (!split.by_rows) barrier.wait();
+  }
+  const int64_t each = tiling.width / kMatrixPanel, all = tiling.panels(a.H);
+  const Range units = split.by_rows ? Range{0, all} : share(all, rank, size);
+  for (int64_t panel = units.begin * each; panel < std::min(units.end * each, product.panels); ++panel) {
+    product.panel(panel, {0, slots}, mine.x_gates + panel * kMatrixPanel, 4 * padded, padded);
   }
 }
 
@@ -209,6 +282,7 @@ void Packed::cell_tile(int64_t s, int64_t t, int64_t panel, Range part, const Ow
   cell.rows = part.end - part.begin;
   cell.units = units;
   cell.H = a.H;
+  cell.x_gate = mine.input ? padded : a.H;
   cell.inverse_tau = inverse_tau;
   cell.hard = a.hard;
   cell.pre = mine.pre;
@@ -216,7 +290,11 @@ void Packed::cell_tile(int64_t s, int64_t t, int64_t panel, Range part, const Ow
   int64_t batch[kMostMatrixRows];
   for (int64_t r = part.begin, i = 0; r < part.end; ++r, ++i) {
     const int64_t b = batch[i] = rows.batch(r), e = rows.element(t, r);
-    cell.x_gates[i] = f.x_gates + e * 4 * a.H + unit;
+    if (mine.input) {
+      cell.x_gates[i] = mine.x_gates + (mine.slot[s % steps] + r - mine.rows.begin) * 4 * padded + unit;
+    } else {
+      cell.x_gates[i] = f.x_gates + e * 4 * a.H + unit;
+    }
     cell.c_state[i] = f.c_n + b * a.H + unit;
     cell.c_in[i] = !rows.cut(t, r) ? cell.c_state[i] : a.c_start ? a.c_start + unit : nullptr;
     cell.c[i] = f.c ? f.c + e * a.H + unit : nullptr;
@@ -243,7 +321,7 @@ void Packed::projection_tile(int64_t t, int64_t panel, Range part, const Own& mi
     in.number[i] = part.begin + i;
     in.x[i] = inner_h + in.number[i] * a.H;
   }
-  multiply(matrix, hr->gate[0].piece, panel, 1, 1, in, mine.pre, kMatrixPanel, kMatrixPanel);
+  multiply(matrix, hr->gate[0].piece, panel, 1, 1, in, nullptr, mine.pre, kMatrixPanel, 0);
   for (int64_t i = 0; i < in.count; ++i) {
     float* const out = f.h + rows.element(t, part.begin + i) * a.P + unit;
     std::memcpy(out, mine.pre + i * kMatrixPanel, units * sizeof(float));
@@ -264,16 +342,18 @@ void body(const void* context, int rank, int size, Barrier& barrier) {
   Own mine;
   Places places{p.own + rank * p.own_size};
   p.place_own(places, mine);
+  if (mine.input) mine.input->set_bias(p.call.bias, p.split.by_rows || rank == 0);
   p.first_state(rank, size);
   barrier.wait();
   const auto each = [&](int64_t panels, int64_t s, int64_t n, auto visit) {
-    p.tiling.each(false, panels, n, s, rank, size,
+    p.tiling.each(true, panels, n, s, rank, size,
                   [&](int64_t panel, int64_t tile) { visit(panel, p.tiling.tile(tile, n)); });
     if (!p.split.by_rows) barrier.wait();
   };
   for (int64_t s = 0; s < p.a.T; ++s) {
     const int64_t t = p.rows.step(s), n = p.rows.count(t);
-    const Range own = p.own_rows(n, rank, size);
+    if (mine.input && s % p.steps == 0) p.make_inputs(s, rank, size, barrier, mine);
+    const Range own = mine.rows = p.own_rows(n, rank, size);
     p.enter(s, t, own, mine);
     if (p.w.down.N) {
       each(p.w.down.panels(), s, n, [&](int64_t panel, Range part) { p.lower_tile(s, t, panel, part, mine); });

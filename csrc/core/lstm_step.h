@@ -19,11 +19,11 @@ struct LstmNoise {
   double probability;  // p, in [0, 1]
 };
 
-// Pointers to rows point at the first unit of the panel; a gate's units are contiguous, gates are H apart in x_gates,
-// gates and dx_gates and panel_width apart in `pre`.
+// Pointers to rows point at the first unit of the panel; a gate's units are contiguous, gates are x_gate apart in
+// x_gates, H apart in gates and dx_gates, and panel_width apart in `pre`.
 template <class R>
 struct CellForward {
-  int64_t rows, units, H;
+  int64_t rows, units, H, x_gate;
   R inverse_tau;
   bool hard;
   const R* pre;                     // [rows][4][panel_width] recurrent part of the pre-activations

@@ -104,7 +104,7 @@ constexpr int kMostMatrixRows = 32;
 constexpr int64_t kIntegerPad = 64;  // a row of integers has zeros up to a multiple of it
 
 // c[i][p][:16] = sum over k of a[i][k] * panel p [k], i < rows, p < panels; for integers in the order of
-// reference/packed.py, with scales, and times a_scale[i] where that is given.
+// reference/packed.py, with scales, times a_scale[i] where that is given, plus bias.
 struct MatrixTile {
   Storage storage;
   int64_t rows, panels;  // rows: 1 .. matrix_rows; panels: any number
@@ -116,6 +116,7 @@ struct MatrixTile {
   int64_t b_panel;  // bytes from one panel to the next
   const float* scale;
   int64_t scale_panel;  // floats
+  const float* bias;  // [panels][16], or null
   float* c;
   int64_t c_row, c_panel;  // floats
 };

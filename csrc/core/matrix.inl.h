@@ -28,6 +28,10 @@ inline VecI32 same_bytes(const int8_t* p) {
   return VecI32{} + word;
 }
 
+inline VecF with_bias(const MatrixTile& t, int64_t panel, int v, VecF value) {
+  return t.bias ? value + load(t.bias + panel * kMatrixPanel + v * kLanes<float>) : value;
+}
+
 // One step of columns of a vector of rows: 4 of int8, or 8 of int4.
 template <Storage S>
 inline VecI32 add_step(VecI32 sum, VecI32 w, const VecI32* a) {
@@ -94,7 +98,8 @@ void integer_tile(const MatrixTile& t, int64_t first) {
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        store(t.c + i * t.c_row + (first + p) * t.c_panel + v * kLanes<float>, out[i][p][v] * times);
+        const VecF value = with_bias(t, first + p, v, out[i][p][v] * times);
+        store(t.c + i * t.c_row + (first + p) * t.c_panel + v * kLanes<float>, value);
       }
     }
   }
@@ -152,7 +157,8 @@ void float_tile(const MatrixTile& t, int64_t first) {
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        store(t.c + i * t.c_row + (first + p) * t.c_panel + v * kLanes<float>, out[i][p][v]);
+        const VecF value = with_bias(t, first + p, v, out[i][p][v]);
+        store(t.c + i * t.c_row + (first + p) * t.c_panel + v * kLanes<float>, value);
       }
     }
   }

@@ -90,7 +90,8 @@ inline void amx_finish(const MatrixTile& t, const int32_t* sums, int64_t first_r
       const VecI32 total = load_words((const uint8_t*)(sums + (i - first_row) * 16 + v * kLanes<float>)) - shift;
       VecF value = __builtin_convertvector(total, VecF) * load(scale + v * kLanes<float>);
       if (group) value += load(c + v * kLanes<float>);
-      store(c + v * kLanes<float>, value * times);
+      value *= times;
+      store(c + v * kLanes<float>, last ? with_bias(t, panel, v, value) : value);
     }
   }
 }

@@ -98,10 +98,10 @@ struct TileRows {
   int64_t number[kMostMatrixRows];  // among the integers
 };
 
-// Panels of a part, from `panel` on, times these rows; result (i, p) at c + i * c_row + p * c_panel. `gap` is how far
-// apart the panels lie, the part's own stride or less where those of several parts lie between.
+// Panels of a part, from `panel` on, times these rows, plus bias [panels][16] or null; result (i, p) at c + i * c_row +
+// p * c_panel. parts 4: `panels` counts those of four parts that lie side by side, of which this is the first.
 inline void multiply(const MatrixTable& table, const Piece& p, int64_t panel, int64_t panels, int64_t parts,
-                     const TileRows& rows, float* c, int64_t c_row, int64_t c_panel) {
+                     const TileRows& rows, const float* bias, float* c, int64_t c_row, int64_t c_panel) {
   MatrixTile t;
   t.storage = p.storage;
   t.rows = rows.count;
@@ -113,6 +113,7 @@ inline void multiply(const MatrixTable& table, const Piece& p, int64_t panel, in
   t.b_panel = p.stride / parts;
   t.scale = p.scale ? p.scale + panel * p.scale_stride : nullptr;
   t.scale_panel = p.scale_stride / parts;
+  t.bias = bias;
   t.c = c;
   t.c_row = c_row;
   t.c_panel = c_panel;

@@ -96,17 +96,36 @@ inline int64_t check_linear(const char* op, const core::PackedMatrix& w, const A
 }
 
 inline void check_float(const char* op, const LstmSizes& z, int64_t save) {
-  if (z.type != Type::f32) fail(op, "x_gates must be float32, got ", name_of(z.type));
+  if (z.type != Type::f32) fail(op, "x must be float32, got ", name_of(z.type));
   if (save < 0 || save > 2) fail(op, "save must be 0, 1 or 2, got ", save);
 }
 
 struct PackedWeights {
-  core::PackedMatrix hh, hr;
+  core::PackedMatrix hh, hr, ih;
 };
+
+// The input product of a layer: x [T, B, I] or [N, I] becomes the x_gates that check_lstm expects.
+inline Array check_input(const char* op, const Array& x, const Array& weight_ih, const Array& bias, PackedWeights& w) {
+  if (!weight_ih.given()) {
+    if (bias.given()) fail(op, "bias must be None without weight_ih");
+    return x;
+  }
+  w.ih = open_packed(op, "weight_ih", weight_ih, 4);
+  if (w.ih.N != w.hh.N) fail(op, "weight_ih must have the rows of weight_hh = ", w.hh.N, ", got ", w.ih.N);
+  if (w.ih.bounded) fail(op, "weight_ih must be packed with bounded=False");
+  if (x.dims < 1 || x.size[x.dims - 1] != w.ih.K) {
+    fail(op, "x must be [T, B, I], or [N, I] with batch_sizes, I = ", w.ih.K, ", got ", shape(x.size, x.dims));
+  }
+  if (bias.given()) expect(op, "bias", bias, Type::f32, "[4*H]", {w.ih.N});
+  if (!x.contiguous) fail(op, "x must be contiguous");
+  Array gates = x;
+  gates.size[x.dims - 1] = w.hh.N;
+  return gates;
+}
 
 // Fills in weight_hh and weight_hr of the state, so that check_lstm sees their sizes.
 inline PackedWeights check_packed(const char* op, const Array& weight_hh, const Array& weight_hr, LstmState& s) {
-  PackedWeights w{open_packed(op, "weight_hh", weight_hh, 4), {}};
+  PackedWeights w{open_packed(op, "weight_hh", weight_hh, 4), {}, {}};
   s.weight_hh = Array{nullptr, Type::f32, 2, {w.hh.N, w.hh.K}, true};
   if (weight_hr.given()) {
     w.hr = open_packed(op, "weight_hr", weight_hr, 1);

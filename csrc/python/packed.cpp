@@ -33,19 +33,20 @@ py::array linear_packed(const py::array& x, const py::array& weight, const Optio
   return out;
 }
 
-py::tuple lstm_packed(const py::array& x_gates, const py::array& weight_hh, const py::array& h0, const py::array& c0,
-                      const Optional& weight_hr, const Optional& lengths, const Optional& batch_sizes,
+py::tuple lstm_packed(const py::array& x, const py::array& weight_hh, const py::array& h0, const py::array& c0,
+                      const Optional& weight_ih, const Optional& bias, const Optional& weight_hr, const Optional& lengths, const Optional& batch_sizes,
                       const Optional& reset, const Optional& h_start, const Optional& c_start, double tau, bool hard,
                       bool reverse, int64_t save, int threads) {
   const char* const op = "lstm_packed";
   check_call(op, threads);
-  const door::Array x = view(op, "x_gates", x_gates);
+  const door::Array vx = view(op, "x", x), vb = view(op, "bias", bias);
   door::LstmState s{{}, view(op, "h0", h0), view(op, "c0", c0), {}, view(op, "lengths", lengths),
                     view(op, "batch_sizes", batch_sizes), view(op, "reset", reset), view(op, "h_start", h_start),
                     view(op, "c_start", c_start)};
-  const door::PackedWeights w =
+  door::PackedWeights w =
       door::check_packed(op, view(op, "weight_hh", weight_hh), view(op, "weight_hr", weight_hr), s);
-  const door::LstmSizes z = door::check_lstm(op, "x_gates", x, s, tau);
+  const door::Array gates_like = door::check_input(op, vx, view(op, "weight_ih", weight_ih), vb, w);
+  const door::LstmSizes z = door::check_lstm(op, weight_ih ? "x" : "x_gates", gates_like, s, tau);
   door::check_float(op, z, save);
   const auto sized = [&](bool wanted, int64_t width) {
     if (!wanted) return empty(z.type, {0});
@@ -53,10 +54,11 @@ py::tuple lstm_packed(const py::array& x_gates, const py::array& weight_hh, cons
   };
   py::array h = sized(true, z.P), c = sized(save >= 1, z.H), gates = sized(save >= 2, 4 * z.H);
   py::array h_n = empty(z.type, {z.B, z.P}), c_n = empty(z.type, {z.B, z.H});
-  const core::LstmPacked call{{door::lstm_args<float>(z, s, tau, hard, reverse), {}, x.as<float>(), pointer<float>(h),
+  const core::LstmPacked call{{door::lstm_args<float>(z, s, tau, hard, reverse), {}, weight_ih ? nullptr : vx.as<float>(), pointer<float>(h),
                                save >= 1 ? pointer<float>(c) : nullptr, save >= 2 ? pointer<float>(gates) : nullptr,
                                pointer<float>(h_n), pointer<float>(c_n)},
-                              &w.hh, weight_hr ? &w.hr : nullptr};
+                              &w.hh, weight_hr ? &w.hr : nullptr, weight_ih ? &w.ih : nullptr, vx.as<float>(),
+                              vb.as<float>()};
   {
     const py::gil_scoped_release release;
     const door::Scratch<uint8_t> scratch(core::lstm_packed_scratch(call, threads));
@@ -74,8 +76,8 @@ void bind_packed(py::module_& m) {
         arg("down_group"), arg("K"), arg("bounded"));
   m.def("linear_packed", &linear_packed, arg("x").noconvert(), arg("weight").noconvert(), none("bias"), py::kw_only(),
         arg("threads") = 1);
-  m.def("lstm_packed", &lstm_packed, arg("x_gates").noconvert(), arg("weight_hh").noconvert(), arg("h0").noconvert(),
-        arg("c0").noconvert(), none("weight_hr"), none("lengths"), none("batch_sizes"), none("reset"), none("h_start"),
+  m.def("lstm_packed", &lstm_packed, arg("x").noconvert(), arg("weight_hh").noconvert(), arg("h0").noconvert(),
+        arg("c0").noconvert(), none("weight_ih"), none("bias"), none("weight_hr"), none("lengths"), none("batch_sizes"), none("reset"), none("h_start"),
         none("c_start"), arg("tau") = 1.0, arg("hard") = false, arg("reverse") = false, arg("save") = 0, py::kw_only(),
         arg("threads") = 1);
 }
