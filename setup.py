@@ -30,6 +30,7 @@ except ImportError as error:
     sys.exit(f"fastseq: {error}. Without build isolation, first run: pip install 'setuptools>=77' pybind11")
 
 TORCH_MINIMUM = (2, 10)  # the stable ABI that csrc/torch is written for
+C_LIBRARY = "fastseq.libfastseq"  # the runtime for C; not a Python module
 FILES = sorted(glob.glob("csrc/**/*.*", recursive=True))
 
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-pthread", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
@@ -114,20 +115,27 @@ def core_libraries(sets: dict[str, tuple[str, list[str]]]) -> list[tuple[str, di
 
 
 def doors(torch: tuple[str, str] | None) -> list[Extension]:
-    def door(name: str, folder: str, include: str, **rest: Any) -> Extension:
+    def door(name: str, files: list[str], *flags: str, **rest: Any) -> Extension:
         options = {"include_dirs": ["csrc"], "depends": FILES, "language": "c++", **rest}
-        options["extra_compile_args"] = [*FLAGS, *options.pop("flags", []), "-isystem", include]
-        return Extension(name, sources(folder), **options)
+        return Extension(name, files, extra_compile_args=[*FLAGS, *flags], **options)
 
-    found = [door("fastseq._core", "python", pybind11.get_include(), extra_link_args=["-pthread"])]
+    c_api = "csrc/deploy/c_api.cpp"
+    runtime = [s for s in sources("deploy") if s != c_api]
+    include = ["-isystem", pybind11.get_include()]
+    found = [door("fastseq._core", [*sources("python"), *runtime], *include, extra_link_args=["-pthread"])]
+    if sys.platform == "linux":
+        link = ["-pthread", "-Wl,-soname,libfastseq.so"]
+        found.append(door(C_LIBRARY, [*runtime, c_api], "-Ifastseq/deploy/include", extra_link_args=link))
     if torch:
         root, minimum = torch[0], f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
         torch_door = door(
             "fastseq._torch",
-            "torch",
-            os.path.join(root, "include"),
+            sources("torch"),
             # links libgomp.so.1 by that name: in the process it is the one that torch has already loaded
-            flags=["-fopenmp", f"-DTORCH_TARGET_VERSION={minimum}"],
+            "-fopenmp",
+            f"-DTORCH_TARGET_VERSION={minimum}",
+            "-isystem",
+            os.path.join(root, "include"),
             extra_link_args=["-fopenmp", "-pthread"],
             libraries=["torch_cpu"],
             library_dirs=[os.path.join(root, "lib")],
@@ -197,6 +205,12 @@ class BuildCore(build_clib):
 
 
 class BuildDoors(build_ext):
+    def get_ext_filename(self, name: str) -> str:
+        folder, _, last = name.rpartition(".")  # asked for with and without the package
+        if last == C_LIBRARY.split(".")[-1]:
+            return os.path.join(folder, f"{last}.so")
+        return str(super().get_ext_filename(name))
+
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = self.parallel or len(self.extensions)  # jobs bounds the number of compilers

@@ -32,6 +32,7 @@ LAYERS = {
     "fastseq.nn": {"fastseq._check", "fastseq.functional"},
     "fastseq.replacement": {"fastseq._check", "fastseq.nn"},
     "fastseq.compression": {"fastseq._check", "fastseq.nn", "fastseq.reference"},
+    "fastseq._core": set(),
     "fastseq.deploy": {"fastseq._check", "fastseq._core"},
     "fastseq._explain": {"fastseq.ops"},
     "fastseq._config": {"fastseq", "fastseq._core", "fastseq.ops"},
@@ -43,10 +44,13 @@ NO_TORCH = ("fastseq", "fastseq._check", "fastseq._config", "fastseq.cli", "fast
 SYSTEM = r"<(sys/)?\w+(\.h)?>"
 INCLUDES = {  # the first pattern that fits a file decides
     r"core/(isa_\w+\.cpp|simd_\w+\.h|\w+\.inl\.h)": r'<(math|stdint|immintrin)\.h>|"core/.*"',
+    r"core/isa\.cpp": r'<\w+>|<(cpuid|unistd|sys/syscall)\.h>|"core/.*"',  # asks what there is
     r"core/.*": r'<\w+>|<immintrin\.h>|"core/.*"',
+    r"deploy/c_api\.cpp": r'<\w+>|"(core|deploy)/.*"|"fastseq\.h"',
+    r"deploy/.*": r'<\w+>|<unistd\.h>|"(core|deploy)/.*"',
     r"door/.*": rf'{SYSTEM}|"(core|door)/.*"',
     r"torch/.*": rf'{SYSTEM}|<torch/(csrc/stable|headeronly)/.*>|"(core|door|torch)/.*"',
-    r"python/.*": rf'{SYSTEM}|<pybind11/.*>|"(core|door|python)/.*"',
+    r"python/.*": rf'{SYSTEM}|<pybind11/.*>|"(core|deploy|door|python)/.*"',
 }
 
 

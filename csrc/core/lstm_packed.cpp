@@ -188,7 +188,7 @@ void Packed::enter(int64_t s, int64_t t, Range part, Own& mine) const {
   if (!h.used()) return;
   for (int64_t r = part.begin; r < part.end; ++r) {
     if (hr) {
-      const float* x;
+      const float* x = nullptr;
       rows.entering(a, f.h, zeros, t, {r, r + 1}, &x);
       mine.h.quantize(matrix, r, x);
     } else {

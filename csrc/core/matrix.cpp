@@ -13,7 +13,7 @@ struct PartHead {
 };
 struct Head {
   uint64_t magic;
-  int64_t bytes, N, K, gates, bounded;
+  int64_t bytes, N, K, gates, bounded, shared_down;
   int64_t rank[4];
   PartHead rows[4], down;
 };
@@ -29,13 +29,14 @@ bool valid(const PartHead& part, int64_t K) {
 bool valid(int64_t N, int64_t K) { return N > 0 && K > 0 && N <= kMostMatrixSize && K <= kMostMatrixSize; }
 
 bool valid(const Head& head) {
-  if (head.magic != kMagic || (head.gates != 1 && head.gates != 4) || head.N % head.gates || head.bounded >> 1) return false;
+  if (head.magic != kMagic || (head.gates != 1 && head.gates != 4) || head.N % head.gates || head.bounded >> 1 || head.shared_down >> 1) return false;
   if (!valid(head.N / head.gates, head.K)) return false;
   bool factors = false;
   for (int g = 0; g < head.gates; ++g) {
     const int64_t rank = head.rank[g];
     if (rank < 0 || rank > kMostMatrixSize || !valid(head.rows[g], rank ? rank : head.K)) return false;
     factors = factors || rank;
+    if (head.shared_down && (!rank || rank != head.rank[0])) return false;
   }
   return !factors || valid(head.down, head.K);
 }
@@ -47,6 +48,7 @@ Head head_of(const MatrixSource& s) {
   head.K = s.K;
   head.gates = s.gates;
   head.bounded = s.bounded;
+  head.shared_down = s.shared_down;
   for (int g = 0; g < s.gates; ++g) {
     const auto& gate = s.gate[g];
     const auto part = [](const PartSource& p, int64_t K) {
@@ -55,7 +57,7 @@ Head head_of(const MatrixSource& s) {
     };
     head.rank[g] = gate.rank;
     head.rows[g] = part(gate.rows, gate.rank ? gate.rank : s.K);
-    if (gate.rank) head.down = part(gate.down, s.K);
+    if (gate.rank) head.down = part(s.gate[s.shared_down ? 0 : g].down, s.K);
   }
   return head;
 }
@@ -112,11 +114,11 @@ PackedMatrix lay_out(const Head& head, const uint8_t* bytes, int64_t* size) {
   m.bounded = head.bounded != 0;
   m.alike = true;
   int64_t values = 0;
-  Piece* pieces[4];
+  Piece* pieces[4] = {};
   for (int g = 0; g < m.gates; ++g) {
     const int64_t rank = head.rank[g];
-    m.gate[g] = {piece(head.rows[g], m.N / m.gates, rank ? rank : m.K), rank, values};
-    values += (rank + kMatrixPanel - 1) / kMatrixPanel * kMatrixPanel;
+    m.gate[g] = {piece(head.rows[g], m.N / m.gates, rank ? rank : m.K), rank, head.shared_down ? 0 : values};
+    if (!head.shared_down || g == 0) values += (rank + kMatrixPanel - 1) / kMatrixPanel * kMatrixPanel;
     pieces[g] = &m.gate[g].piece;
     m.alike = m.alike && rank == head.rank[0] && head.rows[g].storage == head.rows[0].storage &&
               head.rows[g].group == head.rows[0].group;
@@ -205,7 +207,7 @@ const char* matrix_fault(const MatrixSource& s) {
   const PartSource* down = nullptr;
   for (int g = 0; g < s.gates; ++g) {
     const auto& gate = s.gate[g];
-    if (!gate.rank) continue;
+    if (!gate.rank || (s.shared_down && g)) continue;
     const bool same = !down || (gate.down.storage == down->storage && gate.down.group == down->group);
     if (!same) return "the lower factors of all gates must be kept in the same way";
     down = &gate.down;
@@ -228,7 +230,7 @@ void pack_matrix(const MatrixSource& s, uint8_t* out) {
   for (int g = 0; g < s.gates; ++g) {
     const auto& gate = s.gate[g];
     pack_part(m.gate[g].piece, 0, m.N / m.gates, gate.rows, gate.rank ? 1.0f : by);
-    if (gate.rank) pack_part(m.down, m.gate[g].offset / kMatrixPanel, gate.rank, gate.down, by);
+    if (gate.rank && !(s.shared_down && g)) pack_part(m.down, m.gate[g].offset / kMatrixPanel, gate.rank, gate.down, by);
   }
 }
 

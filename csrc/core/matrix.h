@@ -68,6 +68,7 @@ struct MatrixSource {
   int64_t N, K;
   int gates;
   bool bounded;
+  bool shared_down;  // all gates meet the lower factor of the first
   struct {
     int64_t rank;         // 0: `rows` is the whole part, else the upper factor [N, rank]
     PartSource rows, down;  // down: [rank, K]

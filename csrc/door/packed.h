@@ -44,7 +44,7 @@ inline core::PartSource part_source(const char* op, const std::string& name, con
   const int64_t groups = part.group ? (K + group - 1) / group : 1;
   expect(op, (name + "_scale").c_str(), scale, Type::f32, "[N, groups]", {N, groups});
   part.scale = scale.as<float>();
-  if (part.storage == Storage::int8 && N * K && std::memchr(values.data, 0x80, static_cast<size_t>(N * K))) {
+  if (part.storage == Storage::int8 && N * K > 0 && std::memchr(values.data, 0x80, static_cast<size_t>(N * K))) {
     fail(op, name, " must hold integers of -127 .. 127, got -128");
   }
   return part;

@@ -13,12 +13,13 @@
 #include "core/parallel.h"
 #include "door/array.h"
 #include "door/scratch.h"
-#include "python/pool.h"
+#include "deploy/pool.h"
 
 namespace fastseq::python_door {
 
 namespace py = pybind11;
 using Optional = std::optional<py::array>;
+using deploy::team;
 
 inline door::Array view(const char* op, const char* name, const py::array& array) {
   door::Array out;
@@ -65,6 +66,7 @@ inline void check_call(const char* op, int threads) {
 void bind_gemm(py::module_& m);
 void bind_lstm(py::module_& m);
 void bind_packed(py::module_& m);
+void bind_deploy(py::module_& m);
 void bind_vq(py::module_& m);
 void bind_vq_codes(py::module_& m);
 void bind_vq_residual(py::module_& m);

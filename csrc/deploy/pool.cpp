@@ -1,4 +1,4 @@
-#include "python/pool.h"
+#include "deploy/pool.h"
 
 #include <unistd.h>
 
@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-namespace fastseq::python_door {
+namespace fastseq::deploy {
 namespace {
 
 class Pool {
@@ -89,4 +89,4 @@ void run_pool(int size, core::Team::Body body, const void* context) {
 
 core::Team team(int threads) { return {threads, run_pool}; }
 
-}  // namespace fastseq::python_door
+}  // namespace fastseq::deploy

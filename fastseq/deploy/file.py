@@ -1,0 +1,80 @@
+"""Writing models, and telling what is in a file. Reading is the work of the compiled loader alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastseq import _check
+from fastseq._core import Model
+
+FORMAT = "fastseq 1"
+# numpy's name -> that of the file
+_TYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16", "int8": "int8", "uint8": "uint8"}
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write a model as one safetensors file: tensors, and in its metadata the description of the layers.
+
+    What was written is read back before it replaces an older file.
+
+    Args:
+        model: anything with ``export_state()``, or what that returns: {"layers": [descriptions], "tensors": {name:
+            array}}. Arrays are float32, float16, int8, uint8 (two numbers of 4 bits each) or uint16, which holds
+            bfloat16.
+        path: of the file.
+
+    Raises:
+        ArgumentError: without ``export_state``, or with arrays of other types.
+        ModelError: what the loader would say of the file.
+    """
+    state = model.export_state() if hasattr(model, "export_state") else model
+    if not isinstance(state, Mapping) or not {"layers", "tensors"} <= set(state):
+        expected = "a module with export_state(), or a dict of layers and tensors"
+        _check.fail("save", "model", expected, type(model).__name__)
+    data = _serialized(list(state["layers"]), state["tensors"])
+    Model.parse(data)
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".fastseq-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a model's file holds: its "model" as it was written, "tensors", "bytes", "input", "output", "state_size".
+
+    Raises:
+        FileError, ModelError: as ``Model.load``.
+    """
+    found: dict[str, Any] = json.loads(Model.load(os.fspath(path)).description)
+    return found
+
+
+def _serialized(layers: list[dict[str, Any]], tensors: Mapping[str, Any]) -> bytes:
+    import safetensors
+
+    specs, kept, digest = {}, [], hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        if str(array.dtype) not in _TYPES:
+            _check.fail("save", f"tensors[{name!r}]", f"one of {', '.join(_TYPES)}", array.dtype)
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        kept.append(array)  # alive until it is written
+        spec = {"dtype": _TYPES[str(array.dtype)], "shape": list(tensors[name].shape)}
+        spec |= {"data_ptr": array.ctypes.data, "data_len": array.nbytes}
+        specs[name] = safetensors.TensorSpec(**spec)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    model = {"layers": layers, "source": f"sha256:{digest.hexdigest()}"}
+    return bytes(safetensors.serialize(specs, {"format": FORMAT, "model": json.dumps(model)}))
