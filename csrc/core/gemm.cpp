@@ -45,16 +45,16 @@ void run_tile(const GemmArgs<R>& g, const Table<R>& table, TileArgs<R>& t, R* c,
   const int64_t width = t.panels * table.panel_width;
   if (columns == width) {
     t.c = c;
-    t.c_row = g.N;
+    t.c_row = g.c_row();
     return table.tile(t);
   }
   t.c = edge;
   t.c_row = width;
   if (t.init == Init::result) {
-    for (int64_t i = 0; i < t.rows; ++i) std::memcpy(edge + i * width, c + i * g.N, columns * sizeof(R));
+    for (int64_t i = 0; i < t.rows; ++i) std::memcpy(edge + i * width, c + i * g.c_row(), columns * sizeof(R));
   }
   table.tile(t);
-  for (int64_t i = 0; i < t.rows; ++i) std::memcpy(c + i * g.N, edge + i * width, columns * sizeof(R));
+  for (int64_t i = 0; i < t.rows; ++i) std::memcpy(c + i * g.c_row(), edge + i * width, columns * sizeof(R));
 }
 
 // Panels [mine.begin, mine.end) of op(b), for the block of K that begins at k.
@@ -115,7 +115,7 @@ void multiply(const GemmArgs<R>& g, const Table<R>& table, const Plan<R>& plan, 
       const int64_t r = row + i;
       t.a[i] = g.transpose_a ? a + row * length + i : a ? a + r * plan.a_row : row_of(g.a, r) + k;
     }
-    run_tile(g, table, t, g.c + row * g.N + column, columns, edge);
+    run_tile(g, table, t, g.c + row * g.c_row() + column, columns, edge);
   }
 }
 

@@ -31,7 +31,7 @@ struct Matrix {
 //   a      [M, K], or [K, M] with transpose_a       in
 //   b      [K, N], or [N, K] with transpose_b       in
 //   bias   [N] or null                              in
-//   c      [M, N] with row stride N                 out; may not alias an input
+//   c      [M, N] with row stride c_stride, 0: N    out; may not alias an input
 template <class R>
 struct GemmArgs {
   int64_t M, N, K;
@@ -39,6 +39,8 @@ struct GemmArgs {
   bool transpose_a, transpose_b;
   const R* bias;
   R* c;
+  int64_t c_stride = 0;
+  int64_t c_row() const { return c_stride ? c_stride : N; }
 };
 
 // Threads that pay for so many multiply-adds, at most `most`.

@@ -4,34 +4,29 @@
 #include <cstring>
 
 #include "core/flush.h"
-#include "core/isa.h"
-#include "core/lstm.h"
-#include "core/lstm_rows.h"
+#include "core/lstm_cells.h"
 
 namespace fastseq::core {
 namespace {
 
 template <class R>
 struct Forward {
-  const LstmForward<R>& call;
-  const LstmArgs<R>& a;
-  const Table<R>& table;
-  const Rows& rows;
+  CellsForward<R> cells;
   Split split;
   Tiling tiling;
   R* weight_hh = nullptr;  // panels of [P][width], panel (j, gate) at (4 j + gate)
   R* weight_hr = nullptr;  // panels of [H][width]
-  R* inner = nullptr;      // [B, H] o * tanh(c) of a step, with projection only
   R* zeros = nullptr;      // a row of zeros
   R* local = nullptr;      // per thread: a tile of pre-activations, of noise
   int64_t local_size = 0;
-  R inverse_tau = R(1.0 / a.tau);
+  const LstmForward<R>& call = cells.call;
+  const LstmArgs<R>& a = cells.a;
+  const Table<R>& table = cells.table;
+  const Rows& rows = cells.rows;
 
   void pack_weights(int rank, int size) const;
-  void first_state(int rank, int size) const;
   void cell_tile(int64_t t, int64_t panel, Range part, R* mine) const;
   void projection_tile(int64_t t, int64_t panel, Range part, R* mine) const;
-  void last_state(int64_t t, int64_t unit, int64_t units, Range part) const;
 };
 
 template <class R>
@@ -50,35 +45,12 @@ void Forward<R>::pack_weights(int rank, int size) const {
   }
 }
 
-// Each row's place among the last states holds its latest c, and h where the row has no steps at all.
-template <class R>
-void Forward<R>::first_state(int rank, int size) const {
-  const Range mine = share(a.B, rank, size);
-  if (mine.begin == mine.end) return;
-  std::memcpy(call.h_n + mine.begin * a.P, a.h0 + mine.begin * a.P, (mine.end - mine.begin) * a.P * sizeof(R));
-  std::memcpy(call.c_n + mine.begin * a.H, a.c0 + mine.begin * a.H, (mine.end - mine.begin) * a.H * sizeof(R));
-}
-
-// Rows that end with step t.
-template <class R>
-void Forward<R>::last_state(int64_t t, int64_t unit, int64_t units, Range part) const {
-  for (int64_t r = std::max(part.begin, rows.count(rows.after(t))); r < part.end; ++r) {
-    std::memcpy(call.h_n + rows.batch(r) * a.P + unit, call.h + rows.element(t, r) * a.P + unit, units * sizeof(R));
-  }
-}
-
 template <class R>
 void Forward<R>::cell_tile(int64_t t, int64_t panel, Range part, R* mine) const {
   const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.H - unit);
   R* const pre = mine;
   R* const noise = pre + tiling.tile_rows * 4 * width;
-  for (int64_t r = part.begin; r < part.end; ++r) {
-    const int64_t e = rows.element(t, r);
-    prefetch<4>(call.x_gates + e * 4 * a.H + unit, a.H, units);
-    if (call.gates && call.gates != call.x_gates) prefetch<4>(call.gates + e * 4 * a.H + unit, a.H, units);
-    if (call.c) prefetch<1>(call.c + e * a.H + unit, 0, units);
-    if (!inner) prefetch<1>(call.h + e * a.P + unit, 0, units);
-  }
+  cells.ahead(t, unit, units, part);
   TileArgs<R> gates;
   gates.rows = part.end - part.begin;
   gates.panels = 4;
@@ -90,27 +62,7 @@ void Forward<R>::cell_tile(int64_t t, int64_t panel, Range part, R* mine) const 
   gates.c_row = 4 * width;
   gates.c_panel = width;
   product(table, gates);
-  CellForward<R> cell;
-  cell.rows = part.end - part.begin;
-  cell.units = units;
-  cell.H = cell.x_gate = a.H;
-  cell.inverse_tau = inverse_tau;
-  cell.hard = a.hard;
-  cell.pre = pre;
-  cell.noise = call.noise.on ? noise : nullptr;
-  int64_t batch[kMostTileRows];
-  for (int64_t r = part.begin, i = 0; r < part.end; ++r, ++i) {
-    const int64_t b = batch[i] = rows.batch(r), e = rows.element(t, r);
-    cell.x_gates[i] = call.x_gates + e * 4 * a.H + unit;
-    cell.c_state[i] = call.c_n + b * a.H + unit;
-    cell.c_in[i] = !rows.cut(t, r) ? cell.c_state[i] : a.c_start ? a.c_start + unit : nullptr;
-    cell.c[i] = call.c ? call.c + e * a.H + unit : nullptr;
-    cell.gates[i] = call.gates ? call.gates + e * 4 * a.H + unit : nullptr;
-    cell.out[i] = (inner ? inner + r * a.H : call.h + e * a.H) + unit;
-  }
-  if (call.noise.on) table.lstm_noise(call.noise, unit, t, batch, cell.rows, noise);
-  table.lstm_cell_forward(cell);
-  if (!inner) last_state(t, unit, units, part);
+  cells.run(t, unit, units, part, pre, noise);
 }
 
 template <class R>
@@ -120,7 +72,7 @@ void Forward<R>::projection_tile(int64_t t, int64_t panel, Range part, R* mine) 
   state.rows = part.end - part.begin;
   state.panels = 1;
   state.K = a.H;
-  for (int64_t i = 0; i < state.rows; ++i) state.a[i] = inner + (part.begin + i) * a.H;
+  for (int64_t i = 0; i < state.rows; ++i) state.a[i] = cells.inner + (part.begin + i) * a.H;
   state.b = weight_hr + panel * a.H * width;
   state.b_panel = a.H * width;
   state.c = mine;
@@ -129,7 +81,7 @@ void Forward<R>::projection_tile(int64_t t, int64_t panel, Range part, R* mine) 
   for (int64_t r = part.begin; r < part.end; ++r) {
     std::memcpy(call.h + rows.element(t, r) * a.P + unit, mine + (r - part.begin) * width, units * sizeof(R));
   }
-  last_state(t, unit, units, part);
+  cells.last_state(t, unit, units, part);
 }
 
 template <class R>
@@ -138,7 +90,7 @@ void body(const void* context, int rank, int size, Barrier& barrier) {
   const FlushDenormals flush;
   R* const mine = f.local + rank * f.local_size;
   f.pack_weights(rank, size);
-  f.first_state(rank, size);
+  f.cells.first_state(rank, size);
   barrier.wait();
   for (int64_t s = 0; s < f.a.T; ++s) {
     const int64_t t = f.rows.step(s), n = f.rows.count(t);
@@ -175,12 +127,12 @@ void lstm_forward(const LstmForward<R>& call, R* scratch, const Team& team) noex
   const Rows rows(a, reinterpret_cast<int64_t*>(take(scratch, index_size(a))));
   const Split split(a, false, team.most);
   const Tiling tiling(split, table);
-  Forward<R> f{call, a, table, rows, split, tiling};
+  Forward<R> f{{call, table, rows}, split, tiling};
   f.local_size = local_size<R>(tiling);
   f.weight_hh = take(scratch, tiling.panels(a.H) * 4 * a.P * tiling.width);
   if (a.weight_hr) {
     f.weight_hr = take(scratch, tiling.panels(a.P) * a.H * tiling.width);
-    f.inner = take(scratch, round_up(a.B * a.H));
+    f.cells.inner = take(scratch, round_up(a.B * a.H));
   }
   f.zeros = take(scratch, round_up(a.P));
   std::fill(f.zeros, f.zeros + a.P, R(0));

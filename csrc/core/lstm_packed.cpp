@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "core/flush.h"
+#include "core/lstm_cells.h"
 #include "core/lstm_rows.h"
 #include "core/matrix_product.h"
 
@@ -72,19 +73,18 @@ struct Packed {
   Integers h;       // without projection: rows 0 .. B - 1 enter even steps, B .. 2 B - 1 odd ones, then the start, zeros
   Integers inner;   // [B] of o * tanh(c), with projection
   Integers upper[4];
-  float* inner_h;   // [B, H] o * tanh(c), with projection
   float* values;    // [B, down.N]
   float* zeros;     // a row of zeros
   uint8_t* own;     // of each thread
   int64_t own_size;
   uint8_t* input = nullptr;  // of all threads
+  CellsForward<float> cells{f, table, rows};
   int64_t steps, padded;     // of an input product; H rounded up to whole panels
-  float inverse_tau;
 
   Packed(const LstmPacked& call, const Rows& rows, Split split)
       : call(call), f(call.forward), a(f.args), w(*call.weight_hh), hr(call.weight_hr), table(kernels().f32),
         matrix(*kernels().matrix), rows(rows), split(split), tiling(split, matrix.rows, table.panel_width),
-        steps(input_steps(call)), padded((a.H + kMatrixPanel - 1) / kMatrixPanel * kMatrixPanel), inverse_tau(static_cast<float>(1.0 / a.tau)) {
+        steps(input_steps(call)), padded((a.H + kMatrixPanel - 1) / kMatrixPanel * kMatrixPanel) {
     h.init(a.P);
     inner.init(a.H);
     if (w.down.N) h.groupings.add(w.down);
@@ -126,7 +126,6 @@ struct Packed {
   void cell_tile(int64_t s, int64_t t, int64_t panel, Range part, const Own& mine) const;
   void pre_activations(int64_t s, int64_t t, int64_t first, int64_t panels, Range part, const Own& mine) const;
   void projection_tile(int64_t t, int64_t panel, Range part, const Own& mine) const;
-  void last_state(int64_t t, int64_t unit, int64_t units, Range part) const;
 };
 
 void Packed::place_own(Places& places, Own& mine) const {
@@ -155,7 +154,7 @@ void Packed::place_own(Places& places, Own& mine) const {
 void Packed::place(Places& places, int most) {
   if (!hr && h.used()) h.q = places.take<int8_t>(h_rows() * h.width);
   if (inner.used()) inner.q = places.take<int8_t>(a.B * inner.width);
-  inner_h = hr ? places.take<float>(a.B * a.H) : nullptr;
+  cells.inner = hr ? places.take<float>(a.B * a.H) : nullptr;
   values = places.take<float>(a.B * w.down.N);
   zeros = places.take<float>(a.P);
   own = places.take<uint8_t>(most * own_size);
@@ -166,12 +165,10 @@ void Packed::place(Places& places, int most) {
   if (count.used) input = places.take<uint8_t>(count.used);
 }
 
-// Each row's place among the last states holds its latest c, and h where the row has no steps at all.
 void Packed::first_state(int rank, int size) const {
+  cells.first_state(rank, size);
   const Range mine = share(a.B, rank, size);
   for (int64_t b = mine.begin; b < mine.end; ++b) {
-    std::memcpy(f.h_n + b * a.P, a.h0 + b * a.P, a.P * sizeof(float));
-    std::memcpy(f.c_n + b * a.H, a.c0 + b * a.H, a.H * sizeof(float));
     if (inner.used()) std::memset(inner.row(b), 0, inner.width);
     if (hr || !h.used()) continue;
     matrix.to_integers(a.h0 + b * a.P, a.P, 127.0f, h.row(b));
@@ -278,38 +275,18 @@ void Packed::make_inputs(int64_t s, int rank, int size, Barrier& barrier, Own& m
 void Packed::cell_tile(int64_t s, int64_t t, int64_t panel, Range part, const Own& mine) const {
   const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.H - unit);
   pre_activations(s, t, unit / kMatrixPanel, (units + kMatrixPanel - 1) / kMatrixPanel, part, mine);
-  CellForward<float> cell;
-  cell.rows = part.end - part.begin;
-  cell.units = units;
-  cell.H = a.H;
-  cell.x_gate = mine.input ? padded : a.H;
-  cell.inverse_tau = inverse_tau;
-  cell.hard = a.hard;
-  cell.pre = mine.pre;
-  cell.noise = f.noise.on ? mine.noise : nullptr;
-  int64_t batch[kMostMatrixRows];
-  for (int64_t r = part.begin, i = 0; r < part.end; ++r, ++i) {
-    const int64_t b = batch[i] = rows.batch(r), e = rows.element(t, r);
-    if (mine.input) {
-      cell.x_gates[i] = mine.x_gates + (mine.slot[s % steps] + r - mine.rows.begin) * 4 * padded + unit;
-    } else {
-      cell.x_gates[i] = f.x_gates + e * 4 * a.H + unit;
-    }
-    cell.c_state[i] = f.c_n + b * a.H + unit;
-    cell.c_in[i] = !rows.cut(t, r) ? cell.c_state[i] : a.c_start ? a.c_start + unit : nullptr;
-    cell.c[i] = f.c ? f.c + e * a.H + unit : nullptr;
-    cell.gates[i] = f.gates ? f.gates + e * 4 * a.H + unit : nullptr;
-    cell.out[i] = (inner_h ? inner_h + r * a.H : f.h + e * a.H) + unit;
+  if (mine.input) {
+    const int64_t slot = mine.slot[s % steps] + part.begin - mine.rows.begin;
+    const TileInput<float> input{mine.x_gates + slot * 4 * padded, 4 * padded, padded};
+    cells.run(t, unit, units, part, mine.pre, mine.noise, &input);
+  } else {
+    cells.run(t, unit, units, part, mine.pre, mine.noise);
   }
-  if (f.noise.on) table.lstm_noise(f.noise, unit, t, batch, cell.rows, mine.noise);
-  table.lstm_cell_forward(cell);
-  for (int64_t i = 0; i < cell.rows; ++i) {
-    if (hr && inner.used()) matrix.to_integers(cell.out[i], units, 127.0f, inner.row(part.begin + i) + unit);
-    if (!hr && h.used()) {
-      matrix.to_integers(cell.out[i], units, 127.0f, h.row(((s + 1) & 1) * a.B + batch[i]) + unit);
-    }
+  for (int64_t r = part.begin; r < part.end; ++r) {
+    const float* const out = cells.out(t, r, unit);
+    if (hr && inner.used()) matrix.to_integers(out, units, 127.0f, inner.row(r) + unit);
+    if (!hr && h.used()) matrix.to_integers(out, units, 127.0f, h.row(((s + 1) & 1) * a.B + rows.batch(r)) + unit);
   }
-  if (!inner_h) last_state(t, unit, units, part);
 }
 
 void Packed::projection_tile(int64_t t, int64_t panel, Range part, const Own& mine) const {
@@ -319,21 +296,14 @@ void Packed::projection_tile(int64_t t, int64_t panel, Range part, const Own& mi
   in.integers = &mine.inner;
   for (int64_t i = 0; i < in.count; ++i) {
     in.number[i] = part.begin + i;
-    in.x[i] = inner_h + in.number[i] * a.H;
+    in.x[i] = cells.inner + in.number[i] * a.H;
   }
   multiply(matrix, hr->gate[0].piece, panel, 1, 1, in, nullptr, mine.pre, kMatrixPanel, 0);
   for (int64_t i = 0; i < in.count; ++i) {
     float* const out = f.h + rows.element(t, part.begin + i) * a.P + unit;
     std::memcpy(out, mine.pre + i * kMatrixPanel, units * sizeof(float));
   }
-  last_state(t, unit, units, part);
-}
-
-// Rows that end with step t.
-void Packed::last_state(int64_t t, int64_t unit, int64_t units, Range part) const {
-  for (int64_t r = std::max(part.begin, rows.count(rows.after(t))); r < part.end; ++r) {
-    std::memcpy(f.h_n + rows.batch(r) * a.P + unit, f.h + rows.element(t, r) * a.P + unit, units * sizeof(float));
-  }
+  cells.last_state(t, unit, units, part);
 }
 
 void body(const void* context, int rank, int size, Barrier& barrier) {

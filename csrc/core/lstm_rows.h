@@ -84,14 +84,17 @@ struct Split {
 
   Split(int threads, bool rows) : size(threads), by_rows(rows) {}
   // `sums`: rows are summed into one result in the loop over time, in an order that must not depend on the threads.
+  // `weights`: elements that one step multiplies with each row.
   template <class R>
-  Split(const LstmArgs<R>& a, bool sums, int most) {
-    const double step = double(a.B) * a.H * (4.0 * a.P + (a.weight_hr ? a.P : 0));
+  Split(const LstmArgs<R>& a, int64_t weights, bool sums, int most) {
+    const double step = double(a.B) * double(weights);
     size = a.T > 1 ? step_team_size(step, most) : team_size(step, most);
     const bool dense = !a.lengths && !a.batch_sizes;  // else rows are of unequal length
-    const int64_t rows = a.B / size, bytes = 4 * a.H * a.P * static_cast<int64_t>(sizeof(R));
+    const int64_t rows = a.B / size, bytes = weights * static_cast<int64_t>(sizeof(R));
     by_rows = size > 1 && dense && !sums && (rows >= 16 || (rows >= 8 && bytes <= 512 * 1024));
   }
+  template <class R>
+  Split(const LstmArgs<R>& a, bool sums, int most) : Split(a, a.H * (4 * a.P + (a.weight_hr ? a.P : 0)), sums, most) {}
 };
 
 // Rows in tiles, as even as can be, units in panels of `width`.
@@ -140,26 +143,12 @@ void entering(const Rows& rows, const LstmArgs<R>& a, const R* h, const R* zeros
   }
 }
 
-// Zeros beyond the end of each row.
+// A tile's product with weights packed for all of K, summed as gemm sums, from zero or what the result holds.
 template <class R>
-void zero_padding(const LstmForward<R>& call) {
-  const LstmArgs<R>& a = call.args;
-  for (int64_t b = 0; a.lengths && b < a.B; ++b) {
-    for (int64_t t = a.lengths[b]; t < a.T; ++t) {
-      const int64_t e = t * a.B + b;
-      std::memset(call.h + e * a.P, 0, a.P * sizeof(R));
-      if (call.c) std::memset(call.c + e * a.H, 0, a.H * sizeof(R));
-      if (call.gates) std::memset(call.gates + e * 4 * a.H, 0, 4 * a.H * sizeof(R));
-    }
-  }
-}
-
-// A tile's product with weights packed for all of K, summed as gemm sums.
-template <class R>
-inline void product(const Table<R>& table, TileArgs<R>& t) {
+inline void product(const Table<R>& table, TileArgs<R>& t, Init init = Init::zero) {
   const int64_t K = t.K, block = block_k(K);
   t.a_step = 1;
-  t.init = Init::zero;
+  t.init = init;
   for (int64_t k = 0; k < K || k == 0; k += block) {
     t.K = std::min(block, K - k);
     table.tile(t);

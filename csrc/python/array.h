@@ -65,6 +65,7 @@ inline void check_call(const char* op, int threads) {
 
 void bind_gemm(py::module_& m);
 void bind_lstm(py::module_& m);
+void bind_lstm_lowrank(py::module_& m);
 void bind_packed(py::module_& m);
 void bind_deploy(py::module_& m);
 void bind_vq(py::module_& m);

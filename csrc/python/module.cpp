@@ -29,6 +29,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("isas", &door::isas, "The instruction sets that are built and that this machine supports, best last.");
   door::bind_gemm(m);
   door::bind_lstm(m);
+  door::bind_lstm_lowrank(m);
   door::bind_packed(m);
   door::bind_deploy(m);
   door::bind_vq(m);

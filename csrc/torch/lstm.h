@@ -11,7 +11,7 @@ namespace fastseq::torch_door {
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-inline door::LstmState view_state(const char* op, const Tensor& weight_hh, const Tensor& h0, const Tensor& c0,
+inline door::LstmState view_state(const char* op, const Optional& weight_hh, const Tensor& h0, const Tensor& c0,
                                   const Optional& weight_hr, const Optional& lengths, const Optional& batch_sizes,
                                   const Optional& reset, const Optional& h_start, const Optional& c_start) {
   check_isa(op);

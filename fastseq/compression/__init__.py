@@ -99,6 +99,8 @@ def _check_module(name: str, module: nn.Module) -> None:
     told = f"model.{name}" if name else "model"
     if parametrize.is_parametrized(module):
         _check.fail("compress", told, "without parametrizations (remove them first)", "a parametrized module")
+    if getattr(module, "rank", None) is not None:
+        _check.fail("compress", told, "without rank (load its dense_state_dict() into one)", "one that holds factors")
     for parameter, value in _matrices(module).items():
         if not value.is_floating_point():
             _check.fail("compress", f"{told}.{parameter}", "of a floating-point dtype", value.dtype)

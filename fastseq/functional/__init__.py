@@ -2,7 +2,8 @@
 
 from fastseq.functional._recurrence import Recurrence, RecurrenceOptions
 from fastseq.functional.lstm import Gates, Result, draw_seed, lstm, lstm_cell, packed_places
-from fastseq.functional.lstm_arguments import State, Weights
+from fastseq.functional.lstm_arguments import Factors, State, Weights
+from fastseq.functional.lstm_factors import best_factors, dense_weight
 from fastseq.functional.lstm_int8 import lstm_int8
 from fastseq.functional.lstm_lowrank import lstm_lowrank
 from fastseq.functional.vq import Nearest, Quantized, vq_nearest, vq_quantize, vq_sums
@@ -10,6 +11,7 @@ from fastseq.functional.vq_codes import code_bits, vq_pack, vq_unpack
 from fastseq.functional.vq_residual import Residual, vq_residual
 
 __all__ = [
+    "Factors",
     "Gates",
     "Nearest",
     "Quantized",
@@ -19,7 +21,9 @@ __all__ = [
     "Result",
     "State",
     "Weights",
+    "best_factors",
     "code_bits",
+    "dense_weight",
     "draw_seed",
     "lstm",
     "lstm_cell",

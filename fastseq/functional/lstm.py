@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastseq import _check
 from fastseq.functional.lstm_arguments import (
+    Factors,
     State,
     Weights,
     check_input,
@@ -20,6 +21,7 @@ from fastseq.functional.lstm_arguments import (
     dtypes,
     wide,
 )
+from fastseq.functional.lstm_factors import factored_layer
 from fastseq.functional.lstm_stock import BACKENDS, StockCall, stock
 from fastseq.ops._select import allowed, choose
 from fastseq.ops._triton import in_low_precision
@@ -117,6 +119,8 @@ def lstm(
     dtype, out_dtype = dtypes("lstm", x, weights[0].weight_ih if weights else x, hx)
     B = check_input(x, weights, hx, bidirectional, lengths, batch_sizes, reset, rows)
     check_numbers(noise_probability, tau, dropout, variational_dropout)
+    if recompute and any(w.factors is not None for w in weights):
+        _check.fail("lstm", "recompute", "False beside factors", recompute)
     if _stock_may_run(x):
         special = {
             "lengths": lengths is not None,
@@ -127,6 +131,7 @@ def lstm(
             "variational dropout": variational_dropout > 0,
             "recomputation": recompute,
             "way to return all cell states": return_gates,
+            "low-rank recurrent weights": any(w.factors is not None for w in weights),
         }
         found = _by_torch(StockCall(x, weights, hx, bidirectional, batch_sizes, dropout, special), B)
         if found is not None:
@@ -214,7 +219,7 @@ def _layer(
     stream = 2 * (first // len(weights))
     if _in_one_call(x, prepared):
         found: Any = ([v for v in values if v is not None] for values in zip(*(w for w, _ in prepared), strict=True))
-        weight_ih, weight_hh, _, _, _, h_start, c_start = found
+        weight_ih, weight_hh, _, _, _, h_start, c_start, _ = found
         biases = [b for _, b in prepared if b is not None]
         both = Both(weight_ih, biases, weight_hh, [h for h, _ in states], [c for _, c in states], h_start, c_start)
         noise = (seed, rows, row_offset, stream, noise_probability, tau, hard)
@@ -223,6 +228,9 @@ def _layer(
     for direction, ((w, bias), (h0, c0)) in enumerate(zip(prepared, states, strict=True)):
         state = (w.weight_hr, *sizes, w.h_start, w.c_start, seed, rows, row_offset, stream + direction)
         options = (*state, noise_probability, tau, hard, direction == 1)
+        if w.factors is not None:
+            out.append(factored_layer(x, w, w.factors, bias, h0, c0, options, memory[0]))
+            continue
         out.append(layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options, *memory))
     return out
 
@@ -235,6 +243,8 @@ def _in_one_call(x: Tensor, prepared: Sequence[tuple[Weights, Tensor | None]]) -
     if len(prepared) != 2 or not in_low_precision(x.device) or torch.compiler.is_compiling():
         return False
     (one, bias), (other, other_bias) = prepared
+    if one.factors is not None or other.factors is not None:
+        return False
     alike = (bias is None) == (other_bias is None) and one.weight_hh.shape == other.weight_hh.shape
     alike = alike and (one.h_start is None, one.c_start is None) == (other.h_start is None, other.c_start is None)
     return alike and one.weight_hr is other.weight_hr is None and not torch._C._are_functorch_transforms_active()
@@ -282,11 +292,11 @@ def _state(function: str, n: int, w: Weights, h0: Tensor, c0: Tensor, B: int) ->
 
 def _start(w: Weights, B: int) -> State:
     """The start state of every row."""
-    G, P = w.weight_hh.shape
+    H, P = w.H, w.weight_hh.shape[1]
     h0 = w.weight_hh.new_zeros((B, P)) if w.h_start is None else w.h_start.expand(B, P).contiguous()
     if w.c_start is None:
-        return h0, w.weight_hh.new_zeros((B, G // 4), dtype=wide(w.weight_hh.dtype))
-    return h0, w.c_start.expand(B, G // 4).contiguous()
+        return h0, w.weight_hh.new_zeros((B, H), dtype=wide(w.weight_hh.dtype))
+    return h0, w.c_start.expand(B, H).contiguous()
 
 
 def _prepare(function: str, n: int, w: Weights, x: Tensor) -> tuple[Weights, Tensor | None]:
@@ -294,14 +304,24 @@ def _prepare(function: str, n: int, w: Weights, x: Tensor) -> tuple[Weights, Ten
     check_weights(function, n, w, x.shape[-1], x.device)
     dtype = x.dtype
     if w.weight_ih.dtype is not dtype or w.weight_hh.dtype is not dtype:
-        w = Weights(*(None if v is None else v.to(dtype) for v in w))  # type: ignore[arg-type]
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, _, c_start = w
+        w = _each(w, lambda v: v.to(dtype))
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, _, c_start, factors = w
     if c_start is not None and c_start.dtype is not wide(dtype):
         w = w._replace(c_start=c_start.to(wide(dtype)))
     bias = bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
-    if weight_ih.is_contiguous() and weight_hh.is_contiguous() and (weight_hr is None or weight_hr.is_contiguous()):
+    given = (weight_ih, weight_hh, weight_hr, *(() if factors is None else factors[:2]))
+    if all(v is None or v.is_contiguous() for v in given):
         return w, bias
-    return Weights(*(None if v is None else v.contiguous() for v in w)), bias  # type: ignore[arg-type]
+    return _each(w, Tensor.contiguous), bias
+
+
+def _each(w: Weights, change: Callable[[Tensor], Tensor]) -> Weights:
+    """All tensors of one layer and direction, changed."""
+    tensors: Any = (None if v is None else change(v) for v in w[:7])
+    if w.factors is None:
+        return Weights(*tensors)
+    factors = Factors(change(w.factors.up), change(w.factors.down), w.factors.ranks)
+    return Weights(*tensors)._replace(factors=factors)
 
 
 def _between(x: Tensor, dropout: float, variational: float, B: int, batch_sizes: Tensor | None) -> Tensor:

@@ -18,10 +18,19 @@ _ARITHMETIC = (torch.float32, torch.float64)
 _CPU = torch.device("cpu")
 
 
+class Factors(NamedTuple):
+    """Factors of the recurrent weights of some gates: those of gate g (i, f, g, o) are up_g [H, r] @ down_g [r, H]."""
+
+    up: Tensor  # [H, R], R the sum of all ranks: the columns of one gate after those of another
+    down: Tensor  # [R, H], rows alike
+    ranks: tuple[int, int, int, int]  # r of each gate, -1 for a full gate
+
+
 class Weights(NamedTuple):
     """Parameters of one layer in one direction, named and laid out as in ``torch.nn.LSTM``.
 
-    P is H, or proj_size where there is a weight_hr. Start states of None are zeros.
+    P is H, or proj_size where there is a weight_hr. Start states of None are zeros. With ``factors`` weight_hh is
+    [D*H, H] and holds the D full gates.
     """
 
     weight_ih: Tensor  # [4*H, I]
@@ -31,6 +40,11 @@ class Weights(NamedTuple):
     weight_hr: Tensor | None = None  # [P, H]
     h_start: Tensor | None = None  # [P]
     c_start: Tensor | None = None  # [H]
+    factors: Factors | None = None
+
+    @property
+    def H(self) -> int:
+        return self.weight_hh.shape[0] // 4 if self.factors is None else self.factors.up.shape[0]
 
 
 def check_input(
@@ -96,9 +110,8 @@ def check_numbers(noise_probability: float, tau: float, dropout: float, variatio
 
 
 def check_state(function: str, n: int, w: Weights, h0: Tensor, c0: Tensor, B: int) -> None:
-    G, P = w.weight_hh.shape
-    _check.shape(function, f"h_0[{n}]", h0, "B, P", B, P)
-    _check.shape(function, f"c_0[{n}]", c0, "B, H", B, G // 4)
+    _check.shape(function, f"h_0[{n}]", h0, "B, P", B, w.weight_hh.shape[1])
+    _check.shape(function, f"c_0[{n}]", c0, "B, H", B, w.H)
     _check.device(function, f"h_0[{n}]", h0, w.weight_hh.device)
     _check.device(function, f"c_0[{n}]", c0, w.weight_hh.device)
 
@@ -109,10 +122,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_weights(function: str, n: int, w: Weights, width: int, device: torch.device) -> None:
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h_start, c_start = w
-    G, P = weight_hh.shape
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h_start, c_start, factors = w
+    if factors is not None:
+        check_factors(function, n, w, factors)
+    G, P = 4 * w.H, weight_hh.shape[1]
     fits = (
         weight_ih.shape == (G, width)
+        and (factors is not None or weight_hh.shape[0] == G)
         and (G == 4 * P if weight_hr is None else 4 * weight_hr.shape[1] == G and weight_hr.shape[0] == P)
         and (bias_ih is None or bias_ih.shape == (G,))
         and (bias_hh is None or bias_hh.shape == (G,))
@@ -124,9 +140,25 @@ def check_weights(function: str, n: int, w: Weights, width: int, device: torch.d
         _explain(function, n, w, width, device)
 
 
+def check_factors(function: str, n: int, w: Weights, factors: Factors) -> None:
+    """Sizes, dtype and device of factors and full gates, and that there is no projection."""
+    up, down, ranks = factors
+    at, H = f"weights[{n}]", up.shape[0]
+    if len(ranks) != 4 or any(rank < -1 for rank in ranks):
+        _check.fail(function, f"{at}.factors.ranks", "four of at least 0, or -1 for a full gate", ranks)
+    values, full = sum(rank for rank in ranks if rank > 0), list(ranks).count(-1)
+    _check.shape(function, f"{at}.factors.up", up, "H, R", H, values)
+    _check.shape(function, f"{at}.factors.down", down, "R, H", values, H)
+    _check.shape(function, f"{at}.weight_hh", w.weight_hh, "D*H, H", full * H, H)
+    if w.weight_hr is not None:
+        _check.fail(function, f"{at}.weight_hr", "None beside factors", list(w.weight_hr.shape))
+    for name, value in (("up", up), ("down", down)):
+        _check.device(function, f"{at}.factors.{name}", value, w.weight_ih.device)
+
+
 def _explain(function: str, n: int, w: Weights, width: int, device: torch.device) -> None:
     """Raise for the first of the weights that does not fit the others or x."""
-    G, P = w.weight_hh.shape
+    G, P = w.weight_hh.shape if w.factors is None else (4 * w.H, w.H)
     H = G // 4
     if G != 4 * H or (w.weight_hr is None and H != P):
         _check.fail(function, f"weights[{n}].weight_hh", f"[4*H, H] = [{4 * P}, {P}]", [G, P])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _check, functional
-from fastseq.functional import Gates, Weights
-from fastseq.nn import _arguments
+from fastseq.functional import Factors, Gates, Weights
+from fastseq.nn import _arguments, _lstm_rank
 from fastseq.nn.gates import GATE_DEFAULTS, GateOptions
 
 State = tuple[Tensor, Tensor]
@@ -23,6 +24,7 @@ _DEFAULTS: dict[str, Any] = {
     "forget_bias": None,
     "learnable_state": False,
     "recompute": False,
+    "rank": None,
 }
 
 
@@ -30,12 +32,14 @@ class _Names(NamedTuple):
     """Names of the parameters of one layer and direction, in the order of ``Weights``."""
 
     weight_ih: str
-    weight_hh: str
+    weight_hh: str | None
     bias_ih: str | None
     bias_hh: str | None
     weight_hr: str | None
     h_start: str | None
     c_start: str | None
+    weight_hh_up: str | None
+    weight_hh_down: str | None
 
 
 class LSTM(GateOptions, nn.RNNBase):
@@ -62,9 +66,16 @@ class LSTM(GateOptions, nn.RNNBase):
         learnable_state: start states are parameters ``h_start_l0``, ``c_start_l0``, ..., zeros at first; used where no
             hx is given and after each reset.
         recompute: hold only h and c for backward and rebuild the gates there with one product.
+        rank: keep the recurrent matrix of each gate as a product of two factors of this rank, and train these; or a
+            rank for each gate named, {"i": 16, "f": 16}, the other gates full. ``weight_hh_up_l0`` [H, R] and
+            ``weight_hh_down_l0`` [R, H] hold the factors of one gate after the other (R is the sum of ranks), and
+            ``weight_hh_l0`` [D*H, H] only the D full gates, if there are any. The factors are never multiplied
+            together, but on a GPU where some gates are full or ranks differ much. Dense weights load as their best
+            factors (truncated SVD), with the relative error logged; ``dense_state_dict`` is the way back. Not with
+            proj_size, weight_dropout or recompute.
     """
 
-    weight_hh_l0: Tensor
+    weight_ih_l0: Tensor
     _all_weights: list[list[str]]
     _flat_weights_names: list[str]
 
@@ -90,8 +101,9 @@ class LSTM(GateOptions, nn.RNNBase):
         forget_bias: float | None = None,
         learnable_state: bool = False,
         recompute: bool = False,
+        rank: int | Mapping[str, int] | None = None,
     ) -> None:
-        self.__dict__.update(forget_bias=None, learnable_state=False)  # until the options are checked
+        self.__dict__.update(forget_bias=None, learnable_state=False, rank=None)  # until the options are checked
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__("LSTM", *sizes, device, dtype)
         self._set_options(
@@ -104,10 +116,15 @@ class LSTM(GateOptions, nn.RNNBase):
             forget_bias=forget_bias,
             learnable_state=learnable_state,
             recompute=recompute,
+            rank=rank,
         )
+        if rank is not None:
+            _lstm_rank.use_factors(self, self._ranks)
         if learnable_state:
             self._add_start_states()
-        if forget_bias is not None:
+        if rank is not None:
+            self.reset_parameters()
+        elif forget_bias is not None:
             self._set_forget_bias(forget_bias)
 
     def _set_options(
@@ -122,6 +139,7 @@ class LSTM(GateOptions, nn.RNNBase):
         forget_bias: float | None,
         learnable_state: bool,
         recompute: bool,
+        rank: int | Mapping[str, int] | None = None,
     ) -> None:
         self._set_gates(gates, tau, noise_probability, hard_eval)
         _check.probability("LSTM", "weight_dropout", weight_dropout)
@@ -135,15 +153,23 @@ class LSTM(GateOptions, nn.RNNBase):
                 raise TypeError(f"LSTM: {name} should be of type bool, got: {type(flag).__name__}")
         self.weight_dropout, self.variational_dropout = weight_dropout, variational_dropout
         self.forget_bias, self.learnable_state, self.recompute = forget_bias, learnable_state, recompute
+        _lstm_rank.check_rank(rank, self.hidden_size)
+        _lstm_rank.check_others(rank, proj_size=self.proj_size, weight_dropout=weight_dropout, recompute=recompute)
+        self.rank = dict(rank) if isinstance(rank, Mapping) else rank
         self._name_weights()
 
     def _name_weights(self) -> None:
-        bias, proj, start = self.bias, bool(self.proj_size), self.learnable_state
+        bias, proj, start, low = self.bias, bool(self.proj_size), self.learnable_state, self.rank is not None
+        self._ranks = _lstm_rank.ranks_of({} if self.rank is None else self.rank)
+        full = -1 in self._ranks
         self._weight_names = []
-        for suffix in (names[0].removeprefix("weight_ih") for names in self._all_weights):
-            kept = (True, True, bias, bias, proj, start, start)
+        for suffix in self._suffixes():
+            kept = (True, full, bias, bias, proj, start, start, low, low)
             names = (f"{kind}{suffix}" if keep else None for kind, keep in zip(_Names._fields, kept, strict=True))
             self._weight_names.append(_Names(*names))  # type: ignore[arg-type]
+
+    def _suffixes(self) -> list[str]:
+        return [names[0].removeprefix("weight_ih") for names in self._all_weights]
 
     def _start_states(self) -> list[tuple[str, int]]:
         """Name and size of every learnable start state."""
@@ -152,7 +178,7 @@ class LSTM(GateOptions, nn.RNNBase):
 
     def _add_start_states(self) -> None:
         for name, size in self._start_states():
-            self.register_parameter(name, nn.Parameter(self.weight_hh_l0.detach().new_zeros(size)))
+            self.register_parameter(name, nn.Parameter(self.weight_ih_l0.detach().new_zeros(size)))
 
     def _set_forget_bias(self, value: float) -> None:
         H = self.hidden_size
@@ -166,6 +192,8 @@ class LSTM(GateOptions, nn.RNNBase):
         bound = self.hidden_size**-0.5
         for name in self._flat_weights_names:
             nn.init.uniform_(getattr(self, name), -bound, bound)
+        for names in self._weight_names if self.rank is not None else ():
+            _lstm_rank.draw_up(getattr(self, str(names.weight_hh_up)), self._ranks)
         if self.forget_bias is not None:
             self._set_forget_bias(self.forget_bias)
         if self.learnable_state:
@@ -183,7 +211,12 @@ class LSTM(GateOptions, nn.RNNBase):
             ]
             if self.training and self.weight_dropout:
                 values[1] = F.dropout(values[1], self.weight_dropout)
-            found.append(Weights(*values))
+            *values, up, down = values
+            if self.rank is None:
+                found.append(Weights(*values))
+                continue
+            values[1] = up.new_empty(0, up.shape[0]) if values[1] is None else values[1]
+            found.append(Weights(*values)._replace(factors=Factors(up, down, self._ranks)))
         return found
 
     def forward(
@@ -298,9 +331,32 @@ class LSTM(GateOptions, nn.RNNBase):
         """Reorder the rows of both states."""
         return hx if permutation is None else (hx[0].index_select(1, permutation), hx[1].index_select(1, permutation))
 
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """The state of an LSTM without ``rank`` that computes the same, as of a ``torch.nn.LSTM``: each recurrent
+        matrix is the product of its factors. Start states, where they are learnt, are among it."""
+        state: dict[str, Tensor] = {}
+        for name, value in self.state_dict().items():
+            key = name.replace("weight_hh_up", "weight_hh").replace("weight_hh_down", "weight_hh")
+            state.setdefault(key, value)
+        for suffix in self._suffixes() if self.rank is not None else ():
+            up, down = (getattr(self, name).detach() for name in _lstm_rank.factor_names(suffix))
+            full = state[f"weight_hh{suffix}"] if -1 in self._ranks else up.new_empty(0, up.shape[0])
+            state[f"weight_hh{suffix}"] = functional.dense_weight(full, Factors(up, down, self._ranks))
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.rank is not None:
+            _lstm_rank.factor_state(state_dict, prefix, self._suffixes(), self._ranks, self.hidden_size)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def flatten_parameters(self) -> None:
+        """As in ``torch.nn.LSTM``; factors stay where they are."""
+        if self.rank is None:
+            super().flatten_parameters()
+
     def extra_repr(self) -> str:
         text = super().extra_repr() + self._gates_repr()
-        for name in ("weight_dropout", "variational_dropout", "forget_bias", "learnable_state", "recompute"):
+        for name in ("weight_dropout", "variational_dropout", "forget_bias", "learnable_state", "recompute", "rank"):
             if getattr(self, name) != _DEFAULTS[name]:
                 text += f", {name}={getattr(self, name)}"
         return text

@@ -5,6 +5,7 @@ from fastseq.reference.linear import linear
 from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, packed_index, philox, unpack
 from fastseq.reference.lstm_int8 import int8_product, lstm_int8, quantized
 from fastseq.reference.lstm_lowrank import lowrank_product, lstm_lowrank, lstm_lowrank_backward
+from fastseq.reference.lstm_mixed import lstm_mixed, lstm_mixed_backward
 from fastseq.reference.vq import (
     vq_backward,
     vq_gather,
@@ -32,6 +33,8 @@ __all__ = [
     "lstm_int8",
     "lstm_lowrank",
     "lstm_lowrank_backward",
+    "lstm_mixed",
+    "lstm_mixed_backward",
     "packed_index",
     "philox",
     "quantized",

@@ -107,7 +107,9 @@ def spread(few: bool) -> Iterator[tuple[tuple[int, int, int], Any, dict[str, Any
         for layout, reverse, change in itertools.product(("dense", "lengths", "packed"), (False, True), changes):
             yield size, dtype, {**plain, **change, "layout": layout, "reverse": reverse}
     for size, dtype, layout in itertools.product(LARGE, (np.float32, np.float64), ("dense", "packed")):
-        yield size, dtype, {**plain, **every, "layout": layout, "reverse": layout == "packed"}
+        for projection in (True, False):
+            last = {"projection": projection, "layout": layout, "reverse": layout == "packed"}
+            yield size, dtype, {**plain, **every, **last}
 
 
 def lstm(core: Any, c: Call, random: np.random.Generator, threads: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -128,6 +130,33 @@ def lstm(core: Any, c: Call, random: np.random.Generator, threads: int) -> Itera
             *grads, gates, h, c_all, *c.tensors[1:], **c.shared, weights=weights, threads=threads
         )
         yield from zip((f"{n}{label}" for n in names), found, strict=True)
+
+
+FACTORS: list[tuple[int, ...]] = [(3, 3, 3, 3), (1, -1, 40, 0)]  # ranks of the gates, -1 for a full one
+
+
+def lowrank(core: Any, c: Call, random: np.random.Generator, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Forward and backward with factors, shared, of each gate, and of some gates beside full ones."""
+    (x, _, h0, c0), H, dtype = c.tensors, c.tensors[3].shape[1], c.tensors[0].dtype
+    options, shared = ({k: v for k, v in d.items() if k != "weight_hr"} for d in (c.options, c.shared))
+
+    def normal(*shape: int) -> np.ndarray:
+        return (random.standard_normal(shape) / math.sqrt(max(H, 1))).astype(dtype)
+
+    calls: list[tuple[str, tuple[Any, ...]]] = [("lowrank", (normal(4, H, 3), normal(n, 3, H))) for n in (1, 4)]
+    for ranks in FACTORS:
+        values, full = sum(r for r in ranks if r > 0), ranks.count(-1)
+        weights = (normal(full * H, H) if full else None, normal(H, values), normal(values, H))
+        calls.append(("mixed", (*weights, *ranks)))
+    for n, (kind, weights) in enumerate(calls):
+        out = getattr(core, f"lstm_{kind}_forward")(x, *weights, h0, c0, **options, save=2, threads=threads)
+        yield from ((f"{kind} {n} output {i}", v) for i, v in enumerate(out))
+        upstream = [random.standard_normal(v.shape).astype(v.dtype) for v in out]
+        kept = (out[2], *out[:2])
+        for label, grads, wanted in (("", upstream, True), (" some", [upstream[0], *[None] * 4], False)):
+            run = getattr(core, f"lstm_{kind}_backward")
+            found = run(*grads, *kept, *weights, h0, c0, **shared, weights=wanted, threads=threads)
+            yield from ((f"{kind} {n} gradient {i}{label}", v) for i, v in enumerate(found))
 
 
 def spoilt(random: np.random.Generator, values: np.ndarray) -> np.ndarray:
@@ -187,6 +216,9 @@ def lstm_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.n
         label = " ".join(f"{k}={v}" for k, v in options.items() if v)
         for name, value in lstm(core, call(random, size, dtype, options), random, threads):
             yield f"lstm {size} {np.dtype(dtype).name} {label} {name}", value
+        if not options["projection"]:
+            for name, value in lowrank(core, call(random, size, dtype, options), random, threads):
+                yield f"lstm {size} {np.dtype(dtype).name} {label} {name}", value
     for n, (size, dtype, bias) in enumerate(itertools.product(PRODUCTS, (np.float32, np.float64), (False, True))):
         random = np.random.default_rng(n)
         M, N, K = size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseq import functional, reference
+from fastseq.ops import _select
 from fastseq.ops.lstm_int8 import BACKENDS
 from tests.ops import lstm_cases as cases
 from tests.ops.lstm_cases import ALL, Case, Options
@@ -238,3 +240,16 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     given = {"x_gates": torch.zeros(4, 3, 20), "weight_hh": weight, "scale": scale} | change
     with pytest.raises(ValueError, match=f"lstm_int8: {message}"):
         functional.lstm_int8(**given)
+
+
+def test_the_definition_on_the_cpu_is_announced(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    """Once, with the reason; it stands in where no kernel for the CPU exists."""
+    monkeypatch.setattr(_select, "_told", set())
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    args = inputs(CASES["prime"])
+    with caplog.at_level(logging.WARNING, "fastseq"):
+        for _ in range(2):
+            functional.lstm_int8(*args[:3])
+    assert [r.message for r in caplog.records] == [
+        "lstm_int8_forward: using reference, because triton: input is on cpu"
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastseq import functional, reference
-from fastseq.ops import _select
 from fastseq.ops.lstm_lowrank import BACKENDS, lstm_lowrank
 from tests import tolerance
 from tests.ops import lstm_cases as cases
@@ -301,16 +299,3 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     given = {"x_gates": torch.zeros(4, 3, 20), "up": torch.zeros(4, 5, 3), "down": torch.zeros(1, 3, 5)} | change
     with pytest.raises(ValueError, match=f"lstm_lowrank: ({message})"):
         functional.lstm_lowrank(**given)
-
-
-def test_the_definition_on_the_cpu_is_announced(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    """Once, with the reason; it stands in where no kernel for the CPU exists."""
-    monkeypatch.setattr(_select, "_told", set())
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    args = inputs(CASES["prime"], True)
-    with caplog.at_level(logging.WARNING, "fastseq"):
-        for _ in range(2):
-            functional.lstm_lowrank(*args[:3])
-    assert [r.message for r in caplog.records] == [
-        "lstm_lowrank_forward: using reference, because triton: input is on cpu"
-    ]
