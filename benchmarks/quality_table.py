@@ -78,7 +78,8 @@ def _budget(rows: list[Row]) -> list[str]:
     commits = ", ".join(dict.fromkeys(row["commit"] or "unknown" for row in rows))
     return [
         f"mean{' ± standard deviation' if seeds > 1 else ''} of {seeds} seed{'s'[: seeds > 1]}; "
-        f"{first['parameters']:,} parameters ({sizes}); {steps} steps of training ({first['epoch']:,} are an epoch), {min(minutes):.0f} to "
+        f"{first['parameters']:,} parameters ({sizes})",
+        f"{steps} steps of training ({first['epoch']:,} are an epoch), {min(minutes):.0f} to "
         f"{max(minutes):.0f} minutes on one thread",
         f"{', '.join(dict.fromkeys(row['device'] for row in rows))}; commit {commits}",
     ]
