@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import ROOT
+from fastseq.compression import recurrent
 
 KEPT = ROOT / "build" / "quality"
 SAVE_SECONDS = 120.0  # between two states of an unfinished training
@@ -19,12 +20,16 @@ WARM_UP = 30  # steps
 
 
 class Kind(NamedTuple):
-    """How the gates of a model are trained; the fields are arguments of ``fastseq.nn.LSTM``."""
+    """How the gates of a model are trained; the fields are arguments of ``fastseq.nn.LSTM``.
+
+    last_tau: what tau comes down to over the training, by equal factors; None: it stays.
+    """
 
     name: str
     gates: str = "sigmoid"
     tau: float = 1.0
     noise_probability: float = 0.0
+    last_tau: float | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -40,6 +45,8 @@ KINDS = {
         Kind("binary", "binary", 0.9, 0.2),
         Kind("binary-all-noise", "binary", 0.9, 1.0),
         Kind("binary-cold", "binary", 0.3, 1.0),
+        Kind("binary-cooling", "binary", 0.9, 1.0, 0.1),
+        Kind("sharpened-cooling", "sharpened", 1.0, 0.0, 0.1),
     )
 }
 
@@ -84,6 +91,13 @@ def learning_rate(peak: float, done: int, steps: int) -> float:
     return peak * min(1.0, (done + 1) / WARM_UP) * (1 - 0.9 * done / steps)
 
 
+def cool(model: nn.Module, kind: Kind, progress: float) -> None:
+    """Set tau to that of ``progress``, in [0, 1], through the training."""
+    if kind.last_tau is not None:
+        for lstm in recurrent(model).values():
+            lstm.tau = kind.tau * (kind.last_tau / kind.tau) ** progress
+
+
 def kept(task: Task, kind: Kind, seed: int, steps: int) -> Path:
     """Where the training is kept."""
     return KEPT / f"{task.name}-{kind.name}-seed{seed}-steps{steps}.pt"
@@ -106,6 +120,7 @@ def train(task: Task, kind: Kind, seed: int, steps: int, say: Callable[[str], No
         done, before, state = found["done"], found["seconds"], found["state"]
     begin, saved, total, count = time.process_time(), time.monotonic(), 0.0, 0
     while done < steps:
+        cool(model, kind, done / steps)
         loss, state = _step(
             task, model, optimiser, task.batch(done, seed), state, learning_rate(task.peak, done, steps)
         )
@@ -117,6 +132,7 @@ def train(task: Task, kind: Kind, seed: int, steps: int, say: Callable[[str], No
         if count == max(1, steps // 20) or done == steps:
             say(f"{path.stem}: {done}/{steps} steps, {seconds / 60:.1f} min, loss {total / count:.3f} nats")
             total, count = 0.0, 0
+    cool(model, kind, 1.0)
     return Trained(model.eval(), before + time.process_time() - begin)
 
 

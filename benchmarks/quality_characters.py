@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastseq.nn
-from benchmarks.quality_case import Kind, Task
+from benchmarks.quality_case import KINDS, Kind, Task
 from fastseq.demo.character_model import CharacterModel, chunks, corpus
 from fastseq.demo.race import Chunk, bits_per_character, forward
 
@@ -45,7 +45,7 @@ def task() -> Task:
     return Task(
         name="characters",
         metric="bits per character",
-        kinds=("binary", "stock", "binary-all-noise", "sharpened", "binary-cold"),
+        kinds=tuple(KINDS),
         seeds=3,
         steps=2000,
         peak=6e-3,

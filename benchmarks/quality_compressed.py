@@ -84,6 +84,7 @@ def rows(
         "task": task.name,
         "model": kind.name,
         **kind.options,
+        "last_tau": kind.last_tau,
         "seed": seed,
         "steps": steps,
         "minutes": round(trained.seconds / 60, 1),
