@@ -50,23 +50,26 @@ def compressed(rows: list[Row]) -> Table:
                 line.append(f"{mean:{form}} ({spread((row['cost'] for row in found), '+' + form)})")
         lines.append([*line, _smaller([row for found in group.values() for row in found])])
     title = f"{rows[0]['task'].capitalize()}: {rows[0]['metric']} on held-out text, and in brackets what it costs"
-    return Table(title, ["", *models, "times fewer bytes"], lines, [*_budget(rows), _versus(ways)])
+    return Table(title, ["", *models, "times fewer bytes"], lines, [*_budget(rows), *_verdicts(ways)])
 
 
-def _versus(ways: dict[str, dict[str, list[Row]]]) -> str:
-    """In how many ways a model loses less than the stock one."""
+def _verdicts(ways: dict[str, dict[str, list[Row]]]) -> list[str]:
+    """In how many ways a model loses less than the stock one, and in how many it ends up best."""
+    cost: dict[str, dict[str, float]] = {}
+    best: list[str] = []
+    for way in (way for way in ways if way not in (AS_TRAINED, HARD)):
+        cost[way] = {model: statistics.fmean(row["cost"] for row in found) for model, found in ways[way].items()}
+        value = {model: statistics.fmean(row["test"] for row in found) for model, found in ways[way].items()}
+        best.append(min(value, key=lambda model: value[model]))
     notes = []
-    compressing = [way for way in ways if way not in (AS_TRAINED, HARD)]
-    cost = {
-        (way, model): statistics.fmean(row["cost"] for row in found)
-        for way in compressing
-        for model, found in ways[way].items()
-    }
-    for model in dict.fromkeys(model for _, model in cost if model != "stock"):
-        both = [way for way in compressing if (way, model) in cost and (way, "stock") in cost]
-        less = sum(cost[way, model] < cost[way, "stock"] for way in both)
-        notes.append(f"{model} in {less} of {len(both)}")
-    return f"ways of compression that cost less than they cost stock: {', '.join(notes) or 'nothing to compare'}"
+    for model in dict.fromkeys(model for found in cost.values() for model in found if model != "stock"):
+        both = [found for found in cost.values() if model in found and "stock" in found]
+        notes.append(f"{model} in {sum(found[model] < found['stock'] for found in both)} of {len(both)}")
+    lowest = ", ".join(f"{model} in {best.count(model)} of {len(best)}" for model in dict.fromkeys(best))
+    return [
+        f"ways of compression that cost less than they cost stock: {', '.join(notes) or 'nothing to compare'}",
+        f"lowest after compression: {lowest or 'nothing to compare'}",
+    ]
 
 
 def _budget(rows: list[Row]) -> list[str]:

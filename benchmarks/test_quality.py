@@ -200,7 +200,8 @@ def test_table_of_compression() -> None:
         ["hard gates", "2.500 (+0.500 ± 0.000)", "2.020 (+0.020 ± 0.014)", "-"],
         ["int8", "2.250 (+0.250 ± 0.000)", "2.150 (+0.150 ± 0.071)", "4.0"],
     ]
-    assert found.notes[-1] == "ways of compression that cost less than they cost stock: binary in 1 of 1"
+    assert found.notes[-2] == "ways of compression that cost less than they cost stock: binary in 1 of 1"
+    assert found.notes[-1] == "lowest after compression: binary in 1 of 1"
     assert found.notes[1] == "6,000 steps of training (1,234 are an epoch), 2 to 3 minutes on one thread"
     assert "| int8 | 2.250 (+0.250 ± 0.000) | 2.150 (+0.150 ± 0.071) | 4.0 |" in table.markdown(found)
 
