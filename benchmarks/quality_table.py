@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -33,6 +34,12 @@ def _smaller(rows: list[Row]) -> str:
     return f"{statistics.fmean(found):.1f}" if found else "-"
 
 
+def _share(way: str, H: int) -> str:
+    """Of the hidden size, what the rank of a way is."""
+    rank = re.search(r"rank (\d+)$", way)
+    return f", {int(rank[1]) / H:.0%} of H" if rank else ""
+
+
 def compressed(rows: list[Row]) -> Table:
     """What every way costs every model."""
     ways = grouped(rows)
@@ -40,7 +47,7 @@ def compressed(rows: list[Row]) -> Table:
     form = ".3f" if rows[0]["metric"].startswith("bits") else ".2f"
     lines = []
     for way, group in ways.items():
-        line = [way]
+        line = [way + _share(way, rows[0]["H"])]
         for model in models:
             found = group.get(model, [])
             if way == AS_TRAINED or not found:
@@ -60,7 +67,8 @@ def _verdicts(ways: dict[str, dict[str, list[Row]]]) -> list[str]:
     for way in (way for way in ways if way not in (AS_TRAINED, HARD)):
         cost[way] = {model: statistics.fmean(row["cost"] for row in found) for model, found in ways[way].items()}
         value = {model: statistics.fmean(row["test"] for row in found) for model, found in ways[way].items()}
-        best.append(min(value, key=lambda model: value[model]))
+        if len(value) > 1:
+            best.append(min(value, key=value.__getitem__))
     notes = []
     for model in dict.fromkeys(model for found in cost.values() for model in found if model != "stock"):
         both = [found for found in cost.values() if model in found and "stock" in found]

@@ -189,6 +189,7 @@ ROWS = [
     *(made("stock", seed, "hard gates", 2.5, 0.5) for seed in (0, 1)),
     *(made("binary", seed, "hard gates", 2.01 + 0.02 * seed, 0.01 + 0.02 * seed) for seed in (0, 1)),
     *(made("stock", seed, "int8", 2.25, 0.25) for seed in (0, 1)),
+    *(made("binary", seed, "i, f rank 1", 2.5, 0.5) for seed in (0, 1)),
     *(made("binary", seed, "int8", 2.1 + 0.1 * seed, 0.1 + 0.1 * seed) for seed in (0, 1)),
 ]
 
@@ -199,6 +200,7 @@ def test_table_of_compression() -> None:
         ["as trained", "2.000 ± 0.000", "2.000 ± 0.000", "-"],
         ["hard gates", "2.500 (+0.500 ± 0.000)", "2.020 (+0.020 ± 0.014)", "-"],
         ["int8", "2.250 (+0.250 ± 0.000)", "2.150 (+0.150 ± 0.071)", "4.0"],
+        ["i, f rank 1, 25% of H", "-", "2.500 (+0.500 ± 0.000)", "-"],
     ]
     assert found.notes[-2] == "ways of compression that cost less than they cost stock: binary in 1 of 1"
     assert found.notes[-1] == "lowest after compression: binary in 1 of 1"
