@@ -16,6 +16,7 @@ class Parser {
   Parser(std::string_view text, const char* what) : text_(text), what_(what) {}
 
   Json whole() {
+    check_utf8();
     Json value = this->value(0);
     space();
     if (at_ != text_.size()) wrong("nothing more");
@@ -25,6 +26,24 @@ class Parser {
  private:
   [[noreturn]] void wrong(const char* expected) const {
     fail(what_, ": not JSON: expected ", expected, " at byte ", at_, " of ", text_.size());
+  }
+  // Every character in its shortest form, none of the halves that stand for others.
+  void check_utf8() {
+    while (at_ < text_.size()) {
+      const auto byte = [&](size_t n) { return at_ + n < text_.size() ? static_cast<uint8_t>(text_[at_ + n]) : 0u; };
+      const uint32_t first = byte(0);
+      const int more = first < 0x80 ? 0 : first >= 0xc2 && first < 0xe0 ? 1 : first >= 0xe0 && first < 0xf0 ? 2 : 3;
+      uint32_t code = more == 0 ? first : first & (0x3fu >> more);
+      bool good = first < 0x80 || (first >= 0xc2 && first < 0xf5);
+      for (int n = 1; n <= more; ++n) {
+        good = good && (byte(static_cast<size_t>(n)) & 0xc0) == 0x80;
+        code = code << 6 | (byte(static_cast<size_t>(n)) & 0x3f);
+      }
+      good = good && !(more == 2 && code < 0x800) && !(more == 3 && (code < 0x10000 || code > 0x10ffff));
+      if (!good || (code >= 0xd800 && code < 0xe000)) wrong("UTF-8");
+      at_ += static_cast<size_t>(more) + 1;
+    }
+    at_ = 0;
   }
   void space() {
     while (at_ < text_.size() && std::string_view(" \t\r\n").find(text_[at_]) != std::string_view::npos) ++at_;
@@ -144,6 +163,10 @@ class Parser {
     const char* const begin = text_.data() + at_;
     const char* const end = text_.data() + text_.size();
     if (begin == end || !(*begin == '-' || (*begin >= '0' && *begin <= '9'))) wrong("a value");
+    const size_t sign = *begin == '-';
+    if (text_.size() - at_ > sign + 1 && begin[sign] == '0' && begin[sign + 1] >= '0' && begin[sign + 1] <= '9') {
+      wrong("a number without leading zeros");
+    }
     const auto whole = std::from_chars(begin, end, out.integer);
     const auto any = std::from_chars(begin, end, out.real);
     if (any.ec != std::errc() || !std::isfinite(out.real)) wrong("a number");
