@@ -259,3 +259,89 @@ class Codebook:
     def nearest(
         self, x: Array, best: int = 1, bits: int = 64, distance: bool = False, *, threads: int = 1
     ) -> tuple[Indices, Array]: ...
+
+# Models without torch; see ``fastseq.deploy``.
+
+class ModelError(ValueError): ...
+class FileError(OSError): ...
+
+class Stream:
+    """One client of a model: what it was given so far stands in its state. Not for two threads at once."""
+
+    def step(self, x: NDArray[Any], *, threads: int = 1) -> NDArray[Any]:
+        """The next steps, x [T, C] (indices [T]), or one step without T. Strided x and int64 indices are copied."""
+    def reset(self) -> None: ...
+    def save(self) -> NDArray[np.float32]:
+        """The state, [state_size]."""
+    def load(self, state: NDArray[np.float32]) -> None: ...
+
+class Model:
+    """A model out of a file: never changes, for any number of threads."""
+
+    description: str
+    looks_ahead: str
+    state_size: int
+    input_size: int
+    output_size: int
+    input_is_index: bool
+    output_is_index: bool
+    @staticmethod
+    def load(path: str) -> Model: ...
+    @staticmethod
+    def parse(bytes: bytes) -> Model: ...
+    def run(
+        self,
+        x: NDArray[Any],
+        lengths: Index | None = None,
+        state: NDArray[np.float32] | None = None,
+        *,
+        threads: int = 1,
+    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        """x [T, B, C] float32, or indices [T, B], to y [T, B, C'] and the state [B, state_size] after the last step.
+
+        lengths: valid steps of each row; results beyond them are zeros, indices -1. state: of an earlier call. A model
+        that looks ahead has no state.
+        """
+    def stream(self) -> Stream: ...
+    def step_batch(self, streams: Sequence[Stream], x: NDArray[Any], *, threads: int = 1) -> NDArray[Any]:
+        """x [T, n, C] or [n, C]: the next steps of n streams, each as it would be alone."""
+
+# Packed matrices; see ``csrc/core/matrix.h``.
+
+def pack_matrix(
+    rows: Sequence[NDArray[Any]],
+    rows_scale: Sequence[NDArray[np.float32]],
+    group: Sequence[int],
+    down: Sequence[NDArray[Any]],
+    down_scale: Sequence[NDArray[np.float32]],
+    down_group: Sequence[int],
+    K: int,
+    bounded: bool,
+) -> NDArray[np.uint8]: ...
+def linear_packed(
+    x: NDArray[np.float32],
+    weight: NDArray[np.uint8],
+    bias: NDArray[np.float32] | None = None,
+    *,
+    threads: int = 1,
+) -> NDArray[np.float32]: ...
+def lstm_packed(
+    x: NDArray[np.float32],
+    weight_hh: NDArray[np.uint8],
+    h0: NDArray[np.float32],
+    c0: NDArray[np.float32],
+    weight_ih: NDArray[np.uint8] | None = None,
+    bias: NDArray[np.float32] | None = None,
+    weight_hr: NDArray[np.uint8] | None = None,
+    lengths: Index | None = None,
+    batch_sizes: Index | None = None,
+    reset: Mask | None = None,
+    h_start: NDArray[np.float32] | None = None,
+    c_start: NDArray[np.float32] | None = None,
+    tau: float = 1.0,
+    hard: bool = False,
+    reverse: bool = False,
+    save: int = 0,
+    *,
+    threads: int = 1,
+) -> tuple[NDArray[np.float32], ...]: ...

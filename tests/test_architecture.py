@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "fastseq": {
         "fastseq.compression",
+        "fastseq.deploy",
         "fastseq.functional",
         "fastseq.nn",
         "fastseq.ops",

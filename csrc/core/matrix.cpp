@@ -29,7 +29,9 @@ bool valid(const PartHead& part, int64_t K) {
 bool valid(int64_t N, int64_t K) { return N > 0 && K > 0 && N <= kMostMatrixSize && K <= kMostMatrixSize; }
 
 bool valid(const Head& head) {
-  if (head.magic != kMagic || (head.gates != 1 && head.gates != 4) || head.N % head.gates || head.bounded >> 1 || head.shared_down >> 1) return false;
+  if (head.magic != kMagic || (head.gates != 1 && head.gates != 4) || head.N % head.gates || head.bounded >> 1 ||
+      head.shared_down >> 1)
+    return false;
   if (!valid(head.N / head.gates, head.K)) return false;
   bool factors = false;
   for (int g = 0; g < head.gates; ++g) {
@@ -230,7 +232,8 @@ void pack_matrix(const MatrixSource& s, uint8_t* out) {
   for (int g = 0; g < s.gates; ++g) {
     const auto& gate = s.gate[g];
     pack_part(m.gate[g].piece, 0, m.N / m.gates, gate.rows, gate.rank ? 1.0f : by);
-    if (gate.rank && !(s.shared_down && g)) pack_part(m.down, m.gate[g].offset / kMatrixPanel, gate.rank, gate.down, by);
+    if (gate.rank && !(s.shared_down && g))
+      pack_part(m.down, m.gate[g].offset / kMatrixPanel, gate.rank, gate.down, by);
   }
 }
 

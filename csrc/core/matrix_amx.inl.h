@@ -1,5 +1,5 @@
-// Products of many rows of integers by AMX: register tiles of 16 rows and 64 bytes. A step is 64 columns; a panel of int8
-// is a row of such tiles already. Without the instructions the same body runs on arrays, for tests.
+// Products of many rows of integers by AMX: register tiles of 16 rows and 64 bytes. A step is 64 columns; a panel of
+// int8 is a row of such tiles already. Without the instructions the same body runs on arrays, for tests.
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 

@@ -1,4 +1,5 @@
-// Rows as the parts of a packed matrix take them: floats, or integers with a scale, and for those the sums of each group.
+// Rows as the parts of a packed matrix take them: floats, or integers with a scale, and for those the sums of each
+// group.
 #pragma once
 
 #include <algorithm>
@@ -49,9 +50,9 @@ struct Places {
 struct Integers {
   int64_t K = 0, width = 0;
   Groupings groupings;
-  int8_t* q = nullptr;        // [rows][width], zeros beyond K
-  int32_t* sums = nullptr;    // [rows][groupings.total]
-  float* scale = nullptr;     // [rows], or null where all have the scale that is in the matrix already
+  int8_t* q = nullptr;      // [rows][width], zeros beyond K
+  int32_t* sums = nullptr;  // [rows][groupings.total]
+  float* scale = nullptr;   // [rows], or null where all have the scale that is in the matrix already
 
   bool used() const { return groupings.count > 0; }
   void init(int64_t columns) {

@@ -114,8 +114,13 @@ int64_t fastseq_model_run(const fastseq_model* model, int64_t T, int64_t B, cons
       rows.push_back(state.data() + b * m.state_size());
       m.begin(rows.back());
     }
-    const Input input{T, B, index ? nullptr : static_cast<const float*>(x),
-                      index ? static_cast<const int32_t*>(x) : nullptr, lengths, rows.data(), false};
+    const Input input{T,
+                      B,
+                      index ? nullptr : static_cast<const float*>(x),
+                      index ? static_cast<const int32_t*>(x) : nullptr,
+                      lengths,
+                      rows.data(),
+                      false};
     Workspace workspace;
     Given given(y, capacity);
     m.run(input, threads, workspace, given);

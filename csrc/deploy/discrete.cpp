@@ -28,7 +28,8 @@ class ResidualVq : public Layer {
     codes_ = output == "codes";
     if (cosine_ && L_ > 1) d.wrong("metric cosine is for one level");
     codebooks_ = read_floats(d.file, d.tensor("codebooks"), {L_, K_, D_});
-    for (int64_t k = 0; cosine_ && k < K_; ++k) normalize(&codebooks_[static_cast<size_t>(k * D_)], D_, &codebooks_[static_cast<size_t>(k * D_)]);
+    for (int64_t k = 0; cosine_ && k < K_; ++k)
+      normalize(&codebooks_[static_cast<size_t>(k * D_)], D_, &codebooks_[static_cast<size_t>(k * D_)]);
     for (int64_t l = 0; l < L_; ++l) levels_.push_back({K_, codebooks_.data() + l * K_ * D_, nullptr, nullptr});
   }
   Shape shape() const override { return codes_ ? Shape{true, L_} : Shape{false, D_}; }
@@ -43,8 +44,8 @@ class ResidualVq : public Layer {
     }
     int64_t* const index = run.scratch[3].get<int64_t>(N * L_);
     float* const vectors = codes_ ? run.scratch[2].get<float>(N * D_) : out.floats(in.T, in.B, D_);
-    const core::VqResidual<float> call{N, D_, L_, x, levels_.data(), nullptr, nullptr, vectors, index,
-                                       run.scratch[4].get<float>(N * L_)};
+    const core::VqResidual<float> call{N,       D_,      L_,      x,     levels_.data(),
+                                       nullptr, nullptr, vectors, index, run.scratch[4].get<float>(N * L_)};
     void* const memory = run.scratch[0].get<char>(static_cast<int64_t>(core::vq_residual_scratch(call, run.team.most)));
     core::vq_residual(call, memory, run.team);
     if (!codes_) return;

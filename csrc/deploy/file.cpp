@@ -68,7 +68,8 @@ Tensor read_tensor(const std::string& name, const Json& entry, const uint8_t* da
   }
   uint64_t bytes = static_cast<uint64_t>(size_of(t.dtype));
   for (const int64_t n : t.shape) {
-    if (__builtin_mul_overflow(bytes, static_cast<uint64_t>(n), &bytes)) fail("tensor '", name, "': its shape is too large");
+    if (__builtin_mul_overflow(bytes, static_cast<uint64_t>(n), &bytes))
+      fail("tensor '", name, "': its shape is too large");
   }
   if (bytes != end - begin) {
     fail("tensor '", name, "': ", t.text(), " takes ", bytes, " bytes, the file gives it ", end - begin);
@@ -79,9 +80,8 @@ Tensor read_tensor(const std::string& name, const Json& entry, const uint8_t* da
 }
 
 void check_spans(std::vector<Span>& spans, uint64_t size) {
-  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) {
-    return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
-  });
+  std::sort(spans.begin(), spans.end(),
+            [](const Span& a, const Span& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; });
   uint64_t at = 0;
   for (const Span& span : spans) {
     if (span.begin < at) fail("tensor '", span.name, "': its data overlap those of another tensor");
@@ -153,15 +153,17 @@ File File::parse(const uint8_t* bytes, size_t size) {
   std::vector<Span> spans;
   const uint8_t* const data = bytes + sizeof length + length;
   const uint64_t data_size = size - sizeof length - length;
-  for (const auto& [name, entry] : header.object) {
+  for (size_t n = 0; n < header.names.size(); ++n) {
+    const std::string& name = header.names[n];
+    const Json& entry = header.list[n];
     if (name != "__metadata__") {
       file.tensors_.emplace(name, read_tensor(name, entry, data, data_size, spans));
       continue;
     }
     if (entry.kind != Json::Kind::object) fail("header: __metadata__ must be an object");
-    for (const auto& [key, value] : entry.object) {
-      if (value.kind != Json::Kind::text) fail("header: metadata '", key, "' must be a string");
-      file.metadata_.emplace(key, value.text);
+    for (size_t k = 0; k < entry.names.size(); ++k) {
+      if (entry.list[k].kind != Json::Kind::text) fail("header: metadata '", entry.names[k], "' must be a string");
+      file.metadata_.emplace(entry.names[k], entry.list[k].text);
     }
   }
   check_spans(spans, data_size);

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <utility>
 
 namespace fastseq::deploy {
 namespace {
@@ -85,15 +86,14 @@ class Parser {
     if (next('}')) return out;
     do {
       space();
-      std::string name = string();
+      out.names.push_back(string());
       space();
       if (!next(':')) wrong("':'");
-      out.object.emplace_back(std::move(name), value(depth + 1));
+      out.list.push_back(value(depth + 1));
       space();
     } while (next(','));
     if (!next('}')) wrong("',' or '}'");
-    std::vector<std::string_view> names;
-    for (const auto& entry : out.object) names.push_back(entry.first);
+    std::vector<std::string_view> names(out.names.begin(), out.names.end());
     std::sort(names.begin(), names.end());
     const auto twice = std::adjacent_find(names.begin(), names.end());
     if (twice != names.end()) fail(what_, ": '", *twice, "' stands twice in one object");
@@ -201,14 +201,22 @@ void write(const Json& value, std::string& out) {
   char digits[40];
   const char* separator = "";
   switch (value.kind) {
-    case Json::Kind::null: out += "null"; break;
-    case Json::Kind::boolean: out += value.boolean ? "true" : "false"; break;
-    case Json::Kind::integer: out += std::to_string(value.integer); break;
+    case Json::Kind::null:
+      out += "null";
+      break;
+    case Json::Kind::boolean:
+      out += value.boolean ? "true" : "false";
+      break;
+    case Json::Kind::integer:
+      out += std::to_string(value.integer);
+      break;
     case Json::Kind::real:
       std::snprintf(digits, sizeof digits, "%.17g", value.real);
       out += digits;
       break;
-    case Json::Kind::text: quote(value.text, out); break;
+    case Json::Kind::text:
+      quote(value.text, out);
+      break;
     case Json::Kind::list:
       out += '[';
       for (const Json& item : value.list) out += std::exchange(separator, ", "), write(item, out);
@@ -216,11 +224,11 @@ void write(const Json& value, std::string& out) {
       break;
     case Json::Kind::object:
       out += '{';
-      for (const auto& [name, item] : value.object) {
+      for (size_t n = 0; n < value.names.size(); ++n) {
         out += std::exchange(separator, ", ");
-        quote(name, out);
+        quote(value.names[n], out);
         out += ": ";
-        write(item, out);
+        write(value.list[n], out);
       }
       out += '}';
       break;
@@ -232,8 +240,8 @@ void write(const Json& value, std::string& out) {
 Json Json::parse(std::string_view text, const char* what) { return Parser(text, what).whole(); }
 
 const Json* Json::find(std::string_view name) const {
-  for (const auto& [key, value] : object) {
-    if (key == name) return &value;
+  for (size_t n = 0; n < names.size(); ++n) {
+    if (names[n] == name) return &list[n];
   }
   return nullptr;
 }

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "deploy/error.h"
@@ -23,8 +22,8 @@ class Json {
   int64_t integer = 0;
   double real = 0;  // also of an integer
   std::string text;
-  std::vector<Json> list;
-  std::vector<std::pair<std::string, Json>> object;
+  std::vector<Json> list;          // the values of an object too
+  std::vector<std::string> names;  // of an object, one for each value
 
   // The value under a name, or null.
   const Json* find(std::string_view name) const;

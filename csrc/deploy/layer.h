@@ -73,7 +73,7 @@ class Layer {
   virtual void run(const Run& run, const std::vector<const Data*>& inputs, Output& out) const = 0;
 
   std::string name;
-  std::vector<int> from;    // numbers of the layers that it reads; -1: the input
+  std::vector<int> from;  // numbers of the layers that it reads; -1: the input
   int64_t state_offset = 0;
 };
 

@@ -26,7 +26,8 @@ class Embedding : public Layer {
     if (t.shape != std::vector<int64_t>{V_, D_}) d.wrong("its weight must be [size, dim], got " + t.text());
     table_.resize(static_cast<size_t>(V_ * D_));
     for (int64_t n = 0; n < V_ * D_; ++n) {
-      table_[static_cast<size_t>(n)] = static_cast<float>(static_cast<int8_t>(t.data[n])) * scale[static_cast<size_t>(n / D_)];
+      table_[static_cast<size_t>(n)] =
+          static_cast<float>(static_cast<int8_t>(t.data[n])) * scale[static_cast<size_t>(n / D_)];
     }
   }
   Shape shape() const override { return {false, D_}; }
@@ -65,7 +66,8 @@ struct Affine {
       const int64_t count = std::min(kRows, rows - first);
       const float* const plus = bias.empty() ? nullptr : bias.data();
       const core::LinearPacked call{count, x + first * w.K, w.K, plus, y + first * w.N, w.N};
-      uint8_t* const scratch = memory.get<uint8_t>(static_cast<int64_t>(core::linear_packed_scratch(w, count, run.team.most)));
+      uint8_t* const scratch =
+          memory.get<uint8_t>(static_cast<int64_t>(core::linear_packed_scratch(w, count, run.team.most)));
       core::linear_packed(w, call, scratch, run.team);
     }
   }
@@ -88,14 +90,20 @@ class Linear : public Layer {
   Affine affine_;
 };
 
-// The state holds the steps that the next result still needs: how many, then the steps, the latest `window - 1` at most.
+// The state holds the steps that the next result still needs: how many, then the steps, the latest `window - 1` at
+// most.
 class Conv1d : public Layer {
  public:
   Conv1d(const Description& d, const std::vector<Shape>& inputs)
-      : C_(d.size("in", 1, kMostSize)), N_(d.size("out", 1, kMostSize)), taps_(d.size("kernel", 1, kMostSize)),
-        stride_(d.size("stride", 1, kMostSize, 1)), dilation_(d.size("dilation", 1, kMostSize, 1)),
-        window_((taps_ - 1) * dilation_ + 1), left_(d.size("left", 0, kMostSize, 0)),
-        right_(d.size("right", 0, kMostSize, 0)), affine_(d, N_, taps_ * C_) {
+      : C_(d.size("in", 1, kMostSize)),
+        N_(d.size("out", 1, kMostSize)),
+        taps_(d.size("kernel", 1, kMostSize)),
+        stride_(d.size("stride", 1, kMostSize, 1)),
+        dilation_(d.size("dilation", 1, kMostSize, 1)),
+        window_((taps_ - 1) * dilation_ + 1),
+        left_(d.size("left", 0, kMostSize, 0)),
+        right_(d.size("right", 0, kMostSize, 0)),
+        affine_(d, N_, taps_ * C_) {
     d.expect(inputs, false, C_);
     if (stride_ > window_) d.wrong("stride must be at most its window of " + std::to_string(window_) + " steps");
     if (left_ >= window_ || right_ >= window_) {
@@ -126,7 +134,8 @@ class Conv1d : public Layer {
  private:
   int64_t held(const Run& run, int64_t b) const {
     const float count = run.state[b][state_offset];
-    if (!(count >= 0 && count <= static_cast<float>(window_ - 1))) fail("layer '", name, "': this is not a state of it");
+    if (!(count >= 0 && count <= static_cast<float>(window_ - 1)))
+      fail("layer '", name, "': this is not a state of it");
     return static_cast<int64_t>(count);
   }
   // One row of the batch: its steps in a line, the windows out of them, the product, and what the next call needs.

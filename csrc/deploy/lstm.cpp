@@ -25,7 +25,8 @@ struct Lane {
 };
 
 void run_lane(const Lane& lane, const core::Team& team) {
-  uint8_t* const scratch = lane.memory->get<uint8_t>(static_cast<int64_t>(core::lstm_packed_scratch(lane.call, team.most)));
+  uint8_t* const scratch =
+      lane.memory->get<uint8_t>(static_cast<int64_t>(core::lstm_packed_scratch(lane.call, team.most)));
   core::lstm_packed(lane.call, scratch, team);
 }
 
@@ -37,8 +38,11 @@ void lane_body(const void* context, int rank, int size, core::Barrier&) {
 class Lstm : public Layer {
  public:
   Lstm(const Description& d, const std::vector<Shape>& inputs)
-      : H_(d.size("hidden_size", 1, kMostSize)), P_(d.size("proj_size", 0, kMostSize, 0)),
-        directions_(d.flag("bidirectional", false) ? 2 : 1), tau_(d.real("tau", 1.0)), hard_(d.flag("hard", false)) {
+      : H_(d.size("hidden_size", 1, kMostSize)),
+        P_(d.size("proj_size", 0, kMostSize, 0)),
+        directions_(d.flag("bidirectional", false) ? 2 : 1),
+        tau_(d.real("tau", 1.0)),
+        hard_(d.flag("hard", false)) {
     const int64_t I = d.size("input_size", 1, kMostSize), layers = d.size("num_layers", 1, 1024, 1);
     const int64_t group = d.size("group", 0, kMostSize, 0);
     d.expect(inputs, false, I);
@@ -60,7 +64,9 @@ class Lstm : public Layer {
       std::copy(parts_[n].c_start.begin(), parts_[n].c_start.end(), at + out_size());
     }
   }
-  const char* looks_ahead() const override { return directions_ == 2 ? "its reverse direction begins at the end" : nullptr; }
+  const char* looks_ahead() const override {
+    return directions_ == 2 ? "its reverse direction begins at the end" : nullptr;
+  }
   void run(const Run& run, const std::vector<const Data*>& inputs, Output& out) const override;
 
  private:
@@ -98,8 +104,8 @@ core::LstmPacked Lstm::call_of(const Direction& part, const Data& in, const floa
   float* const h_n = c0 + B * H_;
   float* const c_n = h_n + B * P;
   core::LstmPacked call{};
-  call.forward.args = {in.T, B, in.T * B, H_, P, nullptr, nullptr, h0, c0, in.lengths,
-                       nullptr, nullptr, nullptr, nullptr, tau_, hard_, reverse};
+  call.forward.args = {in.T,       B,       in.T * B, H_,      P,       nullptr, nullptr, h0,     c0,
+                       in.lengths, nullptr, nullptr,  nullptr, nullptr, tau_,    hard_,   reverse};
   call.forward.h = h;
   call.forward.h_n = h_n;
   call.forward.c_n = c_n;

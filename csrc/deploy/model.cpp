@@ -18,10 +18,18 @@ struct Type {
   const char* width;  // the field with the channels of its input; empty: it takes any
 };
 constexpr Type kTypes[] = {
-    {"embedding", make_embedding, ""}, {"linear", make_linear, "in"},   {"conv1d", make_conv1d, "in"},
-    {"relu", make_relu, ""},           {"tanh", make_tanh, ""},         {"sigmoid", make_sigmoid, ""},
-    {"softmax", make_softmax, ""},     {"add", make_add, ""},           {"concat", make_concat, ""},
-    {"lstm", make_lstm, "input_size"}, {"residual_vq", make_residual_vq, "dim"}, {"crf", make_crf, "labels"},
+    {"embedding", make_embedding, ""},
+    {"linear", make_linear, "in"},
+    {"conv1d", make_conv1d, "in"},
+    {"relu", make_relu, ""},
+    {"tanh", make_tanh, ""},
+    {"sigmoid", make_sigmoid, ""},
+    {"softmax", make_softmax, ""},
+    {"add", make_add, ""},
+    {"concat", make_concat, ""},
+    {"lstm", make_lstm, "input_size"},
+    {"residual_vq", make_residual_vq, "dim"},
+    {"crf", make_crf, "labels"},
 };
 
 const Type& type_of(const std::string& layer, const std::string& name) {
@@ -36,7 +44,9 @@ const Type& type_of(const std::string& layer, const std::string& name) {
 // Results of a layer inside the model.
 class Inside : public Output {
  public:
-  Inside(Workspace::Slot& slot, const Shape& shape) : slot_(slot) { slot.data = {0, 0, shape, nullptr, nullptr, nullptr}; }
+  Inside(Workspace::Slot& slot, const Shape& shape) : slot_(slot) {
+    slot.data = {0, 0, shape, nullptr, nullptr, nullptr};
+  }
   float* floats(int64_t T, int64_t B, int64_t C) override {
     float* const out = slot_.values.get<float>(T * B * C);
     slot_.data.T = T, slot_.data.B = B, slot_.data.floats = out;
@@ -141,7 +151,8 @@ void Model::add(const Json& json, const File& file) {
   const Type& type = type_of(name, typed->text);
   std::vector<int> sources{static_cast<int>(number) - 1};
   if (from) {
-    if (from->kind != Json::Kind::list || from->list.size() > kMostLayers) fail("layer '", name, "': from must be a list");
+    if (from->kind != Json::Kind::list || from->list.size() > kMostLayers)
+      fail("layer '", name, "': from must be a list");
     sources.clear();
     for (const Json& source : from->list) {
       int found = source.text == "input" ? -1 : -2;
@@ -194,9 +205,9 @@ void Model::describe(const File& file, const Json& json) {
                "\", \"shape\": [" + sizes + "]}";
     bytes += t.count() * size_of(t.dtype);
   }
-  description_ = "{\"model\": " + json.dump() + ", \"tensors\": {" + tensors + "}, \"bytes\": " + std::to_string(bytes) +
-                 ", \"input\": " + shape(input_) + ", \"output\": " + shape(output()) +
-                 ", \"state_size\": " + std::to_string(state_size_) + "}";
+  description_ = "{\"model\": " + json.dump() + ", \"tensors\": {" + tensors +
+                 "}, \"bytes\": " + std::to_string(bytes) + ", \"input\": " + shape(input_) +
+                 ", \"output\": " + shape(output()) + ", \"state_size\": " + std::to_string(state_size_) + "}";
 }
 
 void Model::begin(float* state) const {

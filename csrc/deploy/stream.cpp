@@ -7,7 +7,8 @@
 namespace fastseq::deploy {
 
 Stream::Use::Use(Stream& stream) : stream_(stream) {
-  if (stream.used_.exchange(true, std::memory_order_acquire)) fail("a stream is in use by another thread, or twice in one call");
+  if (stream.used_.exchange(true, std::memory_order_acquire))
+    fail("a stream is in use by another thread, or twice in one call");
 }
 Stream::Use::~Use() { stream_.used_.store(false, std::memory_order_release); }
 
@@ -52,8 +53,13 @@ void Stream::step(Stream* const* streams, int64_t n, int64_t T, const void* x, i
   }
   if (!streams[0]->workspace_) streams[0]->workspace_ = std::make_unique<Workspace>();
   const bool index = model.input().index;
-  const Input input{T, n, index ? nullptr : static_cast<const float*>(x), index ? static_cast<const int32_t*>(x) : nullptr,
-                    nullptr, states.data(), true};
+  const Input input{T,
+                    n,
+                    index ? nullptr : static_cast<const float*>(x),
+                    index ? static_cast<const int32_t*>(x) : nullptr,
+                    nullptr,
+                    states.data(),
+                    true};
   model.run(input, threads, *streams[0]->workspace_, output);
 }
 

@@ -110,12 +110,13 @@ core::PartSource rows_from(core::PartSource part, int64_t first, int64_t K) {
 
 int64_t rank_of(const File& file, const std::string& name) {
   const Tensor& down = file.get(name + ".down");
-  if (down.shape.size() != 2 || down.shape[0] < 1) fail("tensor '", down.name, "' must be [rank, K], got ", down.text());
+  if (down.shape.size() != 2 || down.shape[0] < 1)
+    fail("tensor '", down.name, "' must be [rank, K], got ", down.text());
   return down.shape[0];
 }
 
-core::MatrixSource source_of(const File& file, const std::string& name, int64_t N, int64_t K,
-                             const Matrix::Form& form, Parts& parts) {
+core::MatrixSource source_of(const File& file, const std::string& name, int64_t N, int64_t K, const Matrix::Form& form,
+                             Parts& parts) {
   core::MatrixSource s{};
   s.N = N;
   s.K = K;

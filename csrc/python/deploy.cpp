@@ -13,8 +13,8 @@ using deploy::Model;
 using deploy::Stream;
 using Shared = std::shared_ptr<const Model>;
 
-// Results as a numpy array. Small ones lie in kept memory until Python may be asked for an array; large ones are written
-// into the array itself.
+// Results as a numpy array. Small ones lie in kept memory until Python may be asked for an array; large ones are
+// written into the array itself.
 class Results : public deploy::Output {
  public:
   float* floats(int64_t T, int64_t B, int64_t C) override { return static_cast<float*>(room(T, B, C, 4, false)); }
@@ -116,7 +116,8 @@ py::array step_batch(const Shared& model, const std::vector<Stream*>& streams, c
     if (!stream || stream->model() != model) fail("streams must be of this model");
   }
   const Steps s = steps_of(*model, x, true);
-  if (s.B != static_cast<int64_t>(streams.size())) fail("x must have a row for each of ", streams.size(), " streams, got ", s.B);
+  if (s.B != static_cast<int64_t>(streams.size()))
+    fail("x must have a row for each of ", streams.size(), " streams, got ", s.B);
   Results results;
   {
     const py::gil_scoped_release release;
@@ -159,8 +160,12 @@ py::tuple run(const Shared& model, const py::array& x, const std::optional<py::a
   Results results;
   {
     const py::gil_scoped_release release;
-    const deploy::Input input{s.T, s.B, index ? nullptr : static_cast<const float*>(s.data),
-                              index ? static_cast<const int32_t*>(s.data) : nullptr, length, rows.data(),
+    const deploy::Input input{s.T,
+                              s.B,
+                              index ? nullptr : static_cast<const float*>(s.data),
+                              index ? static_cast<const int32_t*>(s.data) : nullptr,
+                              length,
+                              rows.data(),
                               state.has_value()};
     model->run(input, threads, workspace(), results);
   }
@@ -196,16 +201,18 @@ void bind_deploy(py::module_& m) {
                     const auto* const data = reinterpret_cast<const uint8_t*>(view.data());
                     return std::const_pointer_cast<Model>(Model::parse(data, view.size()));
                   })
-      .def("run",
-           [](const std::shared_ptr<Model>& model, const py::array& x, const std::optional<py::array>& lengths,
-              const std::optional<py::array>& state, int threads) { return run(model, x, lengths, state, threads); },
-           arg("x").noconvert(), arg("lengths") = py::none(), arg("state") = py::none(), py::kw_only(),
-           arg("threads") = 1)
+      .def(
+          "run",
+          [](const std::shared_ptr<Model>& model, const py::array& x, const std::optional<py::array>& lengths,
+             const std::optional<py::array>& state, int threads) { return run(model, x, lengths, state, threads); },
+          arg("x").noconvert(), arg("lengths") = py::none(), arg("state") = py::none(), py::kw_only(),
+          arg("threads") = 1)
       .def("stream", [](const std::shared_ptr<Model>& model) { return std::make_unique<Stream>(model); })
-      .def("step_batch",
-           [](const std::shared_ptr<Model>& model, const std::vector<Stream*>& streams, const py::array& x,
-              int threads) { return step_batch(model, streams, x, threads); },
-           arg("streams"), arg("x").noconvert(), py::kw_only(), arg("threads") = 1)
+      .def(
+          "step_batch",
+          [](const std::shared_ptr<Model>& model, const std::vector<Stream*>& streams, const py::array& x,
+             int threads) { return step_batch(model, streams, x, threads); },
+          arg("streams"), arg("x").noconvert(), py::kw_only(), arg("threads") = 1)
       .def_property_readonly("description", &Model::description)
       .def_property_readonly("looks_ahead", &Model::looks_ahead)
       .def_property_readonly("state_size", &Model::state_size)

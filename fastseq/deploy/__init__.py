@@ -4,8 +4,8 @@
     y, state = model.run(x)                      # x [T, B, C] float32, or [T, B] int32 for characters and words
     stream = model.stream()                      # and then stream.step(x) for what comes piece by piece
 
-Needs numpy alone to run, and safetensors to write. A ``Model`` never changes and may be used by several threads at once;
-a ``Stream`` holds the state of one client. All that runs here also runs from C: see ``include()`` and ``library()``.
+Needs numpy to run, and safetensors to write. A ``Model`` never changes and may be used by several threads at once; a
+``Stream`` holds the state of one client. All that runs here also runs from C: see ``include()`` and ``library()``.
 """
 
 from __future__ import annotations

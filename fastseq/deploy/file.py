@@ -72,9 +72,12 @@ def _serialized(layers: list[dict[str, Any]], tensors: Mapping[str, Any]) -> byt
             _check.fail("save", f"tensors[{name!r}]", f"one of {', '.join(_TYPES)}", array.dtype)
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         kept.append(array)  # alive until it is written
-        spec = {"dtype": _TYPES[str(array.dtype)], "shape": list(tensors[name].shape)}
-        spec |= {"data_ptr": array.ctypes.data, "data_len": array.nbytes}
-        specs[name] = safetensors.TensorSpec(**spec)
+        specs[name] = safetensors.TensorSpec(
+            dtype=_TYPES[str(array.dtype)],
+            shape=list(tensors[name].shape),
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     model = {"layers": layers, "source": f"sha256:{digest.hexdigest()}"}
     return bytes(safetensors.serialize(specs, {"format": FORMAT, "model": json.dumps(model)}))

@@ -1,6 +1,6 @@
-// Threads that wait for each other at a barrier and fall asleep nearly each time, while the last arrives at random, with
-// writes on their way to memory that hold back what it tells the others: a wake-up that gets lost stops them for ever.
-// Prints how often they met; exits with 1 once nobody moves.
+// Threads that wait for each other at a barrier and fall asleep nearly each time, while the last arrives at random,
+// with writes on their way to memory that hold back what it tells the others: a wake-up that gets lost stops them for
+// ever. Prints how often they met; exits with 1 once nobody moves.
 #include <unistd.h>
 
 #include <chrono>

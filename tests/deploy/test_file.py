@@ -90,7 +90,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "no layers": (lambda h, m: m.update(layers=[]), "layers must be a list of 1 .. 1000 objects"),
     "unknown type": (_layer(0, type="gru"), "layer 'lstm': type must be one of embedding, .*, got 'gru'"),
     "same name": (_layer(1, name="lstm"), "layer 'lstm' stands there twice"),
-    "later layer": (_layer(0, **{"from": ["linear"]}), "from names \"linear\", which is no earlier layer"),
+    "later layer": (_layer(0, **{"from": ["linear"]}), 'from names "linear", which is no earlier layer'),
     "wide input": (_layer(1, **{"in": 6}), r"it takes \[T, B, 6\] floats, got \[T, B, 5\] floats|tensor"),
     "large": (_layer(0, hidden_size=2**62), "hidden_size must be an integer of 1 .. 65536, got 4611686018427387904"),
     "text as size": (_layer(0, hidden_size="5"), "hidden_size must be an integer"),
@@ -129,7 +129,7 @@ def test_overlaps_and_holes(tmp_path: Path) -> None:
     with pytest.raises(deploy.ModelError, match=f"'{second}': its data overlap those of another tensor"):
         deploy.Model.parse(rebuilt(header, data))
     header, data = parts(written(tmp_path, small()))
-    with pytest.raises(deploy.ModelError, match=r"bytes 732 .. 740 of the data belong to no tensor|belong to no tensor"):
+    with pytest.raises(deploy.ModelError, match=r"bytes \d+ .. \d+ of the data belong to no tensor"):
         deploy.Model.parse(rebuilt(header, data + bytes(8)))
 
 
