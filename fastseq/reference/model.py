@@ -167,11 +167,13 @@ def _lstm(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> t
     x, lengths = sources[0]
     B, H, P, group = x.shape[1], layer["hidden_size"], layer.get("proj_size", 0), layer.get("group")
     options = layer.get("tau", 1.0), layer.get("hard", False)
+    both = layer.get("bidirectional", False)
+    directions = (False, True) if both else (layer.get("reverse", False),)
     ends_h: list[Tensor] = []
     ends_c: list[Tensor] = []
     for n in range(layer.get("num_layers", 1)):
         outs = []
-        for reverse in (False, True)[: 1 + layer.get("bidirectional", False)]:
+        for reverse in directions:
             suffix = f"_l{n}_reverse" if reverse else f"_l{n}"
             gates = matrix_product(x, own, f"weight_ih{suffix}", group)
             gates = gates + own[f"bias{suffix}"].to(x.dtype) if f"bias{suffix}" in own else gates
