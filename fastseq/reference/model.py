@@ -50,7 +50,7 @@ def run_model(
         right: the steps that it needs again, at the front of each row, and how many they are. A count of -n means that
         the next n steps are skipped.
     """
-    known = {name: torch.as_tensor(value) for name, value in tensors.items()}
+    known = {name: v if isinstance(v, Tensor) else torch.tensor(v) for name, v in tensors.items()}
     x = torch.as_tensor(x)
     if not x.is_floating_point():
         wide = any(value.dtype == torch.float64 for value in known.values())
