@@ -17,6 +17,7 @@ LAYERS = {
     "fastseq": {
         "fastseq.compression",
         "fastseq.deploy",
+        "fastseq.convert",
         "fastseq.functional",
         "fastseq.nn",
         "fastseq.ops",
@@ -34,13 +35,21 @@ LAYERS = {
     "fastseq.replacement": {"fastseq._check", "fastseq.nn"},
     "fastseq.compression": {"fastseq._check", "fastseq.nn", "fastseq.reference"},
     "fastseq._core": set(),
+    "fastseq.convert": {"fastseq._check"},
     "fastseq.deploy": {"fastseq._check", "fastseq._core"},
     "fastseq._explain": {"fastseq.ops"},
     "fastseq._config": {"fastseq", "fastseq._core", "fastseq.ops"},
     "fastseq.demo": {"fastseq", "fastseq.nn", "fastseq.functional"},
     "fastseq.cli": {"fastseq", "fastseq.demo"},
 }
-NO_TORCH = ("fastseq", "fastseq._check", "fastseq._config", "fastseq.cli", "fastseq.deploy")  # import without it
+NO_TORCH = (
+    "fastseq",
+    "fastseq._check",
+    "fastseq._config",
+    "fastseq.cli",
+    "fastseq.convert",
+    "fastseq.deploy",
+)  # import without it
 
 SYSTEM = r"<(sys/)?\w+(\.h)?>"
 INCLUDES = {  # the first pattern that fits a file decides

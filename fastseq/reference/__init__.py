@@ -6,6 +6,8 @@ from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, 
 from fastseq.reference.lstm_int8 import int8_product, lstm_int8, quantized
 from fastseq.reference.lstm_lowrank import lowrank_product, lstm_lowrank, lstm_lowrank_backward
 from fastseq.reference.lstm_mixed import lstm_mixed, lstm_mixed_backward
+from fastseq.reference.model import run_model
+from fastseq.reference.model_matrix import matrix_product, matrix_values
 from fastseq.reference.vq import (
     vq_backward,
     vq_gather,
@@ -35,11 +37,14 @@ __all__ = [
     "lstm_lowrank_backward",
     "lstm_mixed",
     "lstm_mixed_backward",
+    "matrix_product",
+    "matrix_values",
     "packed_index",
     "philox",
     "quantized",
     "rank_of_energy",
     "rounded",
+    "run_model",
     "unpack",
     "vq_backward",
     "vq_gather",

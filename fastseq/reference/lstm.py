@@ -23,7 +23,7 @@ def lstm(
     weight_hh: Tensor | Product,
     h0: Tensor,
     c0: Tensor,
-    weight_hr: Tensor | None = None,
+    weight_hr: Tensor | Product | None = None,
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     reset: Tensor | None = None,
@@ -40,7 +40,7 @@ def lstm(
     Args:
         x_gates: [T, B, 4*H] or packed [N, 4*H]; input part of the pre-activations i, f, g, o, biases added.
         weight_hh: [4*H, P], P = H without projection, or what takes the place of its product, see ``Product``.
-        weight_hr: [P, H] or None.
+        weight_hr: [P, H] or None, or what takes the place of its product, from [B, H] to [B, P].
         h0, c0: [B, P], [B, H].
         lengths: [B] valid steps per row (dense only). batch_sizes: [T] rows per step (packed only).
         reset: bool, [T, B] or [N]: this step begins a new segment; no state crosses from the step before it to it, in
@@ -63,6 +63,7 @@ def lstm(
         return out[0][mask], out[1][mask], out[2][mask], *out[3:]
     T, H, P = x_gates.shape[0], c0.shape[1], h0.shape[1]
     product: Product = (lambda h: h @ weight_hh.mT) if isinstance(weight_hh, Tensor) else weight_hh
+    project = (lambda m: m @ weight_hr.mT) if isinstance(weight_hr, Tensor) else weight_hr
     h_start = h0.new_zeros(P) if h_start is None else h_start
     c_start = c0.new_zeros(H) if c_start is None else c_start
     h, c = h0, c0
@@ -81,7 +82,7 @@ def lstm(
         o = o.sigmoid()
         c_new = f * c + i * g
         h_new = o * c_new.tanh()
-        h_new = h_new if weight_hr is None else h_new @ weight_hr.mT
+        h_new = h_new if project is None else project(h_new)
         outs[t] = h_new, c_new, torch.cat((i, f, g, o), -1)
         if lengths is None:
             h, c = h_new, c_new

@@ -1,0 +1,255 @@
+"""Definition of a deployed model: a list of layers, and the tensors of each under its name.
+
+Layouts are time-major, [T, B, C]. Steps beyond a row's length are zeros in what every layer gives, or -1 where it gives
+indices; so each row is what it would be alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastseq.reference.lstm import lstm
+from fastseq.reference.model_matrix import matrix_product, matrix_rows
+from fastseq.reference.vq import vq_nearest
+
+
+class Steps(NamedTuple):
+    """What a layer gives: [T, B, ...], and the valid steps of each row, or None where all are."""
+
+    values: Tensor
+    lengths: Tensor | None
+
+
+Layer = Mapping[str, Any]
+Named = Mapping[str, Tensor]
+Run = Callable[[Layer, Named, Named, Sequence[Steps]], tuple[Steps, dict[str, Tensor]]]
+
+
+def run_model(
+    layers: Sequence[Layer],
+    tensors: Mapping[str, Any],
+    x: Any,
+    lengths: Any = None,
+    state: Named | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a model on a batch of sequences.
+
+    Args:
+        layers, tensors: the model; tensors may be arrays.
+        x: [T, B, C], or integers [T, B] where the first layer is an embedding.
+        lengths: [B], the valid steps of each row.
+        state: what an earlier call returned, to go on from there.
+
+    Returns:
+        What the last layer gives, and the state: ``name.h`` [L * D, B, P] and ``name.c`` [L * D, B, H] of every lstm
+        (directions within layers), ``name.steps`` [S, B, C] and ``name.count`` [B] of every conv1d without zeros on the
+        right: the steps that it needs again, at the front of each row, and how many they are. A count of -n means that
+        the next n steps are skipped.
+    """
+    known = {name: v if isinstance(v, Tensor) else torch.tensor(v) for name, v in tensors.items()}
+    x = torch.as_tensor(x)
+    if not x.is_floating_point():
+        wide = any(value.dtype == torch.float64 for value in known.values())
+        known[".dtype"] = torch.empty(0, dtype=torch.float64 if wide else torch.float32)
+    lengths = None if lengths is None else torch.as_tensor(lengths)
+    found = {"input": _masked(Steps(x, lengths), 0)}
+    new_state, before = {}, "input"
+    for layer in layers:
+        name, kind = layer["name"], layer["type"]
+        if kind not in LAYERS:
+            raise ValueError(f"run_model: {name} has the unknown type {kind!r}")
+        sources = layer.get("from", [before])
+        sources = [sources] if isinstance(sources, str) else sources
+        own = _under(known, name)
+        out, left = LAYERS[kind](layer, own, _under(state or {}, name), [found[source] for source in sources])
+        found[name] = _masked(out, 0 if out.values.is_floating_point() else -1)
+        new_state.update({f"{name}.{key}": value for key, value in left.items()})
+        before = name
+    return found[before].values, new_state
+
+
+def _under(tensors: Named, name: str) -> dict[str, Tensor]:
+    """The tensors of one layer, without its name; ``.dtype`` is everyone's."""
+    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    return own | {key: value for key, value in tensors.items() if key == ".dtype"}
+
+
+def _masked(steps: Steps, fill: int) -> Steps:
+    values, lengths = steps
+    if lengths is None:
+        return steps
+    live = torch.arange(len(values))[:, None] < lengths
+    live = live.reshape(live.shape + (1,) * (values.dim() - 2))
+    return Steps(torch.where(live, values, values.new_full((), fill)), lengths)
+
+
+def _embedding(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
+    (index, lengths), V = sources[0], layer["size"]
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < V:
+        raise ValueError(f"run_model: {layer['name']} takes integers in 0..{V - 1}")
+    values = matrix_rows(index.long(), own, "weight", layer["dim"], own[".dtype"].dtype, layer.get("group"))
+    return Steps(values, lengths), {}
+
+
+def _linear(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
+    x, lengths = sources[0]
+    y = matrix_product(x, own, "weight", layer.get("group"))
+    return Steps(y + own["bias"].to(y.dtype) if "bias" in own else y, lengths), {}
+
+
+def _conv1d(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
+    """A window of k steps, ``dilation`` apart, as one row [k * C] at every ``stride``-th step."""
+    x, lengths = sources[0]
+    T, B, C = x.shape
+    stride, span = layer.get("stride", 1), layer.get("dilation", 1) * (layer["kernel"] - 1) + 1
+    steps = state.get("steps", x.new_zeros(layer.get("left", 0), B, C))
+    count = state.get("count", torch.full((B,), len(steps)))
+    right = layer.get("right", 0)
+    live = torch.full((B,), T) if lengths is None else lengths
+    total = count + live + right
+    stream = _joined(steps, count, x, live, (int(count.max()) if B else len(steps)) + T + right)
+    made = ((total - span).div(stride, rounding_mode="floor") + 1).clamp_min(0)
+    most = max(0, (len(stream) - span) // stride + 1)
+    taps = [stream[tap::stride][:most] for tap in range(0, span, layer.get("dilation", 1))]
+    y = matrix_product(torch.cat(taps, -1), own, "weight", layer.get("group"))
+    y = y + own["bias"].to(y.dtype) if "bias" in own else y
+    out = Steps(y, made if lengths is not None or bool((count != count[:1]).any()) else None)
+    if right:
+        return out, {}
+    count = total - made * stride
+    place = (made * stride) + torch.arange(max(0, int(count.max())) if B else 0)[:, None]
+    kept = stream.gather(0, place.clamp(0, max(len(stream) - 1, 0))[..., None].expand(-1, -1, C))
+    kept = torch.where((place < total)[..., None], kept, kept.new_zeros(()))
+    return out, {"steps": kept, "count": count}
+
+
+def _joined(steps: Tensor, count: Tensor, x: Tensor, live: Tensor, length: int) -> Tensor:
+    """[length, B, C]: of each row the first ``count`` of ``steps``, then ``live`` of x, then zeros."""
+    place = torch.arange(max(length, 0))[:, None].expand(-1, x.shape[1])
+    old, new = place < count, (place >= count) & (place < count + live)
+
+    def taken(values: Tensor, at: Tensor) -> Tensor:
+        padded = torch.cat((values, values.new_zeros(1, *values.shape[1:])))
+        return padded.gather(0, at.clamp(0, len(values))[..., None].expand(-1, -1, values.shape[2]))
+
+    mine = torch.where(old[..., None], taken(steps.to(x.dtype), place), x.new_zeros(()))
+    return torch.where(new[..., None], taken(x, place - count), mine)
+
+
+def _elementwise(function: Callable[[Tensor], Tensor]) -> Run:
+    def run(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
+        return Steps(function(sources[0].values), sources[0].lengths), {}
+
+    return run
+
+
+def _joining(function: Callable[[list[Tensor]], Tensor]) -> Run:
+    def run(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
+        if len({source.values.shape[:2] for source in sources}) != 1:
+            raise ValueError(f"run_model: {layer['name']} takes layers of one length")
+        return Steps(function([source.values for source in sources]), sources[0].lengths), {}
+
+    return run
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+def _lstm(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
+    x, lengths = sources[0]
+    B, H, P, group = x.shape[1], layer["hidden_size"], layer.get("proj_size", 0), layer.get("group")
+    options = layer.get("tau", 1.0), layer.get("hard", False)
+    both = layer.get("bidirectional", False)
+    directions = (False, True) if both else (layer.get("reverse", False),)
+    ends_h: list[Tensor] = []
+    ends_c: list[Tensor] = []
+    for n in range(layer.get("num_layers", 1)):
+        outs = []
+        for reverse in directions:
+            suffix = f"_l{n}_reverse" if reverse else f"_l{n}"
+            gates = matrix_product(x, own, f"weight_ih{suffix}", group)
+            gates = gates + own[f"bias{suffix}"].to(x.dtype) if f"bias{suffix}" in own else gates
+            h0, c0 = (
+                state[key][len(ends_h)].to(x.dtype)
+                if key in state
+                else own.get(f"{key}_start{suffix}", torch.zeros(size)).to(x.dtype).expand(B, size)
+                for key, size in (("h", P or H), ("c", H))
+            )
+            recurrent, project = (_product(own, f"{key}{suffix}", group, not P) for key in ("weight_hh", "weight_hr"))
+            kept = recurrent, h0, c0, project if P else None, lengths, None, None, None, None, None
+            h, _, _, h_n, c_n = lstm(gates, *kept, *options, reverse)
+            outs.append(h)
+            ends_h.append(h_n)
+            ends_c.append(c_n)
+        x = torch.cat(outs, -1)
+    return Steps(x, lengths), {"h": torch.stack(ends_h), "c": torch.stack(ends_c)}
+
+
+def _product(own: Named, name: str, group: int | None, bounded: bool) -> Callable[[Tensor], Tensor]:
+    """The product of one step; what a projection takes is bounded by 1, and so is h without one."""
+    unit = bounded or name.startswith("weight_hr")
+    return lambda h: matrix_product(h[None], own, name, group, unit)[0]
+
+
+def _residual_vq(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
+    """Each level takes the code nearest to what the levels before it left, or with the largest product with that."""
+    x, lengths = sources[0]
+    rest, total = x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))
+    indices = []
+    for codebook in own["codebooks"].to(x.dtype):
+        index = vq_nearest(rest[None], codebook[None], dot=layer.get("metric", "euclidean") == "cosine")[0, :, 0]
+        total, rest = total + codebook[index], rest - codebook[index]
+        indices.append(index)
+    found = torch.stack(indices, -1).to(torch.int32) if layer.get("output", "codes") == "codes" else total
+    return Steps(found.unflatten(0, x.shape[:2]), lengths), {}
+
+
+def _crf(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
+    """Viterbi (1967): the labels of the largest sum of start, x, transitions and end; of equal sums the lower label."""
+    x, lengths = sources[0]
+    T, B, _ = x.shape
+    live = torch.full((B,), T) if lengths is None else lengths
+    start, transitions, end = (own[name].to(x.dtype) for name in ("start", "transitions", "end"))
+    score, origins = torch.zeros_like(start), []
+    for t in range(T):
+        sums = score[..., None] + transitions
+        origins.append(first_largest(sums, -2))
+        moved = start + x[0] if t == 0 else sums.amax(-2) + x[t]
+        score = moved if t == 0 else torch.where((t < live)[:, None], moved, score)
+    label = first_largest(score + end, -1).expand(B) if T else live.new_zeros(B)
+    labels = torch.full((T, B), -1, dtype=torch.int32)
+    for t in reversed(range(T)):
+        if t + 1 < T:
+            label = torch.where(t + 1 < live, origins[t + 1].gather(1, label[:, None])[:, 0], label)
+        labels[t] = label
+    return Steps(labels, lengths), {}
+
+
+def first_largest(values: Tensor, dim: int) -> Tensor:
+    """The first place of the largest value; a NaN is never it."""
+    values = values.where(~values.isnan(), values.new_full((), -torch.inf))
+    return (values == values.amax(dim, keepdim=True)).to(torch.uint8).argmax(dim)
+
+
+LAYERS: dict[str, Run] = {
+    "embedding": _embedding,
+    "linear": _linear,
+    "conv1d": _conv1d,
+    "relu": _elementwise(lambda x: torch.where(x < 0, 0, x)),
+    "tanh": _elementwise(torch.tanh),
+    "sigmoid": _elementwise(torch.sigmoid),
+    "softmax": _elementwise(lambda x: x.softmax(-1)),
+    "lstm": _lstm,
+    "residual_vq": _residual_vq,
+    "crf": _crf,
+    "add": _joining(_sum),
+    "concat": _joining(lambda values: torch.cat(values, -1)),
+}
