@@ -20,7 +20,14 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-UNDEBUG"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2"]
-SETS = {"isa_avx2": ["-mavx2", "-mfma"], "isa_avx512": AVX512, "isa_avx512_vnni": [*AVX512, "-mavx512vnni"]}
+VNNI = [*AVX512, "-mavx512vnni"]
+SETS = {
+    "isa_avx2": ["-mavx2", "-mfma"],
+    "isa_avx2_vnni": ["-mavx2", "-mfma", "-mavxvnni"],
+    "isa_avx512": AVX512,
+    "isa_avx512_vnni": VNNI,
+    "isa_avx512_amx": [*VNNI, "-mamx-tile", "-mamx-int8"],
+}
 pytestmark = [
     pytest.mark.sanitizer,
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
@@ -50,6 +57,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Built:
     includes = [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
     have = [f"-DFASTSEQ_HAVE_{name.removeprefix('isa_').upper()}" for name in SETS]
     core, python = sorted(CSRC.glob("core/*.cpp")), sorted(CSRC.glob("python/*.cpp"))
+    python += [source for source in sorted(CSRC.glob("deploy/*.cpp")) if source.stem != "c_api"]
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.parent.name}_{source.stem}.o")

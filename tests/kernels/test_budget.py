@@ -52,7 +52,8 @@ def test_every_kernel_is_launched() -> None:
 
 def test_every_operator_is_called() -> None:
     tables = [importlib.import_module(f"fastseq.ops.{m.name}") for m in pkgutil.iter_modules(ops.__path__)]
-    names = {op for table in tables if isinstance(getattr(table, "BACKENDS", None), dict) for op in table.BACKENDS}
+    lists = [table.BACKENDS for table in tables if isinstance(getattr(table, "BACKENDS", None), dict)]
+    names = {op for found in lists for op in found if any(backend.name == "triton" for backend in found[op])}
     assert len(names) > 15
     assert names <= {call.op for module in budgets.modules() for call in written(module)}
 
