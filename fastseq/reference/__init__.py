@@ -5,6 +5,17 @@ from fastseq.reference.linear import linear
 from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, packed_index, philox, unpack
 from fastseq.reference.lstm_int8 import int8_product, lstm_int8, quantized
 from fastseq.reference.lstm_lowrank import lowrank_product, lstm_lowrank, lstm_lowrank_backward
+from fastseq.reference.packed import (
+    Gate,
+    Matrix,
+    Part,
+    from_nibbles,
+    linear_packed,
+    lstm_packed,
+    matrix_values,
+    nibbles,
+    part_values,
+)
 from fastseq.reference.vq import (
     vq_backward,
     vq_gather,
@@ -19,11 +30,16 @@ from fastseq.reference.vq_codes import vq_pack, vq_unpack
 from fastseq.reference.vq_residual import vq_residual, vq_residual_backward
 
 __all__ = [
+    "Gate",
+    "Matrix",
+    "Part",
+    "from_nibbles",
     "gate_noise",
     "int8_product",
     "integer_rows",
     "integer_values",
     "linear",
+    "linear_packed",
     "low_rank",
     "lowrank_product",
     "lstm",
@@ -32,7 +48,11 @@ __all__ = [
     "lstm_int8",
     "lstm_lowrank",
     "lstm_lowrank_backward",
+    "lstm_packed",
+    "matrix_values",
+    "nibbles",
     "packed_index",
+    "part_values",
     "philox",
     "quantized",
     "rank_of_energy",

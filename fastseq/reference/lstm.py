@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Product = Callable[[Tensor], Tensor]  # h [B, P] to its part of the pre-activations [B, 4*H]
+Product = Callable[[Tensor], Tensor]  # h [B, P] to its part of the pre-activations [B, 4*H]; of weight_hr, [B, H] to h
 Transposed = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # its gradient and h to dh and gradients of the weights
 
 
@@ -23,7 +23,7 @@ def lstm(
     weight_hh: Tensor | Product,
     h0: Tensor,
     c0: Tensor,
-    weight_hr: Tensor | None = None,
+    weight_hr: Tensor | Product | None = None,
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     reset: Tensor | None = None,
@@ -40,7 +40,7 @@ def lstm(
     Args:
         x_gates: [T, B, 4*H] or packed [N, 4*H]; input part of the pre-activations i, f, g, o, biases added.
         weight_hh: [4*H, P], P = H without projection, or what takes the place of its product, see ``Product``.
-        weight_hr: [P, H] or None.
+        weight_hr: [P, H], or what takes the place of its product, or None.
         h0, c0: [B, P], [B, H].
         lengths: [B] valid steps per row (dense only). batch_sizes: [T] rows per step (packed only).
         reset: bool, [T, B] or [N]: this step begins a new segment; no state crosses from the step before it to it, in
@@ -81,7 +81,8 @@ def lstm(
         o = o.sigmoid()
         c_new = f * c + i * g
         h_new = o * c_new.tanh()
-        h_new = h_new if weight_hr is None else h_new @ weight_hr.mT
+        if weight_hr is not None:
+            h_new = h_new @ weight_hr.mT if isinstance(weight_hr, Tensor) else weight_hr(h_new)
         outs[t] = h_new, c_new, torch.cat((i, f, g, o), -1)
         if lengths is None:
             h, c = h_new, c_new
