@@ -13,6 +13,7 @@ Array: TypeAlias = NDArray[Any]  # float32 or float64, the same in all of one ca
 Index: TypeAlias = NDArray[np.int64]
 Indices: TypeAlias = NDArray[np.int16] | NDArray[np.int32] | NDArray[np.int64]  # as wide as ``bits`` says
 Mask: TypeAlias = NDArray[np.bool_]
+Packed: TypeAlias = NDArray[np.uint8]  # what ``pack_matrix`` returns, the same on every instruction set
 
 def isa() -> str: ...
 def isas() -> list[str]: ...
@@ -110,6 +111,39 @@ def lstm_backward(
     *,
     threads: int = 1,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array]: ...
+def pack_matrix(
+    rows: Sequence[NDArray[Any]],
+    rows_scale: Sequence[NDArray[np.float32]],
+    group: Sequence[int],
+    down: Sequence[NDArray[Any]],
+    down_scale: Sequence[NDArray[np.float32]],
+    down_group: Sequence[int],
+    K: int,
+    bounded: bool,
+) -> Packed: ...
+def linear_packed(
+    x: NDArray[np.float32], weight: Packed, bias: NDArray[np.float32] | None = None, *, threads: int = 1
+) -> NDArray[np.float32]: ...
+def lstm_packed(
+    x: NDArray[np.float32],
+    weight_hh: Packed,
+    h0: NDArray[np.float32],
+    c0: NDArray[np.float32],
+    weight_ih: Packed | None = None,
+    bias: NDArray[np.float32] | None = None,
+    weight_hr: Packed | None = None,
+    lengths: Index | None = None,
+    batch_sizes: Index | None = None,
+    reset: Mask | None = None,
+    h_start: NDArray[np.float32] | None = None,
+    c_start: NDArray[np.float32] | None = None,
+    tau: float = 1.0,
+    hard: bool = False,
+    reverse: bool = False,
+    save: int = 0,
+    *,
+    threads: int = 1,
+) -> tuple[Array, Array, Array, Array, Array]: ...
 def vq_nearest(
     x: Array,
     codebook: Array,

@@ -43,6 +43,7 @@ NO_TORCH = ("fastseq", "fastseq._check", "fastseq._config", "fastseq.cli", "fast
 SYSTEM = r"<(sys/)?\w+(\.h)?>"
 INCLUDES = {  # the first pattern that fits a file decides
     r"core/(isa_\w+\.cpp|simd_\w+\.h|\w+\.inl\.h)": r'<(math|stdint|immintrin)\.h>|"core/.*"',
+    r"core/isa\.cpp": r'<\w+>|<(cpuid|unistd|sys/syscall)\.h>|"core/.*"',  # asks what the machine can do
     r"core/.*": r'<\w+>|<immintrin\.h>|"core/.*"',
     r"door/.*": rf'{SYSTEM}|"(core|door)/.*"',
     r"torch/.*": rf'{SYSTEM}|<torch/(csrc/stable|headeronly)/.*>|"(core|door|torch)/.*"',

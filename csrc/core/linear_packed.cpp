@@ -1,6 +1,6 @@
 // The rows are made integers once, by all threads; then the threads draw panels of the matrix and run each against all
-// rows, while it lies in the nearest caches. With factors the lower ones come first, and what they make is made integers
-// in turn.
+// rows, while it lies in the nearest caches. With factors the lower ones come first, and what they make is made
+// integers in turn.
 #include "core/flush.h"
 #include "core/matrix_product.h"
 

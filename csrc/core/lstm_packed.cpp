@@ -51,9 +51,9 @@ struct Own {
   float* x_gates;                // [slots][4][padded H]
   Range rows;                    // those of a step that are its own
   int64_t slot[kMostSteps];      // the first of each step
-  Integers h;         // shared rows and own sums; with projection all its own
-  Integers upper[4];  // of what the lower factors make
-  Integers inner;     // shared rows, own sums
+  Integers h;                    // shared rows and own sums; with projection all its own
+  Integers upper[4];             // of what the lower factors make
+  Integers inner;                // shared rows, own sums
   float* pre;
   float* noise;
 };
@@ -69,22 +69,32 @@ struct Packed {
   const Rows& rows;
   Split split;
   Tiling tiling;
-  Integers h;       // without projection: rows 0 .. B - 1 enter even steps, B .. 2 B - 1 odd ones, then the start, zeros
-  Integers inner;   // [B] of o * tanh(c), with projection
+  Integers h;      // without projection: rows 0 .. B - 1 enter even steps, B .. 2 B - 1 odd ones, then the start, zeros
+  Integers inner;  // [B] of o * tanh(c), with projection
   Integers upper[4];
-  float* inner_h;   // [B, H] o * tanh(c), with projection
-  float* values;    // [B, down.N]
-  float* zeros;     // a row of zeros
-  uint8_t* own;     // of each thread
+  float* inner_h;  // [B, H] o * tanh(c), with projection
+  float* values;   // [B, down.N]
+  float* zeros;    // a row of zeros
+  uint8_t* own;    // of each thread
   int64_t own_size;
   uint8_t* input = nullptr;  // of all threads
   int64_t steps, padded;     // of an input product; H rounded up to whole panels
   float inverse_tau;
 
   Packed(const LstmPacked& call, const Rows& rows, Split split)
-      : call(call), f(call.forward), a(f.args), w(*call.weight_hh), hr(call.weight_hr), table(kernels().f32),
-        matrix(*kernels().matrix), rows(rows), split(split), tiling(split, matrix.rows, table.panel_width),
-        steps(input_steps(call)), padded((a.H + kMatrixPanel - 1) / kMatrixPanel * kMatrixPanel), inverse_tau(static_cast<float>(1.0 / a.tau)) {
+      : call(call),
+        f(call.forward),
+        a(f.args),
+        w(*call.weight_hh),
+        hr(call.weight_hr),
+        table(kernels().f32),
+        matrix(*kernels().matrix),
+        rows(rows),
+        split(split),
+        tiling(split, matrix.rows, table.panel_width),
+        steps(input_steps(call)),
+        padded((a.H + kMatrixPanel - 1) / kMatrixPanel * kMatrixPanel),
+        inverse_tau(static_cast<float>(1.0 / a.tau)) {
     h.init(a.P);
     inner.init(a.H);
     if (w.down.N) h.groupings.add(w.down);
@@ -102,7 +112,9 @@ struct Packed {
     place_own(places, nowhere);
     own_size = places.used;
   }
-  int64_t slots() const { return steps * (split.by_rows ? (a.B + split.size - 1) / split.size + tiling.tile_rows : a.B); }
+  int64_t slots() const {
+    return steps * (split.by_rows ? (a.B + split.size - 1) / split.size + tiling.tile_rows : a.B);
+  }
   void place_input(Places& places, Own& mine) const {
     if (!call.weight_ih) return;
     mine.input.emplace(*call.weight_ih, matrix, slots());

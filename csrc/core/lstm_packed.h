@@ -10,7 +10,7 @@ namespace fastseq::core {
 // each is 127 times its value, so weight_hh must be bounded; else a row of h is scaled by its largest magnitude. What a
 // projection reads is bounded always.
 struct LstmPacked {
-  LstmForward<float> forward;  // x_gates: null where there is an input
+  LstmForward<float> forward;     // x_gates: null where there is an input
   const PackedMatrix* weight_hh;  // 4 gates, [4H, P]
   const PackedMatrix* weight_hr;  // [P, H], or null and then P = H
   // The input product of the layer, made some steps at a time so that it stays in the caches; or null.

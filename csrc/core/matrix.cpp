@@ -29,7 +29,8 @@ bool valid(const PartHead& part, int64_t K) {
 bool valid(int64_t N, int64_t K) { return N > 0 && K > 0 && N <= kMostMatrixSize && K <= kMostMatrixSize; }
 
 bool valid(const Head& head) {
-  if (head.magic != kMagic || (head.gates != 1 && head.gates != 4) || head.N % head.gates || head.bounded >> 1) return false;
+  if (head.magic != kMagic || (head.gates != 1 && head.gates != 4) || head.N % head.gates || head.bounded >> 1)
+    return false;
   if (!valid(head.N / head.gates, head.K)) return false;
   bool factors = false;
   for (int g = 0; g < head.gates; ++g) {

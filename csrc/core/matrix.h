@@ -1,5 +1,6 @@
 // A matrix of weights [N, K] for inference, packed once: float32, bfloat16, 8 or 4 bits, whole or as two thin factors,
-// per gate. The layout is the same on every instruction set: panels of 16 rows, so a packed matrix may be kept and moved.
+// per gate. The layout is the same on every instruction set: panels of 16 rows, so a packed matrix may be kept and
+// moved.
 #pragma once
 
 #include <cstddef>
@@ -69,7 +70,7 @@ struct MatrixSource {
   int gates;
   bool bounded;
   struct {
-    int64_t rank;         // 0: `rows` is the whole part, else the upper factor [N, rank]
+    int64_t rank;           // 0: `rows` is the whole part, else the upper factor [N, rank]
     PartSource rows, down;  // down: [rank, K]
   } gate[4];
 };
@@ -88,7 +89,7 @@ bool open_matrix(const uint8_t* packed, size_t bytes, PackedMatrix* out);
 // scaled by its own largest magnitude.
 struct LinearPacked {
   int64_t M;
-  const float* x;     // row m at x + m * x_stride
+  const float* x;  // row m at x + m * x_stride
   int64_t x_stride;
   const float* bias;  // [N] or null
   float* y;           // row m at y + m * y_stride; may not alias x
@@ -107,16 +108,16 @@ constexpr int64_t kIntegerPad = 64;  // a row of integers has zeros up to a mult
 // reference/packed.py, with scales, times a_scale[i] where that is given, plus bias.
 struct MatrixTile {
   Storage storage;
-  int64_t rows, panels;  // rows: 1 .. matrix_rows; panels: any number
-  int64_t K, group, block;  // block: of a sum of floats, see block_k
-  const void* a[kMostMatrixRows];          // float or int8
-  const int32_t* sums[kMostMatrixRows];    // of integers, by group
-  const float* a_scale[kMostMatrixRows];   // [0] null: 1
+  int64_t rows, panels;                   // rows: 1 .. matrix_rows; panels: any number
+  int64_t K, group, block;                // block: of a sum of floats, see block_k
+  const void* a[kMostMatrixRows];         // float or int8
+  const int32_t* sums[kMostMatrixRows];   // of integers, by group
+  const float* a_scale[kMostMatrixRows];  // [0] null: 1
   const uint8_t* b;
   int64_t b_panel;  // bytes from one panel to the next
   const float* scale;
   int64_t scale_panel;  // floats
-  const float* bias;  // [panels][16], or null
+  const float* bias;    // [panels][16], or null
   float* c;
   int64_t c_row, c_panel;  // floats
 };

@@ -13,7 +13,9 @@ constexpr int matrix_panels(bool integer, int rows) {
   if (kManyRegisters) return rows == 1 && !integer ? 8 : 4;
   return rows == 1 ? integer ? 2 : 4 : rows == 2 ? 2 : 1;
 }
-constexpr int matrix_splits(int rows) { return rows == 1 ? kManyRegisters ? 4 : 2 : rows == 2 && kManyRegisters ? 2 : 1; }
+constexpr int matrix_splits(int rows) {
+  return rows == 1 ? kManyRegisters ? 4 : 2 : rows == 2 && kManyRegisters ? 2 : 1;
+}
 
 inline VecI32 load_words(const uint8_t* p) {
   VecI32 v;
@@ -272,7 +274,8 @@ void sum_integers(const int8_t* q, int64_t K, int64_t group, int32_t* out) {
     const int64_t end = last ? (K + kIntegerPad - 1) / kIntegerPad * kIntegerPad : begin + group;  // zeros lie beyond K
     int64_t k = begin;
     VecI32 sums = {};
-    for (; k + kVectorBytes <= end; k += kVectorBytes) sums = dot_nibbles(sums, ones, load_words((const uint8_t*)q + k));
+    for (; k + kVectorBytes <= end; k += kVectorBytes)
+      sums = dot_nibbles(sums, ones, load_words((const uint8_t*)q + k));
     int32_t sum = 0;
     for (int i = 0; i < kLanes<float>; ++i) sum += sums[i];
     for (; k < end; ++k) sum += q[k];

@@ -1,5 +1,5 @@
-// Products of many rows of integers by AMX: register tiles of 16 rows and 64 bytes. A step is 64 columns; a panel of int8
-// is a row of such tiles already. Without the instructions the same body runs on arrays, for tests.
+// Products of many rows of integers by AMX: register tiles of 16 rows and 64 bytes. A step is 64 columns; a panel of
+// int8 is a row of such tiles already. Without the instructions the same body runs on arrays, for tests.
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
@@ -89,7 +89,7 @@ inline void amx_finish(const MatrixTile& t, const int32_t* sums, int64_t first_r
     for (int v = 0; v < V; ++v) {
       const VecI32 total = load_words((const uint8_t*)(sums + (i - first_row) * 16 + v * kLanes<float>)) - shift;
       VecF value = __builtin_convertvector(total, VecF) * load(scale + v * kLanes<float>);
-      if (group) value += load(c + v * kLanes<float>);
+      value += group ? load(c + v * kLanes<float>) : broadcast(0.0f);  // 0, which turns -0 into 0 as elsewhere
       value *= times;
       store(c + v * kLanes<float>, last ? with_bias(t, panel, v, value) : value);
     }

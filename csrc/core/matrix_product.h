@@ -68,7 +68,8 @@ class Product {
       for (int g = 0; g < w.gates; ++g) {
         const GateRows& rows_of = w.gate[g];
         const TileRows from = rows_of.rank ? of_values(m, part.end, g) : t;
-        multiply(table, rows_of.piece, panel, 1, 1, from, plus ? plus + g * kMatrixPanel : nullptr, c + g * gate, row, 0);
+        multiply(table, rows_of.piece, panel, 1, 1, from, plus ? plus + g * kMatrixPanel : nullptr, c + g * gate, row,
+                 0);
       }
     }
   }
@@ -95,11 +96,11 @@ class Product {
     return t;
   }
 
-  Integers x;                     // of the rows
-  const float** rows = nullptr;   // [slots]
-  float* values = nullptr;        // [slots][down.N] what the lower factors make
-  Integers upper[4];              // of them, by gate
-  float* bias = nullptr;          // [panels][gates][16]
+  Integers x;                    // of the rows
+  const float** rows = nullptr;  // [slots]
+  float* values = nullptr;       // [slots][down.N] what the lower factors make
+  Integers upper[4];             // of them, by gate
+  float* bias = nullptr;         // [panels][gates][16]
 };
 
 }  // namespace fastseq::core

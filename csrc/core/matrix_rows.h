@@ -1,4 +1,5 @@
-// Rows as the parts of a packed matrix take them: floats, or integers with a scale, and for those the sums of each group.
+// Rows as the parts of a packed matrix take them: floats, or integers with a scale, and for those the sums of each
+// group.
 #pragma once
 
 #include <algorithm>
@@ -49,9 +50,9 @@ struct Places {
 struct Integers {
   int64_t K = 0, width = 0;
   Groupings groupings;
-  int8_t* q = nullptr;        // [rows][width], zeros beyond K
-  int32_t* sums = nullptr;    // [rows][groupings.total]
-  float* scale = nullptr;     // [rows], or null where all have the scale that is in the matrix already
+  int8_t* q = nullptr;      // [rows][width], zeros beyond K
+  int32_t* sums = nullptr;  // [rows][groupings.total]
+  float* scale = nullptr;   // [rows], or null where all have the scale that is in the matrix already
 
   bool used() const { return groupings.count > 0; }
   void init(int64_t columns) {
@@ -71,9 +72,10 @@ struct Integers {
       table.sum_integers(row(r), K, groupings.group[n], sums + r * groupings.total + groupings.at[n]);
     }
   }
-  // By its largest magnitude: below 2^-120 it counts as zeros; not finite, all that it meets becomes NaN.
+  // By its largest magnitude. Below 2^-118 the row counts as zeros, since denormal numbers would decide, and they are
+  // flushed; where it is not finite, all that the row meets becomes NaN.
   void quantize(const MatrixTable& table, int64_t r, const float* x) const {
-    constexpr float kLeast = 0x1p-120f, kNaN = std::numeric_limits<float>::quiet_NaN();
+    constexpr float kLeast = 0x1p-118f, kNaN = std::numeric_limits<float>::quiet_NaN();
     const float most = table.magnitude(x, K);
     const bool finite = most <= std::numeric_limits<float>::max();
     const bool zero = most < kLeast || !finite;

@@ -23,8 +23,8 @@ class Barrier {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
       next_.store(0, std::memory_order_relaxed);
-      // Sequentially consistent: notify_all looks whether anybody sleeps, and must not look before the store is seen, or
-      // one who falls asleep between the two is never woken.
+      // Sequentially consistent: notify_all looks whether anybody sleeps, and must not look before the store is seen,
+      // or one who falls asleep between the two is never woken.
       phase_.store(phase + 1, std::memory_order_seq_cst);
       phase_.notify_all();
       return;

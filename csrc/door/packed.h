@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <vector>
 
@@ -29,14 +28,24 @@ inline core::PartSource part_source(const char* op, const std::string& name, con
   part.values = values.data;
   expect_dims(op, name.c_str(), values, "[N, K]", 2);
   switch (values.type) {
-    case Type::f32: part.storage = Storage::f32; break;
-    case Type::bf16: part.storage = Storage::bf16; break;
-    case Type::i8: part.storage = Storage::int8; break;
-    case Type::u8: part.storage = Storage::int4; break;
-    default: fail(op, name, " must be float32, bfloat16, int8 or uint8 (4 bits), got ", name_of(values.type));
+    case Type::f32:
+      part.storage = Storage::f32;
+      break;
+    case Type::bf16:
+      part.storage = Storage::bf16;
+      break;
+    case Type::i8:
+      part.storage = Storage::int8;
+      break;
+    case Type::u8:
+      part.storage = Storage::int4;
+      break;
+    default:
+      fail(op, name, " must be float32, bfloat16, int8 or uint8 (4 bits), got ", name_of(values.type));
   }
   const bool nibbles = part.storage == Storage::int4;
-  expect(op, name.c_str(), values, values.type, nibbles ? "[N, (K + 1) / 2]" : "[N, K]", {N, nibbles ? (K + 1) / 2 : K});
+  expect(op, name.c_str(), values, values.type, nibbles ? "[N, (K + 1) / 2]" : "[N, K]",
+         {N, nibbles ? (K + 1) / 2 : K});
   if (!core::is_integer(part.storage)) return part;
   if (group < 0 || (part.group && (group % 8 || group > K))) {
     fail(op, "group must be 0, or a multiple of 8 up to the columns = ", K, ", got ", group);
@@ -44,16 +53,14 @@ inline core::PartSource part_source(const char* op, const std::string& name, con
   const int64_t groups = part.group ? (K + group - 1) / group : 1;
   expect(op, (name + "_scale").c_str(), scale, Type::f32, "[N, groups]", {N, groups});
   part.scale = scale.as<float>();
-  if (part.storage == Storage::int8 && N * K && std::memchr(values.data, 0x80, static_cast<size_t>(N * K))) {
-    fail(op, name, " must hold integers of -127 .. 127, got -128");
-  }
   return part;
 }
 
 inline core::MatrixSource check_parts(const char* op, const MatrixParts& p) {
   const size_t gates = p.rows.size();
   if (gates != 1 && gates != 4) fail(op, "rows must be of 1 or 4 gates, got ", gates);
-  for (const size_t n : {p.rows_scale.size(), p.down.size(), p.down_scale.size(), p.group.size(), p.down_group.size()}) {
+  for (const size_t n :
+       {p.rows_scale.size(), p.down.size(), p.down_scale.size(), p.group.size(), p.down_group.size()}) {
     if (n != gates) fail(op, "rows, scales, down and groups must be lists of one length, got ", gates, " and ", n);
   }
   expect_dims(op, "rows", p.rows[0], "[N, K]", 2);
@@ -80,7 +87,8 @@ inline core::PackedMatrix open_packed(const char* op, const char* name, const Ar
   core::PackedMatrix m;
   const bool aligned = reinterpret_cast<uintptr_t>(packed.data) % alignof(float) == 0;
   if (!aligned || !core::open_matrix(packed.as<uint8_t>(), static_cast<size_t>(packed.size[0]), &m)) {
-    fail(op, name, " must be what pack_matrix returned, got ", packed.size[0], aligned ? " other" : " misaligned", " bytes");
+    fail(op, name, " must be what pack_matrix returned, got ", packed.size[0], aligned ? " other" : " misaligned",
+         " bytes");
   }
   if (gates && m.gates != gates) fail(op, name, " must be packed as ", gates, " gates, got ", m.gates);
   return m;
@@ -95,8 +103,8 @@ inline int64_t check_linear(const char* op, const core::PackedMatrix& w, const A
   return x.size[0];
 }
 
-inline void check_float(const char* op, const LstmSizes& z, int64_t save) {
-  if (z.type != Type::f32) fail(op, "x must be float32, got ", name_of(z.type));
+inline void check_float(const char* op, const char* name, const Array& x, int64_t save) {
+  if (x.type != Type::f32) fail(op, name, " must be float32, got ", name_of(x.type));
   if (save < 0 || save > 2) fail(op, "save must be 0, 1 or 2, got ", save);
 }
 
@@ -134,7 +142,8 @@ inline PackedWeights check_packed(const char* op, const Array& weight_hh, const 
     if (!w.hr.bounded) fail(op, "weight_hr must be packed with bounded=True");
   }
   if (w.hh.bounded == weight_hr.given()) {
-    fail(op, "weight_hh must be packed with bounded=", weight_hr.given() ? "False beside" : "True without", " weight_hr");
+    fail(op, "weight_hh must be packed with bounded=", weight_hr.given() ? "False beside" : "True without",
+         " weight_hr");
   }
   return w;
 }
