@@ -5,13 +5,31 @@ from fastseq.functional.lstm import Gates, Result, draw_seed, lstm, lstm_cell, p
 from fastseq.functional.lstm_arguments import State, Weights
 from fastseq.functional.lstm_int8 import lstm_int8
 from fastseq.functional.lstm_lowrank import lstm_lowrank
+from fastseq.functional.lstm_packed import (
+    Gate,
+    Matrix,
+    Packed,
+    PackedWeights,
+    Part,
+    linear_packed,
+    lstm_packed,
+    pack,
+    storage_of,
+    stored_as,
+    straight_through,
+)
 from fastseq.functional.vq import Nearest, Quantized, vq_nearest, vq_quantize, vq_sums
 from fastseq.functional.vq_codes import code_bits, vq_pack, vq_unpack
 from fastseq.functional.vq_residual import Residual, vq_residual
 
 __all__ = [
+    "Gate",
     "Gates",
+    "Matrix",
     "Nearest",
+    "Packed",
+    "PackedWeights",
+    "Part",
     "Quantized",
     "Recurrence",
     "RecurrenceOptions",
@@ -21,11 +39,17 @@ __all__ = [
     "Weights",
     "code_bits",
     "draw_seed",
+    "linear_packed",
     "lstm",
     "lstm_cell",
     "lstm_int8",
     "lstm_lowrank",
+    "lstm_packed",
+    "pack",
     "packed_places",
+    "storage_of",
+    "stored_as",
+    "straight_through",
     "vq_nearest",
     "vq_pack",
     "vq_quantize",

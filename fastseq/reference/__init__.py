@@ -15,6 +15,8 @@ from fastseq.reference.packed import (
     matrix_values,
     nibbles,
     part_values,
+    storage_of,
+    store,
 )
 from fastseq.reference.vq import (
     vq_backward,
@@ -57,6 +59,8 @@ __all__ = [
     "quantized",
     "rank_of_energy",
     "rounded",
+    "storage_of",
+    "store",
     "unpack",
     "vq_backward",
     "vq_gather",

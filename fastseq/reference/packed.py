@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastseq.reference.compression import integer_rows
 from fastseq.reference.lstm import Outputs, lstm
 from fastseq.reference.lstm_int8 import int8_product, quantized
 
+BITS = {"int8": 8, "int4": 4}
 LEAST = 2.0**-118  # a row of smaller numbers counts as zeros
 
 
@@ -33,6 +35,20 @@ class Gate(NamedTuple):
 
 
 Matrix = Sequence[Gate]
+
+
+def store(weight: Tensor, storage: str, group: int = 0) -> Part:
+    """``weight`` [N, K] kept as "int8" or "int4" by ``integer_rows``, or in the floating dtype of that name."""
+    if storage not in BITS:
+        return Part(weight.to(getattr(torch, storage)))
+    group = group if group < weight.shape[1] else 0
+    integers, scale = integer_rows(weight, BITS[storage], group or None)
+    return Part(nibbles(integers) if storage == "int4" else integers, scale.float(), group)
+
+
+def storage_of(part: Part) -> str:
+    """The name that ``store`` made it by."""
+    return "int4" if part.values.dtype == torch.uint8 else str(part.values.dtype).removeprefix("torch.")
 
 
 def nibbles(integers: Tensor) -> Tensor:
