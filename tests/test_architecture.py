@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "fastseq": {
         "fastseq.compression",
+        "fastseq.exporting",
         "fastseq.functional",
         "fastseq.nn",
         "fastseq.ops",
@@ -32,6 +33,7 @@ LAYERS = {
     "fastseq.nn": {"fastseq._check", "fastseq.functional"},
     "fastseq.replacement": {"fastseq._check", "fastseq.nn"},
     "fastseq.compression": {"fastseq._check", "fastseq.nn", "fastseq.reference"},
+    "fastseq.exporting": {"fastseq._check", "fastseq.nn"},
     "fastseq.deploy": {"fastseq._check", "fastseq._core"},
     "fastseq._explain": {"fastseq.ops"},
     "fastseq._config": {"fastseq", "fastseq._core", "fastseq.ops"},

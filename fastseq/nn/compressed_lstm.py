@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastseq import _check, functional
 from fastseq.functional import PackedWeights
+from fastseq.nn._exporting import lstm_state
 from fastseq.nn.gates import GATE_DEFAULTS
 from fastseq.nn.lstm import LSTM, State
 from fastseq.nn.stored_matrix import StoredMatrix
@@ -99,6 +100,16 @@ class CompressedLSTM(LSTM):
             if value is not None and moved is not None and moved.dtype != value.dtype:  # computed in float32
                 self._buffers[name] = value.to(moved.device)
         return self
+
+    def export_state(self, name: str = "lstm") -> dict[str, Any]:
+        """A description and numpy arrays, for deployment; see ``fastseq.export_state``."""
+        stored = {n: m for n, m in self.named_children() if isinstance(m, StoredMatrix)}
+        for m in stored.values():
+            if m.training and m.masters is not None:
+                m.restore()
+        own = (*self._buffers.items(), *self._parameters.items())
+        rest = {n: value.detach() for n, value in own if value is not None}
+        return lstm_state(self, {n: (m.matrix(), m.K) for n, m in stored.items()}, rest, name)
 
     def reset_parameters(self) -> None:
         """Nothing to draw: weights come from a trained module."""

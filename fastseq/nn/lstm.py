@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq import _check, functional
 from fastseq.functional import Gates, Weights
 from fastseq.nn import _arguments
+from fastseq.nn._exporting import plain_lstm_state
 from fastseq.nn.gates import GATE_DEFAULTS, GateOptions
 
 State = tuple[Tensor, Tensor]
@@ -299,6 +300,10 @@ class LSTM(GateOptions, nn.RNNBase):
     def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
         """Reorder the rows of both states."""
         return hx if permutation is None else (hx[0].index_select(1, permutation), hx[1].index_select(1, permutation))
+
+    def export_state(self, name: str = "lstm") -> dict[str, Any]:
+        """A description and numpy arrays, for deployment; see ``fastseq.export_state``."""
+        return plain_lstm_state(self, name)
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + self._gates_repr()
