@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastseq._config import show_config as show_config
     from fastseq._explain import explain as explain
     from fastseq.compression import compress as compress
+    from fastseq.exporting import export_state as export_state
     from fastseq.replacement import replace as replace
     from fastseq.replacement import replaced as replaced
 
@@ -29,6 +30,7 @@ _MODULES = ("compression", "convert", "deploy", "functional", "nn", "ops", "refe
 _NAMES = {
     "compress": "compression",
     "explain": "_explain",
+    "export_state": "exporting",
     "replace": "replacement",
     "replaced": "replacement",
     "show_config": "_config",

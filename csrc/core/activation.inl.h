@@ -1,6 +1,7 @@
-// exp, sigmoid and tanh on Vec. Only +, *, /, fma and integer operations, each rounded the same way at every width,
-// so results do not depend on the instruction set. NaN stays NaN: every clamp keeps its argument when the comparison is
-// false. Series, not minimax: after range reduction a few more Taylor terms reach the last place and need no table.
+// exp, sigmoid and tanh on Vec. Only +, *, /, cell_fma and integer operations, each rounded the same way at every
+// width, so floats do not depend on the instruction set, nor doubles on which of the wide ones it is. NaN stays NaN:
+// every clamp keeps its argument when the comparison is false. Series, not minimax: after range reduction a few more
+// Taylor terms reach the last place and need no table.
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
@@ -39,6 +40,13 @@ inline Vec<R> clamp(Vec<R> x, R least, R most) {
   return smallest(broadcast(most), largest(broadcast(least), x));
 }
 
+// Floats are rounded once everywhere: h may be made integers, and one that lies near a tie would show any difference.
+template <class R>
+inline Vec<R> cell_fma(Vec<R> a, Vec<R> b, Vec<R> c) {
+  if constexpr (sizeof(R) == sizeof(float)) return fused(a, b, c);
+  return fma(a, b, c);
+}
+
 // The functions below take N arguments side by side: one alone is a chain of operations that wait for each other, and a
 // processor does not look far enough ahead to find the next chain.
 #define FASTSEQ_EACH(i, N) _Pragma("GCC unroll 16") for (int i = 0; i < N; ++i)
@@ -49,17 +57,17 @@ inline void exp_minus_one(Vec<R>* x, Vec<R>* power) {
   using K = Real<R>;
   Vec<R> p[N];
   FASTSEQ_EACH(i, N) {
-    const Vec<R> shifted = fma(x[i], broadcast(K::kLog2e), broadcast(K::kMagic));
+    const Vec<R> shifted = cell_fma<R>(x[i], broadcast(K::kLog2e), broadcast(K::kMagic));
     const Vec<R> n = shifted - broadcast(K::kMagic);
-    x[i] = fma(n, broadcast(-K::kLn2Low), fma(n, broadcast(-K::kLn2High), x[i]));
+    x[i] = cell_fma<R>(n, broadcast(-K::kLn2Low), cell_fma<R>(n, broadcast(-K::kLn2High), x[i]));
     power[i] = (Vec<R>)(((Int<R>)shifted << K::kMantissa) + K::kOne);
   }
   FASTSEQ_EACH(i, N) p[i] = broadcast(inverse_factorial<R>(K::kExpTerms));
 #pragma GCC unroll 16
   for (int term = K::kExpTerms - 1; term >= 2; --term) {
-    FASTSEQ_EACH(i, N) p[i] = fma(p[i], x[i], broadcast(inverse_factorial<R>(term)));
+    FASTSEQ_EACH(i, N) p[i] = cell_fma<R>(p[i], x[i], broadcast(inverse_factorial<R>(term)));
   }
-  FASTSEQ_EACH(i, N) x[i] = fma(p[i] * x[i], x[i], x[i]);
+  FASTSEQ_EACH(i, N) x[i] = cell_fma<R>(p[i] * x[i], x[i], x[i]);
 }
 
 // The argument of exp in sigmoid and in tanh, and what is made of the result.
@@ -70,7 +78,7 @@ inline Vec<R> to_sigmoid(Vec<R> x) {
 template <class R>
 inline Vec<R> from_sigmoid(Vec<R> e, Vec<R> power) {
   const Vec<R> one = broadcast(R(1));
-  return one / (one + fma(power, e, power));
+  return one / (one + cell_fma<R>(power, e, power));
 }
 template <class R>
 inline Vec<R> to_tanh(Vec<R> x) {
@@ -81,7 +89,7 @@ inline Vec<R> to_tanh(Vec<R> x) {
 template <class R>
 inline Vec<R> from_tanh(Vec<R> e, Vec<R> power, Vec<R> x) {
   const Int<R> sign = (Int<R>)x & (Int<R>)broadcast(R(-0.0));
-  const Vec<R> less_one = fma(power, e, power - broadcast(R(1)));  // exp(-2|x|) - 1
+  const Vec<R> less_one = cell_fma<R>(power, e, power - broadcast(R(1)));  // exp(-2|x|) - 1
   return (Vec<R>)((Int<R>)(-less_one / (broadcast(R(2)) + less_one)) ^ sign);
 }
 

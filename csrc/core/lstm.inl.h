@@ -52,7 +52,7 @@ inline void cell_forward(const CellForward<R>& s, int64_t row, Units<R, Whole, V
   }
   FASTSEQ_EACH(v, V) {
     const Vec<R> c_in = s.c_in[row] ? u.get(s.c_in[row], v) : broadcast(R(0));
-    const Vec<R> c = fma(f[v], c_in, i[v] * g[v]);
+    const Vec<R> c = cell_fma<R>(f[v], c_in, i[v] * g[v]);
     u.put(s.c_state[row], v, c);
     if (s.c[0]) u.put(s.c[row], v, c);
     if (s.gates[0]) {

@@ -89,7 +89,7 @@ inline void amx_finish(const MatrixTile& t, const int32_t* sums, int64_t first_r
     for (int v = 0; v < V; ++v) {
       const VecI32 total = load_words((const uint8_t*)(sums + (i - first_row) * 16 + v * kLanes<float>)) - shift;
       VecF value = __builtin_convertvector(total, VecF) * load(scale + v * kLanes<float>);
-      if (group) value += load(c + v * kLanes<float>);
+      value += group ? load(c + v * kLanes<float>) : broadcast(0.0f);  // 0, which turns -0 into 0 as elsewhere
       value *= times;
       store(c + v * kLanes<float>, last ? with_bias(t, panel, v, value) : value);
     }

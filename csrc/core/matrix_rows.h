@@ -72,9 +72,10 @@ struct Integers {
       table.sum_integers(row(r), K, groupings.group[n], sums + r * groupings.total + groupings.at[n]);
     }
   }
-  // By its largest magnitude: below 2^-120 it counts as zeros; not finite, all that it meets becomes NaN.
+  // By its largest magnitude. Below 2^-118 the row counts as zeros, since denormal numbers would decide, and they are
+  // flushed; where it is not finite, all that the row meets becomes NaN.
   void quantize(const MatrixTable& table, int64_t r, const float* x) const {
-    constexpr float kLeast = 0x1p-120f, kNaN = std::numeric_limits<float>::quiet_NaN();
+    constexpr float kLeast = 0x1p-118f, kNaN = std::numeric_limits<float>::quiet_NaN();
     const float most = table.magnitude(x, K);
     const bool finite = most <= std::numeric_limits<float>::max();
     const bool zero = most < kLeast || !finite;

@@ -56,9 +56,9 @@ inline Vec<R> log_quotient(Vec<R> n, Vec<R> d) {
   const Vec<R> s = (scaled - d) / (scaled + d), z = s * s;
   Vec<R> p = broadcast(R(2.0 / (2 * K::kLogTerms + 1)));
 #pragma GCC unroll 16
-  for (int i = K::kLogTerms - 1; i >= 1; --i) p = fma(p, z, broadcast(R(2.0 / (2 * i + 1))));
+  for (int i = K::kLogTerms - 1; i >= 1; --i) p = cell_fma<R>(p, z, broadcast(R(2.0 / (2 * i + 1))));
   const Vec<R> twos = (Vec<R>)((Int<R>)broadcast(K::kMagic) + exponent) - broadcast(K::kMagic);
-  return fma(twos, broadcast(K::kLn2), fma(p * z, s, s + s));
+  return cell_fma<R>(twos, broadcast(K::kLn2), cell_fma<R>(p * z, s, s + s));
 }
 
 // log U - log(1 - U) with U = (k + 1/2) 2^-24, k = word >> 8, as the log of a quotient of odd 25-bit integers, where

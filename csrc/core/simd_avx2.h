@@ -55,7 +55,7 @@ inline uint32_t bits_of(VecWord v) { return (uint32_t)_mm256_movemask_ps((__m256
 // Has this value in a register here.
 inline void keep(VecI16& v) { asm volatile("" : "+x"(v)); }
 
-// sum + four products of neighbouring bytes in every lane: of w, which is shifted by 128 and not 0, and of a, -127 ..
+// sum + four products of neighbouring bytes in every lane: of w, which is shifted by 128, and of a, -127 ..
 // 127. kByteShift times the sum of a remains to be subtracted. dot_nibbles: w is 0 .. 15, as it is.
 #if defined(__AVXVNNI__)
 constexpr int kByteShift = 128;
@@ -65,11 +65,11 @@ inline VecWord dot_bytes(VecWord sum, VecWord w, VecWord a) {
 inline VecWord dot_nibbles(VecWord sum, VecWord w, VecWord a) { return dot_bytes(sum, w, a); }
 #else
 constexpr int kByteShift = 0;
-// |a| times w with the sign of a: two products fit 16 bits, 2 * 127 * 127.
+// |w| times a with the sign of w: two products fit 16 bits, 2 * 128 * 127.
 inline VecWord dot_bytes(VecWord sum, VecWord w, VecWord a) {
   const __m256i value = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8(-128));
-  const VecU8 signed_value = (VecU8)_mm256_sign_epi8(value, (__m256i)a);
-  return sum + add_pairs(multiply_bytes((VecU8)_mm256_abs_epi8((__m256i)a), signed_value));
+  const VecU8 signed_a = (VecU8)_mm256_sign_epi8((__m256i)a, value);
+  return sum + add_pairs(multiply_bytes((VecU8)_mm256_abs_epi8(value), signed_a));
 }
 inline VecWord dot_nibbles(VecWord sum, VecWord w, VecWord a) {
   return sum + add_pairs(multiply_bytes((VecU8)w, (VecU8)a));

@@ -126,7 +126,7 @@ inline VecWord add_products(VecWord a, VecU8 x, VecU8 c) {
 #endif
 #endif
 
-// sum + four products of neighbouring bytes in every lane: of w, which is shifted by 128 and not 0, and of a, -127 ..
+// sum + four products of neighbouring bytes in every lane: of w, which is shifted by 128, and of a, -127 ..
 // 127. kByteShift times the sum of a remains to be subtracted. dot_nibbles: w is 0 .. 15, as it is.
 #if defined(__AMX_INT8__) || defined(FASTSEQ_AVX512_ON_AVX2)
 #define FASTSEQ_HAS_AMX
@@ -137,11 +137,12 @@ inline VecWord dot_bytes(VecWord sum, VecWord w, VecWord a) { return add_product
 inline VecWord dot_nibbles(VecWord sum, VecWord w, VecWord a) { return dot_bytes(sum, w, a); }
 #else
 constexpr int kByteShift = 0;
-// |a| times w with the sign of a: two products fit 16 bits, 2 * 127 * 127.
+// |w| times a with the sign of w: two products fit 16 bits, 2 * 128 * 127.
 inline VecWord dot_bytes(VecWord sum, VecWord w, VecWord a) {
   const __m512i value = _mm512_xor_si512((__m512i)w, _mm512_set1_epi8(-128));
-  const __m512i flipped = _mm512_mask_sub_epi8(value, _mm512_movepi8_mask((__m512i)a), _mm512_setzero_si512(), value);
-  return sum + add_pairs(multiply_bytes((VecU8)_mm512_abs_epi8((__m512i)a), (VecU8)flipped));
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i signed_a = _mm512_mask_sub_epi8((__m512i)a, _mm512_movepi8_mask(value), zero, (__m512i)a);
+  return sum + add_pairs(multiply_bytes((VecU8)_mm512_abs_epi8(value), (VecU8)signed_a));
 }
 inline VecWord dot_nibbles(VecWord sum, VecWord w, VecWord a) {
   return sum + add_pairs(multiply_bytes((VecU8)w, (VecU8)a));

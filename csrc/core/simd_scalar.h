@@ -1,5 +1,5 @@
 // Vec for any processor: plain compiler vectors of eight floats, so that loops have the same shape as on wide machines.
-// fma rounds twice here: baseline processors have no fused instruction.
+// fma rounds twice here: baseline processors have no fused instruction, and a product can do without.
 #include <stdint.h>
 
 namespace fastseq::core::FASTSEQ_ISA {
@@ -42,7 +42,7 @@ inline VecWord dot_words(VecWord sum, VecI16 even_w, VecI16 odd_w, VecWord a) {
   const VecWord pairs = (VecWord)(even_w * (((VecI16)a << 8) >> 8) + odd_w * ((VecI16)a >> 8));
   return sum + ((pairs << 16) >> 16) + (pairs >> 16);
 }
-// sum + four products of neighbouring bytes in every lane: of w, which is shifted by 128 and not 0, and of a, -127 ..
+// sum + four products of neighbouring bytes in every lane: of w, which is shifted by 128, and of a, -127 ..
 // 127. kByteShift times the sum of a remains to be subtracted. dot_nibbles: w is 0 .. 15, as it is.
 constexpr int kByteShift = 0;
 inline VecWord dot_bytes(VecWord sum, VecWord w, VecWord a) {
@@ -52,11 +52,30 @@ inline VecWord dot_nibbles(VecWord sum, VecWord w, VecWord a) {
   return dot_words(sum, (VecI16)w & 255, ((VecI16)w >> 8) & 255, a);
 }
 
-// Rounded once: in the C library where the processor has no such instruction, and then slowly.
+// a + b rounded to odd: towards zero, and where that is not exact, to an odd last bit.
+inline VecD odd_sum(VecD a, VecD b) {
+  const VecD sum = a + b, from_b = sum - a, lost = (a - (sum - from_b)) + (b - from_b);
+  const VecD side = lost * sum;  // NaN where the sum is not finite
+  const auto beyond = side < 0.0, inexact = beyond | (side > 0.0);
+  return (VecD)(((decltype(beyond))sum + beyond) | (inexact & 1));
+}
+
+// Rounded once. Of floats in double, where the product is exact, and a sum rounded to odd keeps what rounding it to
+// float needs (Boldo and Melquiond, IEEE Transactions on Computers 57, 2008).
 inline VecF fused(VecF a, VecF b, VecF c) {
-  for (int i = 0; i < kVectorBytes / 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));
+  for (int n = 0; n < 2; ++n) {
+    const auto wide = [n](const VecF& v) __attribute__((always_inline)) {
+      HalfF half;
+      __builtin_memcpy(&half, (const char*)&v + n * sizeof half, sizeof half);
+      return __builtin_convertvector(half, VecD);
+    };
+    const HalfF half = __builtin_convertvector(odd_sum(wide(a) * wide(b), wide(c)), HalfF);
+    __builtin_memcpy((char*)&c + n * sizeof half, &half, sizeof half);
+  }
   return c;
 }
+// In the C library where the processor has no such instruction, and then slowly.
 inline VecD fused(VecD a, VecD b, VecD c) {
   for (int i = 0; i < kVectorBytes / 8; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
   return c;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <vector>
 
@@ -54,9 +53,6 @@ inline core::PartSource part_source(const char* op, const std::string& name, con
   const int64_t groups = part.group ? (K + group - 1) / group : 1;
   expect(op, (name + "_scale").c_str(), scale, Type::f32, "[N, groups]", {N, groups});
   part.scale = scale.as<float>();
-  if (part.storage == Storage::int8 && N * K > 0 && std::memchr(values.data, 0x80, static_cast<size_t>(N * K))) {
-    fail(op, name, " must hold integers of -127 .. 127, got -128");
-  }
   return part;
 }
 
@@ -107,8 +103,8 @@ inline int64_t check_linear(const char* op, const core::PackedMatrix& w, const A
   return x.size[0];
 }
 
-inline void check_float(const char* op, const LstmSizes& z, int64_t save) {
-  if (z.type != Type::f32) fail(op, "x must be float32, got ", name_of(z.type));
+inline void check_float(const char* op, const char* name, const Array& x, int64_t save) {
+  if (x.type != Type::f32) fail(op, name, " must be float32, got ", name_of(x.type));
   if (save < 0 || save > 2) fail(op, "save must be 0, 1 or 2, got ", save);
 }
 

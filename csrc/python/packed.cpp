@@ -52,8 +52,9 @@ py::tuple lstm_packed(const py::array& x, const py::array& weight_hh, const py::
                     view(op, "c_start", c_start)};
   door::PackedWeights w = door::check_packed(op, view(op, "weight_hh", weight_hh), view(op, "weight_hr", weight_hr), s);
   const door::Array gates_like = door::check_input(op, vx, view(op, "weight_ih", weight_ih), vb, w);
-  const door::LstmSizes z = door::check_lstm(op, weight_ih ? "x" : "x_gates", gates_like, s, tau);
-  door::check_float(op, z, save);
+  const char* const name = weight_ih ? "x" : "x_gates";
+  door::check_float(op, name, vx, save);
+  const door::LstmSizes z = door::check_lstm(op, name, gates_like, s, tau);
   const auto sized = [&](bool wanted, int64_t width) {
     if (!wanted) return empty(z.type, {0});
     return empty(z.type, z.packed ? std::vector<int64_t>{z.N, width} : std::vector<int64_t>{z.T, z.B, width});

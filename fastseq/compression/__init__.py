@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastseq import _check
-from fastseq.compression.forms import GATES, Form, apply
+from fastseq.compression.forms import GATES, Form, Kept, keep
 from fastseq.compression.measure import outputs, step_errors, times
+from fastseq.compression.moments import Moments, moments
 from fastseq.compression.report import Matrix, Report
-from fastseq.nn import LSTM, LSTMCell
+from fastseq.nn import LSTM, CompressedLSTM, LSTMCell, StoredMatrix
 
 __all__ = ["Compressed", "Form", "Matrix", "Report", "compress"]
 
-WEIGHTS = ("int8", "int4", "bfloat16")
 Rank = int | float
+WEIGHTS = ("int8", "int4", "bfloat16")
+NEAREST = ("weights", "outputs")
 
 
 class Compressed(NamedTuple):
@@ -31,31 +33,43 @@ class Compressed(NamedTuple):
 
 def compress(
     model: nn.Module,
-    weights: str | None = None,
+    weights: str | Mapping[str, str] | None = None,
     rank: Rank | Mapping[str, Rank] | None = None,
     *,
     step: float | None = None,
     clip: float | None = None,
     gates: str = "if",
     group: int | None = None,
+    nearest: str = "weights",
+    trainable: bool = False,
     inputs: Any = None,
     metric: Callable[[nn.Module], float] | None = None,
 ) -> Compressed:
     """A copy of ``model`` with compressed matrices in its LSTMs, and what it saves and costs; ``model`` stays as it is.
 
-    The copy has the classes and calls of ``model``, and holds in its own dtype the values that the compressed matrices
-    stand for, so that its outputs are those of the compressed model. Rounding with ``step`` and ``clip``, and a
-    ``rank``, are what G2-LSTM (Li et al., ICML 2018) does to models that were trained as usual: by default to the
-    input and forget gates alone, to each matrix of each gate on its own. Biases stay.
+    ``torch.nn.LSTM`` and ours become ``fastseq.nn.CompressedLSTM``, which is called in the same way, keeps the matrices
+    compressed, and computes with them: where they are integers, inputs and states are rounded to 8 bits too. Cells,
+    subclasses, and all that is rounded with ``step``, keep their class and hold in their dtype the values that
+    compressed matrices stand for.
+
+    Rounding with ``step`` and ``clip``, and a ``rank``, are what G2-LSTM (Li et al., ICML 2018) does to models that
+    were trained as usual: by default to the input and forget gates alone, to each matrix of each gate on its own.
+    Biases stay.
 
     Args:
         model: holds ``torch.nn.LSTM``, ``LSTMCell``, or ours. What else it holds stays, and is listed in the report.
         weights: how all four gates (and projections) are stored: "int8" and "int4" with a scale for each row, or each
-            ``group`` neighbours in it; "bfloat16". None: as they are. With a rank the factors are stored so.
+            ``group`` neighbours in it; "bfloat16"; or one of these for each of some gates, {"i": "int4", "g": "int8"}.
+            None: as they are. With a rank the factors are stored so, and all lower factors in the most bits that a gate
+            with a rank asks for.
         rank: of ``gates``: a whole number, or a share of the sum of squares in (0, 1) that the factors must keep; or
             one of these for each gate, {"i": 16, "f": 16, "g": 0.9}. What factors would not make smaller has none.
         step: values of ``gates`` become multiples of it; clip: and are moved into -clip .. clip. Not with others.
         gates: letters of i, f, g, o, for ``step`` and for one ``rank``; ranks by gate name theirs.
+        group: a multiple of 8.
+        nearest: factors are nearest to the "weights" in the sum of squares, or to their "outputs" for what the LSTMs
+            meet in a call with ``inputs``.
+        trainable: keep the weights before rounding too, as parameters, to train them on with the rounding in place.
         inputs: for a call of the model, a tensor or a tuple: then the report has the error of each LSTM's output at
             the first, middle and last step, and milliseconds.
         metric: a number for a model, such as its loss; called with both.
@@ -70,25 +84,71 @@ def compress(
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model should be of type nn.Module, got: {type(model).__name__}")
     form = _form(weights, rank, step, clip, gates, group)
+    _check.one_of("compress", "nearest", nearest, NEAREST)
+    if nearest == "outputs" and (inputs is None or not form.ranks):
+        _check.fail("compress", "nearest", "'weights' without a rank and inputs", repr(nearest))
+    if trainable and form.step is not None:
+        _check.fail("compress", "trainable", "False beside step", trainable)
     mine = recurrent(model)
     if not mine:
         _check.fail("compress", "model", "a module with an LSTM or LSTMCell inside", type(model).__name__)
     for name, module in mine.items():
         _check_module(name, module)
-    small = copy.deepcopy(model)
-    matrices, seen = [], set()
-    for name, module in recurrent(small).items():
-        for parameter, value in _matrices(module).items():
-            if id(value) not in seen:  # a tied one is compressed once
-                seen.add(id(value))
-                full = f"{name}.{parameter}" if name else parameter
-                matrices += _compress_matrix(full, value, form, gated=not parameter.startswith("weight_hr"))
+    given = inputs if type(inputs) is tuple else (inputs,)  # a PackedSequence is a tuple too
+    met = moments(model, mine, given) if nearest == "outputs" else {}
+    small, matrices = _compressed(copy.deepcopy(model), form, trainable, met)
     return Compressed(small, _report(model, small, matrices, inputs, metric))
+
+
+def _compressed(
+    small: nn.Module, form: Form, trainable: bool, met: Mapping[str, Moments]
+) -> tuple[nn.Module, list[Matrix]]:
+    """The copy changed, and what was done."""
+    told: list[Matrix] = []
+    kept: dict[int, list[Kept]] = {}  # a tied matrix is compressed once
+    stored: dict[tuple[int, bool], StoredMatrix] = {}
+    for name, module in recurrent(small).items():
+        parts = {}
+        for parameter, value in _matrices(module).items():
+            gated, seen = not parameter.startswith("weight_hr"), id(value)
+            if seen not in kept:
+                full = f"{name}.{parameter}" if name else parameter
+                moment = met[name].get(parameter) if name in met else None
+                kept[seen], rows = _compress_matrix(full, value, form, gated, moment)
+                told += rows
+            parts[parameter] = (value, seen)
+        if form.step is not None or type(module) not in (nn.LSTM, LSTM):
+            for value, seen in parts.values():
+                value.data.copy_(torch.cat([k.values for k in kept[seen]]))
+            continue
+        found = {}
+        for parameter, (value, seen) in parts.items():
+            bounded = parameter.startswith("weight_hr") or (parameter.startswith("weight_hh") and not module.proj_size)
+            if (seen, bounded) not in stored:
+                stored[seen, bounded] = _stored(kept[seen], value.shape[1], bounded, trainable)
+            found[parameter] = stored[seen, bounded]
+        small = _replaced(small, module, CompressedLSTM(module, found))  # type: ignore[arg-type]
+    return small, told
+
+
+def _stored(kept: list[Kept], K: int, bounded: bool, trainable: bool) -> StoredMatrix:
+    masters = [m.clone() for k in kept for m in k.masters] if trainable else None
+    return StoredMatrix([k.gate for k in kept if k.gate is not None], K, bounded, masters)
+
+
+def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """``model`` with ``new`` wherever it has ``old``."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+    return new if model is old else model
 
 
 def recurrent(model: nn.Module) -> dict[str, nn.Module]:
     """The LSTMs and cells in a model, by name; one that is used in several places once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.LSTM, nn.LSTMCell, LSTM, LSTMCell))}
+    kinds = (nn.LSTM, nn.LSTMCell, LSTM, LSTMCell)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -97,6 +157,8 @@ def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _check_module(name: str, module: nn.Module) -> None:
     told = f"model.{name}" if name else "model"
+    if isinstance(module, CompressedLSTM):
+        _check.fail("compress", told, "not compressed yet", "a CompressedLSTM")
     if parametrize.is_parametrized(module):
         _check.fail("compress", told, "without parametrizations (remove them first)", "a parametrized module")
     if getattr(module, "rank", None) is not None:
@@ -112,8 +174,7 @@ def _form(weights: Any, rank: Any, step: Any, clip: Any, gates: Any, group: Any)
     """The checked options."""
     if not isinstance(gates, str) or not gates or len(set(gates)) < len(gates) or set(gates) - set(GATES):
         _check.fail("compress", "gates", "different letters of 'ifgo'", repr(gates))
-    if weights is not None:
-        _check.one_of("compress", "weights", weights, WEIGHTS)
+    storages = _storages(weights)
     for name, value in (("step", step), ("clip", clip)):
         if value is not None:
             _check.positive("compress", name, value)
@@ -121,8 +182,9 @@ def _form(weights: Any, rank: Any, step: Any, clip: Any, gates: Any, group: Any)
         _check.fail("compress", "step", "None beside weights or rank", step)
     if clip is not None and (step is None or clip < step):
         _check.fail("compress", "clip", "None, or at least step" if step else "None without step", clip)
-    if group is not None and (weights not in ("int8", "int4") or not _is_whole(group)):
-        _check.fail("compress", "group", "None, or a whole number > 0 with weights 'int8' or 'int4'", repr(group))
+    integers = {"int8", "int4"} & set(storages.values())
+    if group is not None and (not integers or not _is_whole(group) or group % 8):
+        _check.fail("compress", "group", "None, or a multiple of 8 with weights 'int8' or 'int4'", repr(group))
     if weights is None and rank is None and step is None:
         _check.fail("compress", "weights", "given, or rank, or step", "none of them")
     ranks = dict(rank) if isinstance(rank, Mapping) else {} if rank is None else dict.fromkeys(gates, rank)
@@ -131,23 +193,40 @@ def _form(weights: Any, rank: Any, step: Any, clip: Any, gates: Any, group: Any)
     for value in ranks.values():
         if not (_is_whole(value) or (isinstance(value, float) and 0 < value < 1)):
             _check.fail("compress", "rank", "a whole number > 0, or a share of the squares in (0, 1)", repr(value))
-    return Form(weights, ranks, step, clip, gates, group)
+    return Form(storages, ranks, step, clip, gates, group)
+
+
+def _storages(weights: Any) -> dict[str, str]:
+    """By gate, and that of projections under ""."""
+    if weights is None:
+        return {}
+    if not isinstance(weights, Mapping):
+        _check.one_of("compress", "weights", weights, WEIGHTS)
+        return dict.fromkeys((*GATES, ""), weights)
+    if not weights or set(weights) - set(GATES):
+        _check.fail("compress", "weights", "a form, or one for each of some gates i, f, g, o", repr(weights))
+    for gate, storage in weights.items():
+        _check.one_of("compress", f"weights[{gate!r}]", storage, WEIGHTS)
+    return dict(weights)
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _compress_matrix(name: str, value: nn.Parameter, form: Form, gated: bool) -> list[Matrix]:
-    """Change a matrix in place, gate by gate, or a projection as a whole."""
-    rows = []
+def _compress_matrix(
+    name: str, value: Tensor, form: Form, gated: bool, moment: Tensor | None
+) -> tuple[list[Kept], list[Matrix]]:
+    """A matrix gate by gate, or a projection as a whole; and the lines of the report."""
+    kept, rows = [], []
     parts: list[tuple[str, Tensor]] = list(zip(GATES, value.detach().chunk(4), strict=True)) if gated else []
     for gate, part in parts or [("", value.detach())]:
-        before = part.clone()
-        how, size = apply(part, gate, form)
-        if how:
-            rows.append(Matrix(name, gate, how, before.numel() * before.element_size(), size, _snr(before, part)))
-    return rows
+        found = keep(part, gate, form, moment)
+        kept.append(found)
+        if found.how:
+            size = part.numel() * part.element_size()
+            rows.append(Matrix(name, gate, found.how, size, found.size, _snr(part, found.values.to(part.dtype))))
+    return kept, rows
 
 
 def _snr(true: Tensor, found: Tensor) -> float:

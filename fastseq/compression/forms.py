@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from fastseq import reference
+from fastseq.reference import Gate, Part
 
 GATES = "ifgo"  # as torch orders them
-BITS = {"int8": 8, "int4": 4}
-SCALE_BYTES = 4  # of a scale
+STORAGES = ("int4", "int8", "bfloat16")  # from few bits to many
+FLOATS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # else float32
 
 
 class Form(NamedTuple):
     """The options of ``compress``, checked."""
 
-    weights: str | None
+    weights: dict[str, str]  # of gates, and "" of projections
     ranks: dict[str, int | float]
     step: float | None
     clip: float | None
@@ -26,51 +27,67 @@ class Form(NamedTuple):
     group: int | None
 
 
-def apply(part: Tensor, gate: str, form: Form) -> tuple[str, int]:
-    """Change ``part`` [N, K] in place to what it stands for when compressed; computed in float32 at the least.
+class Kept(NamedTuple):
+    """A matrix of one gate in its form; ``masters``: what was stored, the upper factor before the lower."""
 
-    Returns:
-        How, in words, empty where it stays; and its bytes then.
-    """
+    how: str  # empty where it stays
+    size: int
+    values: Tensor  # that it stands for
+    gate: Gate | None  # None where it is only rounded
+    masters: list[Tensor]
+
+
+def keep(part: Tensor, gate: str, form: Form, moment: Tensor | None = None) -> Kept:
+    """``part`` [N, K] compressed, computed in float32 at the least."""
     wide = part.float() if part.element_size() < 4 else part.clone()
     if form.step is not None:
         if not gate or gate not in form.gates:
-            return "", part.numel() * part.element_size()
-        how, size, values = _round(wide, form, form.step)
-    elif gate in form.ranks:
-        how, size, values = _factor(wide, form, form.ranks[gate], part.element_size())
-    else:
-        how, size, values = _store(wide, form, part.element_size())
-    part.copy_(values)
-    return how, size
+            return Kept("", part.numel() * part.element_size(), part, None, [])
+        return _round(wide, form, form.step)
+    own = FLOATS.get(part.dtype, "float32")
+    if gate in form.ranks:
+        found = _factor(wide, form, gate, own, moment)
+        if found is not None:
+            return found
+    stored, how, size = _store(wide, form.weights.get(gate, own), own, form.group)
+    values = reference.part_values(stored, part.shape[1]) if how else part
+    return Kept(how, size, values, Gate(stored), [wide.float()])
 
 
-def _round(part: Tensor, form: Form, step: float) -> tuple[str, int, Tensor]:
+def _round(part: Tensor, form: Form, step: float) -> Kept:
     """As many bits as the values need that there can be."""
     most = form.clip if form.clip is not None else float(part.abs().max()) if part.numel() else 0.0
     bits = max(1, math.ceil(math.log2(2 * round(most / step) + 1)))
     clipped = "" if form.clip is None else f", clipped at {form.clip:g}"
     how = f"rounded to {step:g}{clipped}"
-    return how, math.ceil(part.numel() * bits / 8), reference.rounded(part, step, form.clip)
+    return Kept(how, math.ceil(part.numel() * bits / 8), reference.rounded(part, step, form.clip), None, [])
 
 
-def _factor(part: Tensor, form: Form, wanted: int | float, itemsize: int) -> tuple[str, int, Tensor]:
-    N, K = part.shape
-    rank = reference.rank_of_energy(part, wanted) if isinstance(wanted, float) else wanted
+def _factor(part: Tensor, form: Form, gate: str, own: str, moment: Tensor | None) -> Kept | None:
+    """None where factors would not be smaller."""
+    (N, K), wanted = part.shape, form.ranks[gate]
+    rank = reference.rank_of_energy(part, wanted, moment) if isinstance(wanted, float) else wanted
     if rank * (N + K) >= N * K:
-        return _store(part, form, itemsize)
-    how, sizes, factors = zip(*(_store(v, form, itemsize) for v in reference.low_rank(part, rank)), strict=True)
-    return ", ".join(filter(None, (f"rank {rank}", how[0]))), sum(sizes), factors[0] @ factors[1]
+        return None
+    up, down = reference.low_rank(part, rank, moment)
+    storage = form.weights.get(gate, own)
+    upper, how, size = _store(up, storage, own, form.group)
+    lower, _, lower_size = _store(down, _lower_storage(form, own), own, form.group)
+    values = reference.part_values(upper, rank) @ reference.part_values(lower, K)
+    text = ", ".join(filter(None, (f"rank {rank}", how)))
+    return Kept(text, size + lower_size, values, Gate(upper, lower), [up.float(), down.float()])
 
 
-def _store(part: Tensor, form: Form, itemsize: int) -> tuple[str, int, Tensor]:
-    if form.weights is None:
-        return "", part.numel() * itemsize, part
-    if form.weights == "bfloat16":
-        return form.weights, 2 * part.numel(), part.to(torch.bfloat16).to(part.dtype)
-    bits = BITS[form.weights]
-    integers, scale = reference.integer_rows(part, bits, form.group)
-    scale = scale.float().to(part.dtype)  # as it is kept
-    by = "" if form.group is None else f" by {form.group}"
-    size = math.ceil(part.numel() * bits / 8) + SCALE_BYTES * scale.numel()
-    return f"{form.weights}{by}", size, reference.integer_values(integers, scale, form.group)
+def _lower_storage(form: Form, own: str) -> str:
+    """The lower factors of all gates lie in one array: the most bits that any of them asks for."""
+    found = [form.weights.get(gate, own) for gate in form.ranks]
+    return max(found, key=lambda s: STORAGES.index(s) if s in STORAGES else len(STORAGES))
+
+
+def _store(part: Tensor, storage: str, own: str, group: int | None) -> tuple[Part, str, int]:
+    """The stored array, how in words, empty where it is kept in its ``own`` dtype, and its bytes."""
+    stored = reference.store(part, storage, group or 0)
+    size = math.ceil(stored.values.numel() * stored.values.element_size())
+    size += 0 if stored.scale is None else 4 * stored.scale.numel()
+    by = f" by {stored.group}" if stored.group else ""
+    return stored, "" if storage == own else f"{storage}{by}", size

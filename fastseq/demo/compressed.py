@@ -43,8 +43,8 @@ def section(runners: Mapping[str, Runner], held_out: Sequence[Chunk], report: Ca
     report(1.0, "")
     head = ("matrices", *(f"{name}, bits per character" for name in runners), "times fewer bytes")
     caption = (
-        "Computed with the values that the compressed matrices stand for; held-out text, without noise. In brackets: "
-        "what it costs. Bytes: of the matrices that were compressed."
+        "Computed with the compressed matrices; where these are integers, inputs and states have 8 bits. Held-out "
+        "text, without noise. In brackets: what it costs. Bytes: of the matrices that were compressed."
     )
     return Section("What smaller matrices cost", [Text(_verdict(list(runners), costs)), Table(head, rows, caption)])
 

@@ -6,14 +6,32 @@ from fastseq.functional.lstm_arguments import Factors, State, Weights
 from fastseq.functional.lstm_factors import best_factors, dense_weight
 from fastseq.functional.lstm_int8 import lstm_int8
 from fastseq.functional.lstm_lowrank import lstm_lowrank
+from fastseq.functional.lstm_packed import (
+    Gate,
+    Matrix,
+    Packed,
+    PackedWeights,
+    Part,
+    linear_packed,
+    lstm_packed,
+    pack,
+    storage_of,
+    stored_as,
+    straight_through,
+)
 from fastseq.functional.vq import Nearest, Quantized, vq_nearest, vq_quantize, vq_sums
 from fastseq.functional.vq_codes import code_bits, vq_pack, vq_unpack
 from fastseq.functional.vq_residual import Residual, vq_residual
 
 __all__ = [
     "Factors",
+    "Gate",
     "Gates",
+    "Matrix",
     "Nearest",
+    "Packed",
+    "PackedWeights",
+    "Part",
     "Quantized",
     "Recurrence",
     "RecurrenceOptions",
@@ -25,11 +43,17 @@ __all__ = [
     "code_bits",
     "dense_weight",
     "draw_seed",
+    "linear_packed",
     "lstm",
     "lstm_cell",
     "lstm_int8",
     "lstm_lowrank",
+    "lstm_packed",
+    "pack",
     "packed_places",
+    "storage_of",
+    "stored_as",
+    "straight_through",
     "vq_nearest",
     "vq_pack",
     "vq_quantize",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastseq import _check
 from fastseq.functional._recurrence import Recurrence, RecurrenceOptions, check_weight, prepared, result
-from fastseq.ops import lstm_int8 as _ops  # noqa: F401  (gives torch the operator)
+from fastseq.ops import lstm_int8 as _ops
 
 _LARGEST = (2**31 - 1) // (127 * 128)  # H whose integer sums surely fit in 32 bits
 
@@ -54,5 +54,5 @@ def lstm_int8(
             _check.fail(f, name, "without a gradient (torch.no_grad, or detach)", "one that requires it")
     x, h0, c0, rest = prepared(f, x_gates, hx, H, given)
     save = 2 if return_gates else 0
-    out = torch.ops.fastseq.lstm_int8_forward(x, weight_hh.contiguous(), scale.contiguous(), h0, c0, *rest, save)
+    out = _ops.lstm_int8(x, weight_hh.contiguous(), scale.contiguous(), h0, c0, *rest, save)
     return result(out, x_gates.dtype, return_gates)

@@ -6,6 +6,7 @@ except ImportError as error:
     raise ImportError("fastseq.nn needs torch: install it, then fastseq with --no-build-isolation") from error
 
 from fastseq.nn.codebook_optim import codebook_parameter_groups, reset_codebook_moments
+from fastseq.nn.compressed_lstm import CompressedLSTM
 from fastseq.nn.factorized_residual_vq import FactorizedResidualVQ
 from fastseq.nn.fsq import FSQ
 from fastseq.nn.grouped_residual_vq import GroupedResidualVQ
@@ -19,6 +20,7 @@ from fastseq.nn.row_quantizer import LossBreakdown
 from fastseq.nn.sharded_codebook import ShardedCodebook
 from fastseq.nn.sim_vq import SimVQ
 from fastseq.nn.split_residual_vq import SplitResidualVQ
+from fastseq.nn.stored_matrix import StoredMatrix
 from fastseq.nn.usage import CodebookUsage, Usage, bits_per_dimension
 from fastseq.nn.vector_quantize import VectorQuantize
 from fastseq.nn.vq_loading import load_codebooks
@@ -28,6 +30,7 @@ __all__ = [
     "LSTM",
     "AfterWarmup",
     "CodebookUsage",
+    "CompressedLSTM",
     "FactorizedResidualVQ",
     "GroupedResidualVQ",
     "LSTMCell",
@@ -39,6 +42,7 @@ __all__ = [
     "SimVQ",
     "Spaced",
     "SplitResidualVQ",
+    "StoredMatrix",
     "Usage",
     "VectorQuantize",
     "attach",

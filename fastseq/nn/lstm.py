@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq import _check, functional
 from fastseq.functional import Factors, Gates, Weights
 from fastseq.nn import _arguments, _lstm_rank
+from fastseq.nn._exporting import plain_lstm_state
 from fastseq.nn.gates import GATE_DEFAULTS, GateOptions
 
 State = tuple[Tensor, Tensor]
@@ -252,7 +253,7 @@ class LSTM(GateOptions, nn.RNNBase):
             raise _check.ArgumentError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
         weights = self._weights()
-        _arguments.check_input(input, self.input_size, weights[0].weight_ih, input.dim())
+        self._check_input(input, weights, input.dim())
         swap = self.batch_first and batched
         x = input.transpose(0, 1) if swap else input if batched else input.unsqueeze(1)
         if hx is not None:
@@ -277,7 +278,7 @@ class LSTM(GateOptions, nn.RNNBase):
     ) -> tuple[Any, ...]:
         x, batch_sizes, order, restore_order = input
         weights = self._weights()
-        _arguments.check_input(x, self.input_size, weights[0].weight_ih, 2)
+        self._check_input(x, weights, 2)
         if hx is not None:
             hx = _arguments.check_state(hx)
             _arguments.check_state_dims(hx, True)
@@ -311,6 +312,9 @@ class LSTM(GateOptions, nn.RNNBase):
             **layout,
         )
 
+    def _check_input(self, x: Tensor, weights: list[Weights], dims: int) -> None:
+        _arguments.check_input(x, self.input_size, weights[0].weight_ih, dims)
+
     def _check_state(self, hx: State, x: Tensor, rows: int) -> None:
         lead = (self.num_layers * (2 if self.bidirectional else 1), rows)
         sizes = (*lead, self.proj_size or self.hidden_size), (*lead, self.hidden_size)
@@ -323,8 +327,7 @@ class LSTM(GateOptions, nn.RNNBase):
 
     def check_forward_args(self, input: Tensor, hidden: State, batch_sizes: Tensor | None) -> None:  # type: ignore[override]
         """Raise where sizes or dtypes of a batched input and its state do not fit."""
-        weight = self._weights()[0].weight_ih
-        _arguments.check_input(input, self.input_size, weight, 3 if batch_sizes is None else 2)
+        self._check_input(input, self._weights(), 3 if batch_sizes is None else 2)
         self._check_state(hidden, input, self.get_expected_hidden_size(input, batch_sizes)[1])
 
     def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
@@ -353,6 +356,10 @@ class LSTM(GateOptions, nn.RNNBase):
         """As in ``torch.nn.LSTM``; factors stay where they are."""
         if self.rank is None:
             super().flatten_parameters()
+
+    def export_state(self, name: str = "lstm") -> dict[str, Any]:
+        """A description and numpy arrays, for deployment; see ``fastseq.export_state``."""
+        return plain_lstm_state(self, name)
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + self._gates_repr()

@@ -69,6 +69,17 @@ def without_core(op: str, definition: Callable[..., Any], kernels: str) -> tuple
     return triton_backend(op, kernels), Backend("reference", definition, why_not)
 
 
+def core_alone(op: str) -> tuple[Backend, ...]:
+    """The backends of an operator that only the compiled core has."""
+    missing = _why_not_compiled(op)
+
+    def why_not(*args: Any, **kwargs: Any) -> str | None:
+        device = _device(args)
+        return missing if device == "cpu" else f"input is on {device}"
+
+    return (Backend("cpu", getattr(torch.ops.fastseq, op), why_not),)
+
+
 def backends(op: str, definition: Callable[..., Any], kernels: str, *others: Backend) -> tuple[Backend, ...]:
     """The backends of an operator, best first.
 
@@ -79,10 +90,6 @@ def backends(op: str, definition: Callable[..., Any], kernels: str, *others: Bac
     """
     missing = _why_not_compiled(op)
 
-    def cpu_why_not(*args: Any, **kwargs: Any) -> str | None:
-        device = _device(args)
-        return missing if device == "cpu" else f"input is on {device}"
-
     def reference_why_not(*args: Any, **kwargs: Any) -> str | None:
         """The definition stands in where no kernel exists, not where one is missing by mistake."""
         if missing and _device(args) == "cpu" and allowed() != "reference":
@@ -90,7 +97,7 @@ def backends(op: str, definition: Callable[..., Any], kernels: str, *others: Bac
         return None
 
     return (
-        Backend("cpu", getattr(torch.ops.fastseq, op), cpu_why_not),
+        *core_alone(op),
         *others,
         triton_backend(op, kernels),
         Backend("reference", definition, reference_why_not),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastseq import reference
 from fastseq.ops import lstm as _lstm
-from fastseq.ops._library import fake, library, register, without_core
+from fastseq.ops._library import backends, fake, library, register
+from fastseq.ops._select import choose
 from fastseq.ops._transforms import in_float32
 from fastseq.ops.lstm_lowrank import OPTIONS
 
@@ -36,5 +38,24 @@ def _forward(
 
 
 forward_reference = in_float32(_forward, 0, 4, 0, 3, 4)
-BACKENDS = {"lstm_int8_forward": without_core("lstm_int8_forward", forward_reference, "lstm_int8")}
+_cpu, *_others = backends("lstm_int8_forward", forward_reference, "lstm_int8")
+
+
+def _why_not_cpu(x_gates: Tensor, *args: Any) -> str | None:
+    if x_gates.is_cpu and x_gates.dtype is not torch.float32:
+        return f"x_gates is {x_gates.dtype}, it takes torch.float32"
+    return _cpu.why_not(x_gates, *args)
+
+
+BACKENDS = {"lstm_int8_forward": (_cpu._replace(why_not=_why_not_cpu), *_others)}
 register("lstm_int8_forward", BACKENDS["lstm_int8_forward"])
+
+
+def lstm_int8(x_gates: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """The operator; in dtypes that the compiled core does not have, its definition."""
+    out: tuple[Tensor, ...]
+    if x_gates.is_cpu and x_gates.dtype is not torch.float32:
+        out = choose("lstm_int8_forward", BACKENDS["lstm_int8_forward"], x_gates, *args).run(x_gates, *args)
+    else:
+        out = torch.ops.fastseq.lstm_int8_forward.default(x_gates, *args)
+    return out

@@ -7,7 +7,20 @@ from fastseq.reference.lstm_int8 import int8_product, lstm_int8, quantized
 from fastseq.reference.lstm_lowrank import lowrank_product, lstm_lowrank, lstm_lowrank_backward
 from fastseq.reference.lstm_mixed import lstm_mixed, lstm_mixed_backward
 from fastseq.reference.model import run_model
-from fastseq.reference.model_matrix import matrix_product, matrix_values
+from fastseq.reference.model_matrix import matrix_of, matrix_product
+from fastseq.reference.packed import (
+    Gate,
+    Matrix,
+    Part,
+    from_nibbles,
+    linear_packed,
+    lstm_packed,
+    matrix_values,
+    nibbles,
+    part_values,
+    storage_of,
+    store,
+)
 from fastseq.reference.vq import (
     vq_backward,
     vq_gather,
@@ -22,11 +35,16 @@ from fastseq.reference.vq_codes import vq_pack, vq_unpack
 from fastseq.reference.vq_residual import vq_residual, vq_residual_backward
 
 __all__ = [
+    "Gate",
+    "Matrix",
+    "Part",
+    "from_nibbles",
     "gate_noise",
     "int8_product",
     "integer_rows",
     "integer_values",
     "linear",
+    "linear_packed",
     "low_rank",
     "lowrank_product",
     "lstm",
@@ -37,14 +55,20 @@ __all__ = [
     "lstm_lowrank_backward",
     "lstm_mixed",
     "lstm_mixed_backward",
+    "matrix_of",
     "matrix_product",
+    "lstm_packed",
     "matrix_values",
+    "nibbles",
     "packed_index",
+    "part_values",
     "philox",
     "quantized",
     "rank_of_energy",
     "rounded",
     "run_model",
+    "storage_of",
+    "store",
     "unpack",
     "vq_backward",
     "vq_gather",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Product = Callable[[Tensor], Tensor]  # h [B, P] to its part of the pre-activations [B, 4*H]
+Product = Callable[[Tensor], Tensor]  # h [B, P] to its part of the pre-activations [B, 4*H]; of weight_hr, [B, H] to h
 Transposed = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # its gradient and h to dh and gradients of the weights
 
 
@@ -40,7 +40,7 @@ def lstm(
     Args:
         x_gates: [T, B, 4*H] or packed [N, 4*H]; input part of the pre-activations i, f, g, o, biases added.
         weight_hh: [4*H, P], P = H without projection, or what takes the place of its product, see ``Product``.
-        weight_hr: [P, H] or None, or what takes the place of its product, from [B, H] to [B, P].
+        weight_hr: [P, H], or what takes the place of its product, or None.
         h0, c0: [B, P], [B, H].
         lengths: [B] valid steps per row (dense only). batch_sizes: [T] rows per step (packed only).
         reset: bool, [T, B] or [N]: this step begins a new segment; no state crosses from the step before it to it, in

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastseq.reference.lstm import lstm
-from fastseq.reference.model_matrix import matrix_product, matrix_rows
+from fastseq.reference.model_matrix import matrix_of, matrix_product
+from fastseq.reference.packed import Matrix, linear_packed, matrix_values
 from fastseq.reference.vq import vq_nearest
 
 
@@ -91,13 +92,13 @@ def _embedding(layer: Layer, own: Named, state: Named, sources: Sequence[Steps])
     (index, lengths), V = sources[0], layer["size"]
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < V:
         raise ValueError(f"run_model: {layer['name']} takes integers in 0..{V - 1}")
-    values = matrix_rows(index.long(), own, "weight", layer["dim"], own[".dtype"].dtype, layer.get("group"))
-    return Steps(values, lengths), {}
+    weight = matrix_values(matrix_of(own, "weight", layer.get("group")), layer["dim"])
+    return Steps(weight.to(own[".dtype"].dtype)[index.long()], lengths), {}
 
 
 def _linear(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
     x, lengths = sources[0]
-    y = matrix_product(x, own, "weight", layer.get("group"))
+    y = matrix_product(x, matrix_of(own, "weight", layer.get("group")))
     return Steps(y + own["bias"].to(y.dtype) if "bias" in own else y, lengths), {}
 
 
@@ -115,7 +116,7 @@ def _conv1d(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) ->
     made = ((total - span).div(stride, rounding_mode="floor") + 1).clamp_min(0)
     most = max(0, (len(stream) - span) // stride + 1)
     taps = [stream[tap::stride][:most] for tap in range(0, span, layer.get("dilation", 1))]
-    y = matrix_product(torch.cat(taps, -1), own, "weight", layer.get("group"))
+    y = matrix_product(torch.cat(taps, -1), matrix_of(own, "weight", layer.get("group")))
     y = y + own["bias"].to(y.dtype) if "bias" in own else y
     out = Steps(y, made if lengths is not None or bool((count != count[:1]).any()) else None)
     if right:
@@ -175,7 +176,7 @@ def _lstm(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> t
         outs = []
         for reverse in directions:
             suffix = f"_l{n}_reverse" if reverse else f"_l{n}"
-            gates = matrix_product(x, own, f"weight_ih{suffix}", group)
+            gates = matrix_product(x, matrix_of(own, f"weight_ih{suffix}", group))
             gates = gates + own[f"bias{suffix}"].to(x.dtype) if f"bias{suffix}" in own else gates
             h0, c0 = (
                 state[key][len(ends_h)].to(x.dtype)
@@ -183,8 +184,9 @@ def _lstm(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> t
                 else own.get(f"{key}_start{suffix}", torch.zeros(size)).to(x.dtype).expand(B, size)
                 for key, size in (("h", P or H), ("c", H))
             )
-            recurrent, project = (_product(own, f"{key}{suffix}", group, not P) for key in ("weight_hh", "weight_hr"))
-            kept = recurrent, h0, c0, project if P else None, lengths, None, None, None, None, None
+            recurrent = _product(matrix_of(own, f"weight_hh{suffix}", group), bounded=not P)
+            project = _product(matrix_of(own, f"weight_hr{suffix}", group), bounded=True) if P else None
+            kept = recurrent, h0, c0, project, lengths, None, None, None, None, None
             h, _, _, h_n, c_n = lstm(gates, *kept, *options, reverse)
             outs.append(h)
             ends_h.append(h_n)
@@ -193,10 +195,8 @@ def _lstm(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> t
     return Steps(x, lengths), {"h": torch.stack(ends_h), "c": torch.stack(ends_c)}
 
 
-def _product(own: Named, name: str, group: int | None, bounded: bool) -> Callable[[Tensor], Tensor]:
-    """The product of one step; what a projection takes is bounded by 1, and so is h without one."""
-    unit = bounded or name.startswith("weight_hr")
-    return lambda h: matrix_product(h[None], own, name, group, unit)[0]
+def _product(matrix: Matrix, bounded: bool) -> Callable[[Tensor], Tensor]:
+    return lambda h: linear_packed(h, matrix, bounded=bounded)
 
 
 def _residual_vq(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.convert import ConversionError, from_onnx, to_onnx
-from fastseq.reference import matrix_values, run_model
+from fastseq.reference import matrix_of, matrix_values, run_model
 from tests import model_cases as cases
 from tests.convert import runtime
 from tests.tolerance import assert_same_bits, assert_within_budget
@@ -128,7 +128,8 @@ def test_other_forms_are_written_as_values(form: str, tmp_path: Path) -> None:
     model = from_onnx(tmp_path / "m")
     group = cases.group(form).get("group")
     for name in ("lstm.weight_ih_l0", "lstm.weight_hh_l0", "linear.weight"):
-        got, values = torch.from_numpy(model["tensors"][name]), matrix_values(tensors, name, 8, torch.float64, group)
+        got = torch.from_numpy(model["tensors"][name])
+        values = matrix_values(matrix_of(tensors, name, group), 8)
         torch.testing.assert_close(got, values.float(), rtol=1e-6, atol=1e-6)
 
 

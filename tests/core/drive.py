@@ -1,6 +1,6 @@
 """Drives the numpy door over every layout, option and odd size, without torch, and tells what came out.
 
-    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq] [--threads N] [--fresh]
+    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq|packed] [--threads N] [--fresh]
 
 prints one line per result: its name and a hash of its bits. Two runs with other instruction sets, threads or builds can
 be compared line by line. Every result must be finite, so memory that was never written shows where fresh memory is NaN.
@@ -26,6 +26,24 @@ PRODUCTS = [(1, 1, 1), (3, 5, 7), (13, 33, 17), (12, 32, 16), (1, 67, 300), (67,
 PRODUCTS += [(3, 0, 2), (3, 4, 0), (25, 64, 257)]
 # rows, codes, dimensions, codebooks
 LOOKUPS = [(1, 1, 1, 1), (4, 7, 3, 2), (5, 40, 17, 1), (19, 33, 33, 2), (70, 20, 9, 3), (33, 65, 64, 1), (0, 5, 4, 2)]
+# rows, and rows and columns of the weights; how each gate is kept: storage, group, rank of factors
+PACKED = [(1, 1, 1), (3, 5, 7), (2, 16, 8), (5, 33, 37), (13, 50, 65), (35, 16, 130), (0, 5, 3)]
+LARGE_PACKED = [(70, 100, 513), (8, 300, 64)]
+INTEGERS = {
+    "int8": [("int8", 0, 0)],
+    "int8 by 8": [("int8", 8, 0)],
+    "int8 by 64": [("int8", 64, 0)],
+    "int4": [("int4", 0, 0)],
+    "int4 by 32": [("int4", 32, 0)],
+    "int8 factors": [("int8", 0, 5)],
+    "integers": [("int4", 8, 3), ("int8", 0, 0), ("int4", 8, 18), ("int4", 16, 0)],
+}
+FORMS = {
+    **INTEGERS,
+    "float32": [("float32", 0, 0)],
+    "bfloat16": [("bfloat16", 0, 0)],
+    "mixed": [("float32", 0, 3), ("float32", 0, 17), ("bfloat16", 0, 0), ("int8", 0, 0)],
+}
 LARGE_LOOKUPS = [(600, 70, 20, 1), (20, 420, 100, 1), (2, 900, 140, 1)]
 
 
@@ -233,7 +251,62 @@ def lstm_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.n
     yield "philox", core.philox(counter, 2**63 + 5)
 
 
-PARTS = {"lstm": lstm_results, "vq": vq_results}
+def stored(random: np.random.Generator, N: int, K: int, storage: str, group: int) -> tuple[Any, Any, int]:
+    """Values, scales and group of one array of weights."""
+    group = group if group < K else 0
+    scale = random.uniform(0.5, 1.5, (N, math.ceil(K / (group or K)))).astype(np.float32) / (100 * math.sqrt(K))
+    if storage == "int8":
+        return random.integers(-128, 128, (N, K)).astype(np.int8), scale, group
+    if storage == "int4":
+        return random.integers(0, 256, (N, (K + 1) // 2)).astype(np.uint8), 16 * scale, group
+    values = (random.standard_normal((N, K)) / math.sqrt(K)).astype(np.float32)
+    wide = values if storage == "float32" else (values.view(np.uint32) >> 16).astype(np.uint16)
+    return wide, scale.ravel()[:0], 0
+
+
+def packed(core: Any, random: np.random.Generator, size: tuple[int, int], form: str, gates: int, bounded: bool) -> Any:
+    """A packed matrix of random weights; ``size`` is of all gates."""
+    (N, K), parts, nothing = size, [], np.zeros(0, np.float32)
+    for g in range(gates):
+        storage, group, rank = FORMS[form][g % len(FORMS[form])]
+        rows = stored(random, N // gates, rank or K, storage, 0 if rank else group)
+        parts.append((*rows, *(stored(random, rank, K, storage, group) if rank else (nothing, nothing, 0))))
+    columns = [list(v) for v in zip(*parts, strict=True)]
+    return core.pack_matrix(*columns, K, bounded)
+
+
+def packed_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Everything over packed weights, by name."""
+    for n, (size, form) in enumerate(itertools.product(PACKED if few else PACKED + LARGE_PACKED, FORMS)):
+        M, N, K = size
+        random = np.random.default_rng(n)
+        x, bias = random.standard_normal((M, K)).astype(np.float32), random.standard_normal(4 * N).astype(np.float32)
+        for gates in (1, 4):
+            w = packed(core, random, (N * gates, K), form, gates, False)
+            yield f"packed {form} {size} {gates} bytes", w
+            yield f"packed {form} {size} {gates}", core.linear_packed(x, w, bias[: N * gates], threads=threads)
+    every = dict(noise=False, reset=True, start=True, tau=0.9, hard=False)
+    options = itertools.product(("dense", "lengths", "packed"), (False, True), (False, True), (0, 20), FORMS)
+    for n, (layout, reverse, projection, width, form) in enumerate(options):
+        chosen = SIZES[n % len(SIZES)] if n % 9 or few else LARGE[n % 2]
+        random = np.random.default_rng(n)
+        c = call(random, chosen, np.float32, {**every, "layout": layout, "reverse": reverse, "projection": projection})
+        (x, _, h0, c0), (H, P) = c.tensors, (c.tensors[3].shape[1], c.tensors[2].shape[1])
+        given = {name: value for name, value in c.options.items() if name != "weight_hr"}
+        if projection:
+            given["weight_hr"] = packed(core, random, (P, H), "int4 by 32" if n % 2 else "int8", 1, True)
+        w = packed(core, random, (4 * H, P), form, 4, not projection)
+        if width:
+            x = random.standard_normal((*x.shape[:-1], width)).astype(np.float32)
+            given["weight_ih"] = packed(core, random, (4 * H, width), form, 4, False)
+            given["bias"] = random.standard_normal(4 * H).astype(np.float32)
+        for save in (0, 2):
+            out = core.lstm_packed(x, w, h0, c0, **given, save=save, threads=threads)
+            label = f"packed {form} lstm {chosen} {layout} {reverse} {projection} {width} {save}"
+            yield from zip((f"{label} {name}" for name in ("h", "c", "gates", "h_n", "c_n")), out, strict=True)
+
+
+PARTS = {"lstm": lstm_results, "vq": vq_results, "packed": packed_results}
 
 
 def main() -> None:

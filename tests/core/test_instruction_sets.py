@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.core.drive import INTEGERS
+
 core = pytest.importorskip("fastseq._core", reason="fastseq._core is not built")
 DRIVE = Path(__file__).with_name("drive.py")
 ROOT = DRIVE.parents[2]
 
 
-def drive(isa: str, *arguments: str) -> list[str]:
+def drive(isa: str, *arguments: str, least: int = 1000) -> list[str]:
     """The lines that ``drive.py`` prints with that instruction set."""
     environment = {**os.environ, "FASTSEQ_ISA": isa, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -23,7 +25,7 @@ def drive(isa: str, *arguments: str) -> list[str]:
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stdout.splitlines()
     assert lines[0] == f"isa {isa}"
-    assert len(lines) > 1000
+    assert len(lines) > least
     return lines[1:]
 
 
@@ -40,6 +42,20 @@ def test_wide_sets_give_the_same_bits() -> None:
     expected = drive(wide[0])
     for isa in wide[1:]:
         assert_same_lines(drive(isa), expected)
+
+
+def test_integers_give_the_same_bits_on_every_set() -> None:
+    """Exact sums, and cells that round once: nothing that is made integers differs, not even on the scalar set."""
+
+    def integers(isa: str) -> list[str]:
+        lines = drive(isa, "--only", "packed", least=100)
+        found = [line for line in lines if line.startswith(tuple(f"packed {form} " for form in INTEGERS))]
+        assert len(found) > 100
+        return found
+
+    expected = integers("scalar")
+    for isa in core.isas()[1:]:
+        assert_same_lines(integers(isa), expected)
 
 
 @pytest.mark.parametrize("isa", core.isas())

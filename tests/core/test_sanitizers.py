@@ -83,15 +83,25 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 each_team = pytest.mark.parametrize("threads", [1, 3])
-each_isa = pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni"])
+each_isa = pytest.mark.parametrize("isa", ["scalar", *(name.removeprefix("isa_") for name in SETS)])
+FLAG = {"avx2_vnni": "avx_vnni", "avx512": "avx512dq", "avx512_amx": "amx_int8"}  # else the set's name
+
+
+def supported(isa: str) -> bool:
+    flags = Path("/proc/cpuinfo").read_text().replace("\n", " ")
+    return isa == "scalar" or f" {FLAG.get(isa, isa)} " in flags
 
 
 def need(isa: str) -> None:
-    supported = Path("/proc/cpuinfo").read_text()
-    if isa != "scalar" and f" {isa}" not in supported:
+    if not supported(isa):
         pytest.skip(f"{isa}: not supported by this machine")
-    if isa == "avx512" and " avx512_vnni" in supported:
-        pytest.skip("avx512: avx512_vnni runs, the same code but for the screen of the lookup, which is that of avx2")
+
+
+def same_as(isa: str) -> str | None:
+    """The set that runs here too and has the same code, but for products of packed weights and the screen of the
+    lookup, which here is that of avx2."""
+    other = {"avx2_vnni": "avx2", "avx512": "avx512_vnni", "avx512_amx": "avx512_vnni"}.get(isa)
+    return other if other and supported(other) else None
 
 
 @each_team
@@ -102,6 +112,8 @@ def test_numpy_door(sanitized: Built, isa: str, threads: int) -> None:
     command = [sys.executable, str(DRIVE), "--core", str(sanitized.door), "--threads", str(threads), "--fresh"]
     if threads > 1 or isa == "scalar":
         command += ["--spread", "few"]
+    if same_as(isa):
+        command += ["--only", "packed"]
     out = run(
         command,
         LD_PRELOAD=f"{library_path('libasan.so')} {library_path('libstdc++.so')}",
@@ -112,7 +124,7 @@ def test_numpy_door(sanitized: Built, isa: str, threads: int) -> None:
         **OPTIONS,
     )
     assert out.splitlines()[0] == f"isa {isa}"
-    assert len(out.splitlines()) > 1000
+    assert len(out.splitlines()) > 1000 + 4000 * (same_as(isa) is None)
 
 
 @each_team
@@ -120,6 +132,8 @@ def test_numpy_door(sanitized: Built, isa: str, threads: int) -> None:
 def test_layer(sanitized: Built, isa: str, threads: int) -> None:
     """The same for whole layers, straight on the core."""
     need(isa)
+    if same_as(isa):
+        pytest.skip(f"{isa}: {same_as(isa)} runs, the same code")
     name, calls = run([str(sanitized.layer), str(threads)], FASTSEQ_ISA=isa, **OPTIONS).split()
     assert name == isa
     assert int(calls) > 300

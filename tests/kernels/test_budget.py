@@ -52,8 +52,9 @@ def test_every_kernel_is_launched() -> None:
 
 def test_every_operator_is_called() -> None:
     tables = [importlib.import_module(f"fastseq.ops.{m.name}") for m in pkgutil.iter_modules(ops.__path__)]
-    lists = [table.BACKENDS for table in tables if isinstance(getattr(table, "BACKENDS", None), dict)]
-    names = {op for found in lists for op in found if any(backend.name == "triton" for backend in found[op])}
+    found = [table.BACKENDS for table in tables if isinstance(getattr(table, "BACKENDS", None), dict)]
+    names = {op for table in found for op, backends in table.items() if any(b.name == "triton" for b in backends)}
+    names -= {"lstm_mixed_forward", "lstm_mixed_backward"}  # without kernels: on a GPU functional.lstm has another way
     assert len(names) > 15
     assert names <= {call.op for module in budgets.modules() for call in written(module)}
 

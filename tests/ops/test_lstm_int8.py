@@ -16,6 +16,7 @@ from fastseq.ops import _select
 from fastseq.ops.lstm_int8 import BACKENDS
 from tests.ops import lstm_cases as cases
 from tests.ops.lstm_cases import ALL, Case, Options
+from tests.ops.steps import check_last, states_before
 from tests.tolerance import assert_same_bits, assert_within_budget
 
 each_backend = pytest.mark.parametrize("backend", cases.backends("lstm_int8_forward", BACKENDS))
@@ -86,22 +87,6 @@ def test_integer_sums_are_exact(backend: str, B: int, H: int, extreme: bool) -> 
             assert (gates[:, : 2 * H] == expected).all()
 
 
-def states_before(args: Inputs, h: Tensor, c: Tensor) -> tuple[list[Tensor], Any]:
-    """h and c before every valid element of a dense call, and where these are, [T, B]."""
-    lengths, reset, h_start, c_start, reverse = args.options[0], *args.options[2:5], args.options[-1]
-    T, B, H = h.shape
-    lengths = torch.full((B,), T) if lengths is None else lengths
-    h_in, c_in = torch.empty_like(h), torch.empty_like(c)
-    for b in range(B):
-        for t in range(int(lengths[b])):
-            before, later = (t + 1, t + 1) if reverse else (t - 1, t)
-            inside = 0 <= before < int(lengths[b])
-            h_in[t, b], c_in[t, b] = (h[before, b], c[before, b]) if inside else (args.h0[b], args.c0[b])
-            if reset is not None and later < int(lengths[b]) and reset[later, b]:
-                h_in[t, b], c_in[t, b] = (torch.zeros(H) if v is None else v for v in (h_start, c_start))
-    return [h_in, c_in], torch.arange(T)[:, None] < lengths
-
-
 def check_steps(backend: str, args: Inputs) -> None:
     """Each step, from the state before it as the backend left it, is the definition's to the budget.
 
@@ -118,7 +103,9 @@ def check_steps(backend: str, args: Inputs) -> None:
             for v in (h, c, gates, args.x_gates, args.options[2], noise)
         )
         dense = args._replace(x_gates=x, options=(lengths, None, reset, *args.options[3:]))
-    (h_in, c_in), valid = states_before(dense, h, c)
+    lengths, start, reverse = dense.options[0], dense.options[3:5], args.options[-1]
+    first = args.h0, args.c0
+    (h_in, c_in), valid = states_before(h, c, first, lengths, dense.options[2], start, reverse)
     for got in (h, c, gates):
         assert not got[~valid].any(), "not zero beyond a row's end"
 
@@ -131,19 +118,7 @@ def check_steps(backend: str, args: Inputs) -> None:
     inputs = (dense.x_gates[valid], args.scale, h_in[valid], c_in[valid], None if noise is None else noise[valid])
     if valid.any():
         assert_within_budget("h c gates", (h[valid], c[valid].to(dtype), gates[valid]), definition, inputs)
-    check_last(dense, h, c, h_n, c_n)
-
-
-def check_last(args: Inputs, h: Tensor, c: Tensor, h_n: Tensor, c_n: Tensor) -> None:
-    T, reverse = len(h), args.options[-1]
-    for b in range(len(h_n)):
-        length = T if args.options[0] is None else int(args.options[0][b])
-        last = (
-            (args.h0[b], args.c0[b])
-            if length == 0
-            else ((h[0, b], c[0, b]) if reverse else (h[length - 1, b], c[length - 1, b]))
-        )
-        assert torch.equal(h_n[b], last[0]) and torch.equal(c_n[b], last[1])
+    check_last((h, c, None, h_n, c_n), first, lengths, reverse)
 
 
 @each_case
@@ -169,6 +144,8 @@ def test_routes(backend: str, name: str, case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @each_backend
 def test_low_precision(backend: str, dtype: torch.dtype) -> None:
+    if backend == "cpu":
+        pytest.skip("cpu: computes float32")
     args = inputs(CASES["all_lengths"], dtype)
     assert [v.dtype for v in forward(backend, args)] == [dtype, torch.float32, dtype, dtype, torch.float32]
     check_steps(backend, args)
@@ -222,6 +199,40 @@ def test_functional(case: str) -> None:
     assert_same_bits("h h_n c_n c gates", found, (h, h_n, c_n, c, gates))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_functional_in_other_dtypes(dtype: torch.dtype) -> None:
+    """On the CPU 16 bits are computed in float32, by the core, and float64 by the definition."""
+    args = inputs(CASES["all_lengths"], dtype)
+    c0 = args.c0.to(dtype)
+    named = dict(zip(functional.RecurrenceOptions._fields, args.options, strict=True))
+    named["c_start"] = args.options[4].to(dtype)
+    found = functional.lstm_int8(args.x_gates, args.weight_hh, args.scale, (args.h0, c0), **named)
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    options = tuple(v.to(wide) if isinstance(v, Tensor) and v.is_floating_point() else v for v in named.values())
+    state = args.x_gates.to(wide), args.weight_hh, args.scale, args.h0.to(wide), c0.to(wide)
+    backend = "cpu" if dtype == torch.bfloat16 else "reference"
+    expected = forward(backend, Inputs(*state, options), 0)
+    assert_same_bits("h h_n", *([v.to(dtype).double() for v in pair] for pair in ((found.h, found.h_n), expected[::3])))
+    assert_same_bits("c_n", found.c_n, expected[4])
+
+
+@cases.needs_compiled()
+def test_the_core_is_for_float32() -> None:
+    args = inputs(CASES["prime"], torch.float64)
+    with pytest.raises(ValueError, match="lstm_int8_forward: x_gates must be float32, got float64"):
+        torch.ops.fastseq.lstm_int8_forward(*args[:5], *args.options, 0)
+
+
+@cases.needs_compiled()
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_core_is_the_same_for_any_team(name: str) -> None:
+    args = inputs(CASES[name])
+    torch.set_num_threads(1)
+    one = forward("cpu", args)
+    torch.set_num_threads(3)
+    assert_same_bits(cases.OUTPUTS, forward("cpu", args), one)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"weight_hh": torch.zeros(20, 5)}, "weight_hh must be torch.int8, got torch.float32"),
     "size": ({"weight_hh": torch.zeros(19, 5, dtype=torch.int8)}, r"weight_hh must be \[4\*H, H\] = \[20, 5\], got"),
@@ -243,13 +254,12 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
 
 
 def test_the_definition_on_the_cpu_is_announced(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    """Once, with the reason; it stands in where no kernel for the CPU exists."""
+    """Once, with the reason; it stands in for dtypes that the core does not compute in."""
     monkeypatch.setattr(_select, "_told", set())
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    args = inputs(CASES["prime"])
+    args = [v.double() if v.is_floating_point() and v.dim() > 1 else v for v in inputs(CASES["prime"])[:3]]
     with caplog.at_level(logging.WARNING, "fastseq"):
         for _ in range(2):
-            functional.lstm_int8(*args[:3])
-    assert [r.message for r in caplog.records] == [
-        "lstm_int8_forward: using reference, because triton: input is on cpu"
-    ]
+            functional.lstm_int8(*args)
+    reasons = "cpu: x_gates is torch.float64, it takes torch.float32; triton: input is on cpu"
+    assert [r.message for r in caplog.records] == [f"lstm_int8_forward: using reference, because {reasons}"]

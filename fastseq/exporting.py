@@ -1,0 +1,86 @@
+"""``export_state(model)``: a trained model as plain descriptions of its layers and numpy arrays, for deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastseq import _check
+from fastseq.nn._exporting import array, plain_lstm_state
+
+_SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.AlphaDropout)  # at inference they do nothing
+_PLAIN: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+
+
+def export_state(model: nn.Module) -> dict[str, Any]:
+    """``{"layers": [...], "tensors": {...}}`` of an ``nn.Sequential``, or of one layer.
+
+    Layers are dicts that json takes, each with its "type" and "name"; the name of a tensor begins with that of its
+    layer. They are computed one after another on [T, B, C], time first, whatever a module's own layout is. Tensors are
+    numpy arrays as they are kept: compressed ones stay so, bfloat16 comes as the uint16 of its bits.
+
+    Args:
+        model: ``nn.Embedding``, ``Linear``, ``Conv1d``, ``LSTM``, ours, compressed ones, ``ReLU``, ``Tanh``,
+            ``Sigmoid``, ``Softmax`` over the features, or an ``nn.Sequential`` of these and of dropout, however deep.
+
+    Raises:
+        ArgumentError: naming the layer that has no place in a deployed model, or the option that it has none for.
+    """
+    found: dict[str, Any] = {"layers": [], "tensors": {}}
+    for name, layer in _walk("", model):
+        state = _layer(name, layer)
+        found["layers"] += state["layers"]
+        found["tensors"] |= state["tensors"]
+    return found
+
+
+def _walk(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    if type(module) is nn.Sequential:
+        return [v for n, child in module.named_children() for v in _walk(f"{name}.{n}".strip("."), child)]
+    return [] if isinstance(module, _SILENT) else [(name or type(module).__name__.lower(), module)]
+
+
+def _layer(name: str, module: nn.Module) -> dict[str, Any]:
+    own: Callable[[str], dict[str, Any]] | None = getattr(module, "export_state", None)
+    if own is not None:
+        return own(name)
+    kind = type(module)
+    if kind in _PLAIN:
+        return _state(name, _PLAIN[kind])
+    if isinstance(module, nn.Softmax) and module.dim in (-1, 2):
+        return _state(name, "softmax")
+    if kind is nn.LSTM and isinstance(module, nn.LSTM):
+        return plain_lstm_state(module, name)
+    if kind is nn.Linear and isinstance(module, nn.Linear):
+        sizes = {"in": module.in_features, "out": module.out_features}
+        return _state(name, "linear", sizes, weight=module.weight, bias=module.bias)
+    if kind is nn.Embedding and isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            _check.fail("export_state", f"{name}.max_norm", "None", module.max_norm)
+        return _state(
+            name, "embedding", {"size": module.num_embeddings, "dim": module.embedding_dim}, weight=module.weight
+        )
+    if kind is nn.Conv1d and isinstance(module, nn.Conv1d):
+        return _convolution(name, module)
+    _check.fail("export_state", name, "a layer that a deployed model can have", kind.__name__)
+
+
+def _convolution(name: str, module: nn.Conv1d) -> dict[str, Any]:
+    if module.groups != 1 or module.padding_mode != "zeros":
+        got = f"groups={module.groups}, padding_mode={module.padding_mode!r}"
+        _check.fail("export_state", name, "a Conv1d of one group with zeros around", got)
+    kernel, dilation = module.kernel_size[0], module.dilation[0]
+    around = dilation * (kernel - 1)
+    pad = {"valid": (0, 0), "same": (around // 2, around - around // 2)}
+    left, right = pad[module.padding] if isinstance(module.padding, str) else (module.padding[0],) * 2
+    sizes = {"in": module.in_channels, "out": module.out_channels, "kernel": kernel, "stride": module.stride[0]}
+    weight = module.weight.movedim(2, 1).flatten(1)  # columns: tap by tap
+    sizes |= {"dilation": dilation, "left": left, "right": right}
+    return _state(name, "conv1d", sizes, weight=weight, bias=module.bias)
+
+
+def _state(name: str, kind: str, fields: dict[str, Any] | None = None, **tensors: Any) -> dict[str, Any]:
+    found = {f"{name}.{key}": array(v.float() if key == "bias" else v) for key, v in tensors.items() if v is not None}
+    return {"layers": [{"type": kind, "name": name, **(fields or {})}], "tensors": found}
