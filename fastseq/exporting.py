@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from fastseq import _check
+from fastseq.nn import ResidualVQ, VectorQuantize
 from fastseq.nn._exporting import array, plain_lstm_state
+from fastseq.nn._exporting_vq import vq_state
 
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.AlphaDropout)  # at inference they do nothing
 _PLAIN: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+ACTIVATIONS = {"relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "softmax": nn.Softmax(-1)}
 
 
-def export_state(model: nn.Module) -> dict[str, Any]:
-    """``{"layers": [...], "tensors": {...}}`` of an ``nn.Sequential``, or of one layer.
+def export_state(model: nn.Module, order: Sequence[str] | None = None) -> dict[str, Any]:
+    """``{"layers": [...], "tensors": {...}}`` of an ``nn.Sequential``, of one layer, or of the modules named.
 
     Layers are dicts that json takes, each with its "type" and "name"; the name of a tensor begins with that of its
     layer. They are computed one after another on [T, B, C], time first, whatever a module's own layout is. Tensors are
     numpy arrays as they are kept: compressed ones stay so, bfloat16 comes as the uint16 of its bits.
 
     Args:
-        model: ``nn.Embedding``, ``Linear``, ``Conv1d``, ``LSTM``, ours, compressed ones, ``ReLU``, ``Tanh``,
-            ``Sigmoid``, ``Softmax`` over the features, or an ``nn.Sequential`` of these and of dropout, however deep.
+        model: ``nn.Embedding``, ``Linear``, ``Conv1d``, ``LSTM``, ours, compressed ones, ``VectorQuantize`` and
+            ``ResidualVQ``, ``ReLU``, ``Tanh``, ``Sigmoid``, ``Softmax`` over the features, or an ``nn.Sequential`` of
+            these and of dropout, however deep; with ``order`` any module that has these inside.
+        order: names of modules inside ``model``, one after the other as its forward calls them, such as ["embedding",
+            "lstm", "relu", "head"]; "relu", "tanh", "sigmoid" and "softmax" are activations where no module is so
+            called.
+
+    Returns:
+        A quantizer that comes last gives its indices, another one its codes, projected out.
 
     Raises:
         ArgumentError: naming the layer that has no place in a deployed model, or the option that it has none for.
     """
     found: dict[str, Any] = {"layers": [], "tensors": {}}
-    for name, layer in _walk("", model):
-        state = _layer(name, layer)
+    parts = _walk("", model) if order is None else [part for name in order for part in _named(model, name)]
+    names: dict[str, int] = {}
+    for n, (name, layer) in enumerate(parts):
+        names[name] = names.get(name, 0) + 1
+        own = name if names[name] == 1 else f"{name}_{names[name]}"
+        state = _layer(own, layer, last=n + 1 == len(parts))
         found["layers"] += state["layers"]
         found["tensors"] |= state["tensors"]
     return found
+
+
+def _named(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    if name in dict(model.named_modules()):
+        return _walk(name, model.get_submodule(name))
+    if name not in ACTIVATIONS:
+        inside = ", ".join(n for n, _ in model.named_modules() if n)
+        _check.fail("export_state", "order", f"names among {inside}, or {', '.join(ACTIVATIONS)}", repr(name))
+    return [(name, ACTIVATIONS[name])]
 
 
 def _walk(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -42,7 +65,9 @@ def _walk(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [] if isinstance(module, _SILENT) else [(name or type(module).__name__.lower(), module)]
 
 
-def _layer(name: str, module: nn.Module) -> dict[str, Any]:
+def _layer(name: str, module: nn.Module, last: bool) -> dict[str, Any]:
+    if isinstance(module, (VectorQuantize, ResidualVQ)):
+        return vq_state(module, name, last)
     own: Callable[[str], dict[str, Any]] | None = getattr(module, "export_state", None)
     if own is not None:
         return own(name)
@@ -64,7 +89,8 @@ def _layer(name: str, module: nn.Module) -> dict[str, Any]:
         )
     if kind is nn.Conv1d and isinstance(module, nn.Conv1d):
         return _convolution(name, module)
-    _check.fail("export_state", name, "a layer that a deployed model can have", kind.__name__)
+    inside = " (with order=[...] those inside it can be)" if any(True for _ in module.children()) else ""
+    _check.fail("export_state", name, f"a layer that a deployed model can have{inside}", kind.__name__)
 
 
 def _convolution(name: str, module: nn.Conv1d) -> dict[str, Any]:

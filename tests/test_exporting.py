@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fastseq
-from fastseq import reference
-from fastseq.reference import Gate, Part
+from fastseq import deploy, reference
 from tests.tolerance import assert_same_bits
 
 I, H, T, B = 24, 10, 6, 3  # noqa: E741
@@ -21,6 +20,8 @@ LSTMS: dict[str, Any] = {
     "stock": lambda: nn.LSTM(I, H, num_layers=2, bidirectional=True),
     "ours": lambda: fastseq.nn.LSTM(I, H, proj_size=4, gates="sharpened", bias=False),
     "start": lambda: fastseq.nn.LSTM(I, H, gates="binary", hard_eval=True, learnable_state=True),
+    "rank": lambda: fastseq.nn.LSTM(I, H, 2, rank=3),
+    "some ranks": lambda: fastseq.nn.LSTM(I, H, rank={"f": 2, "o": 4}),
 }
 WAYS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
@@ -45,71 +46,19 @@ def tensor(value: np.ndarray) -> Tensor:
     return torch.from_numpy(value)
 
 
-class Arrays:
-    """The tensors of one layer."""
-
-    def __init__(self, tensors: dict[str, np.ndarray], layer: dict[str, Any]) -> None:
-        self.layer, self.used = layer, set()
-        self.tensors = {k.removeprefix(layer["name"] + "."): v for k, v in tensors.items()}
-
-    def get(self, name: str) -> Any:
-        if name not in self.tensors:
-            return None
-        self.used.add(name)
-        return tensor(self.tensors[name])
-
-    def part(self, name: str) -> Part:
-        scale, values = self.get(f"{name}.scale"), self.get(name)
-        group = self.layer.get("group", 0) if scale is not None and scale.shape[1] > 1 else 0
-        return Part(values, scale, group)
-
-    def gate(self, name: str) -> Gate:
-        if f"{name}.up" in self.tensors:
-            return Gate(self.part(f"{name}.up"), self.part(f"{name}.down"))
-        return Gate(self.part(name))
-
-    def matrix(self, name: str) -> list[Gate] | None:
-        if name in self.tensors or f"{name}.up" in self.tensors:
-            return [self.gate(name)]
-        return (
-            [self.gate(f"{name}.{g}") for g in "ifgo"]
-            if f"{name}.i" in self.tensors or f"{name}.i.up" in self.tensors
-            else None
-        )
-
-
 def run(state: dict[str, Any], x: Tensor) -> Tensor:
-    """The model from its description, by the definitions."""
-    used = 0
-    for layer in json.loads(json.dumps(state["layers"])):
-        mine = Arrays({k: v for k, v in state["tensors"].items() if k.startswith(layer["name"] + ".")}, layer)
-        if layer["type"] == "embedding":
-            x = F.embedding(x, mine.get("weight"))
-        elif layer["type"] == "linear":
-            x = F.linear(x, mine.get("weight"), mine.get("bias"))
-        elif layer["type"] == "conv1d":
-            weight = mine.get("weight").unflatten(1, (layer["kernel"], layer["in"])).movedim(1, 2)
-            padded = F.pad(x.movedim(0, 2), (layer["left"], layer["right"]))
-            x = F.conv1d(padded, weight, mine.get("bias"), layer["stride"], 0, layer["dilation"]).movedim(2, 0)
-        elif layer["type"] == "lstm":
-            for n in range(layer["num_layers"]):
-                outs = []
-                for reverse in (False, True)[: 1 + layer["bidirectional"]]:
-                    s = f"_l{n}_reverse" if reverse else f"_l{n}"
-                    hh, hr = mine.matrix(f"weight_hh{s}"), mine.matrix(f"weight_hr{s}")
-                    start = mine.get(f"h_start{s}"), mine.get(f"c_start{s}")
-                    widths = layer["proj_size"] or layer["hidden_size"], layer["hidden_size"]
-                    h0, c0 = (torch.zeros(w) if v is None else v for v, w in zip(start, widths, strict=True))
-                    options = (mine.matrix(f"weight_ih{s}"), mine.get(f"bias{s}"), hr, None, None, None, None, None)
-                    first = h0.expand(x.shape[1], -1), c0.expand(x.shape[1], -1)
-                    outs.append(reference.lstm_packed(x, hh, *first, *options, layer["tau"], layer["hard"], reverse)[0])
-                x = torch.cat(outs, -1)
-        else:
-            x = PLAIN[layer["type"]](x)
-        assert mine.used == set(mine.tensors), "tensors that no field of the layer names"
-        used += len(mine.used)
-    assert used == len(state["tensors"])
-    return x
+    """The model from its description: by the definition, and by the runtime from a file, which agree."""
+    layers = json.loads(json.dumps(state["layers"]))
+    y = reference.run_model(layers, state["tensors"], x)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        deploy.save({"layers": layers, "tensors": state["tensors"]}, f"{folder}/model")
+        model = deploy.Model.load(f"{folder}/model")
+        found = torch.from_numpy(model.run((x if x.is_floating_point() else x.int()).numpy())[0])
+    if y.is_floating_point():
+        assert_near(found, y)
+    else:
+        assert torch.equal(found, y)
+    return y
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:
@@ -173,6 +122,64 @@ def test_a_model() -> None:
     assert state["tensors"]["2.weight_hh_l0.scale"].shape == (4 * H, 1)
 
 
+class Tagger(nn.Module):
+    """With a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.lstm = nn.Linear(H, 4), nn.LSTM(I, H, batch_first=True)
+        self.embedding, self.other = nn.Embedding(9, I), nn.Linear(2, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(self.embedding(tokens))[0].relu())
+        return out.softmax(-1)
+
+
+@torch.no_grad()
+def test_modules_in_order() -> None:
+    model, tokens = Tagger().eval(), torch.randint(0, 9, (T, B))
+    order = ["embedding", "lstm", "relu", "head", "softmax"]
+    state = fastseq.export_state(model, order)
+    assert [v["name"] for v in state["layers"]] == order
+    assert_near(run(state, tokens), model(tokens.mT).movedim(0, 1))
+    small = fastseq.compress(model, "int8").model
+    assert_near(run(fastseq.export_state(small, order), tokens), small(tokens.mT).movedim(0, 1))
+    twice = fastseq.export_state(model, ["other", "relu", "other", "relu"])
+    assert [v["name"] for v in twice["layers"]] == ["other", "relu", "other_2", "relu_2"]
+    with pytest.raises(ValueError, match=r"order must be names among head, .*, softmax, got 'decoder'"):
+        fastseq.export_state(model, ["decoder"])
+    with pytest.raises(ValueError, match=r"must be a layer that .* \(with order=\[...\] those .*\), got Tagger"):
+        fastseq.export_state(model)
+
+
+QUANTIZERS: dict[str, Any] = {
+    "plain": lambda: fastseq.nn.VectorQuantize(I, 16),
+    "cosine": lambda: fastseq.nn.VectorQuantize(I, 16, use_cosine_sim=True),
+    "projected": lambda: fastseq.nn.VectorQuantize(I, 16, codebook_dim=5),
+    "input": lambda: fastseq.nn.VectorQuantize(I, 16, codebook_dim=5, batch_norm="input"),
+    "codes": lambda: fastseq.nn.VectorQuantize(I, 16, codebook_dim=5, batch_norm="codes"),
+    "normalized": lambda: fastseq.nn.VectorQuantize(I, 16, batch_norm="input"),
+    "residual": lambda: fastseq.nn.ResidualVQ(dim=I, num_quantizers=3, codebook_size=16, codebook_dim=6),
+    "shared": lambda: fastseq.nn.ResidualVQ(dim=I, num_quantizers=2, codebook_size=16, shared_codebook=True),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@torch.no_grad()
+def test_quantizers(kind: str) -> None:
+    """The last gives indices, another one codes."""
+    vq = QUANTIZERS[kind]()
+    for _ in range(3):
+        vq(torch.randn(20, 4, I) + 0.5)
+    vq.eval()
+    x = torch.randn(T, B, I)
+    quantized, index = vq(x)[:2]
+    state = fastseq.export_state(nn.Sequential(vq, nn.Linear(I, 3)))
+    weight, bias = (tensor(state["tensors"][f"1.{key}"]) for key in ("weight", "bias"))
+    assert_near(run(state, x), nn.functional.linear(quantized, weight, bias))
+    assert torch.equal(run(fastseq.export_state(vq), x), index.int())
+
+
 @pytest.mark.parametrize("padding", [0, 2, "same", "valid"])
 @torch.no_grad()
 def test_convolutions(padding: Any) -> None:
@@ -203,12 +210,17 @@ def test_arrays_are_as_they_are_kept() -> None:
         (nn.Softmax(1), "softmax must be a layer that a deployed model can have, got Softmax"),
         (nn.Conv1d(4, 4, 3, groups=2), "conv1d must be a Conv1d of one group with zeros around, got groups=2"),
         (nn.Embedding(3, 2, max_norm=1.0), "embedding.max_norm must be None, got 1.0"),
+        (fastseq.nn.VectorQuantize(4, 8, heads=2), "vectorquantize.heads must be as by default"),
+        (
+            fastseq.nn.ResidualVQ(dim=4, codebook_size=(4, 8)),
+            "codebook_size must be the same on all levels, got [4, 8]",
+        ),
     ],
 )
 def test_what_is_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError) as error:
         fastseq.export_state(model)
-    assert f"export_state: {message}" in str(error.value)
+    assert "export_state: " in str(error.value) and message in str(error.value)
 
 
 def test_groups_of_a_layer_are_alike() -> None:

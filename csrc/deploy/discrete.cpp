@@ -1,20 +1,14 @@
 // Layers whose results are integers: codes of a residual quantizer, labels by Viterbi's algorithm.
 #include <algorithm>
-#include <cmath>
+#include <limits>
 
+#include "core/vq.h"
 #include "core/vq_residual.h"
 #include "deploy/layer.h"
 #include "deploy/weights.h"
 
 namespace fastseq::deploy {
 namespace {
-
-void normalize(const float* x, int64_t D, float* y) {
-  double square = 0;
-  for (int64_t n = 0; n < D; ++n) square += double(x[n]) * x[n];
-  const auto size = static_cast<float>(std::max(std::sqrt(square), 1e-12));
-  for (int64_t n = 0; n < D; ++n) y[n] = x[n] / size;
-}
 
 class ResidualVq : public Layer {
  public:
@@ -28,26 +22,25 @@ class ResidualVq : public Layer {
     codes_ = output == "codes";
     if (cosine_ && L_ > 1) d.wrong("metric cosine is for one level");
     codebooks_ = read_floats(d.file, d.tensor("codebooks"), {L_, K_, D_});
-    for (int64_t k = 0; cosine_ && k < K_; ++k)
-      normalize(&codebooks_[static_cast<size_t>(k * D_)], D_, &codebooks_[static_cast<size_t>(k * D_)]);
     for (int64_t l = 0; l < L_; ++l) levels_.push_back({K_, codebooks_.data() + l * K_ * D_, nullptr, nullptr});
   }
   Shape shape() const override { return codes_ ? Shape{true, L_} : Shape{false, D_}; }
   void run(const Run& run, const std::vector<const Data*>& inputs, Output& out) const override {
     const Data& in = *inputs[0];
     const int64_t N = in.T * in.B;
-    const float* x = in.floats;
-    if (cosine_) {
-      float* const unit = run.scratch[1].get<float>(N * D_);
-      for (int64_t e = 0; e < N; ++e) normalize(x + e * D_, D_, unit + e * D_);
-      x = unit;
-    }
     int64_t* const index = run.scratch[3].get<int64_t>(N * L_);
     float* const vectors = codes_ ? run.scratch[2].get<float>(N * D_) : out.floats(in.T, in.B, D_);
-    const core::VqResidual<float> call{N,       D_,      L_,      x,     levels_.data(),
-                                       nullptr, nullptr, vectors, index, run.scratch[4].get<float>(N * L_)};
-    void* const memory = run.scratch[0].get<char>(static_cast<int64_t>(core::vq_residual_scratch(call, run.team.most)));
-    core::vq_residual(call, memory, run.team);
+    if (cosine_) {  // codes are of length 1, and the length of x changes nothing
+      const core::VqNearest<float> call{{1, N, K_, D_, in.floats, codebooks_.data(), nullptr, true},
+                                        1, 64, index, nullptr, nullptr, vectors};
+      const auto bytes = static_cast<int64_t>(core::vq_nearest_scratch(call, run.team.most));
+      core::vq_nearest(call, run.scratch[0].get<char>(bytes), run.team);
+    } else {
+      const core::VqResidual<float> call{N,       D_,      L_,      in.floats, levels_.data(),
+                                         nullptr, nullptr, vectors, index,     run.scratch[4].get<float>(N * L_)};
+      const auto bytes = static_cast<int64_t>(core::vq_residual_scratch(call, run.team.most));
+      core::vq_residual(call, run.scratch[0].get<char>(bytes), run.team);
+    }
     if (!codes_) return;
     int32_t* const y = out.integers(in.T, in.B, L_);
     for (int64_t n = 0; n < N * L_; ++n) y[n] = static_cast<int32_t>(index[n]);
@@ -80,7 +73,7 @@ class Crf : public Layer {
   }
 
  private:
-  // The first of equal scores wins.
+  // The first of equal scores wins; a NaN never does.
   void decode(const Run& run, const Data& in, int64_t b, int32_t* y) const {
     const int64_t T = in.length(b);
     int32_t* const came_from = run.scratch[1].get<int32_t>(T * K_);
@@ -91,24 +84,29 @@ class Crf : public Layer {
     for (int64_t t = 1; t < T; ++t) {
       for (int64_t to = 0; to < K_; ++to) {
         int64_t best = 0;
-        float most = 0;
+        float most = kLeast;
         for (int64_t from = 0; from < K_; ++from) {
-          const float found = score[from] + transitions_[static_cast<size_t>(from * K_ + to)] + scores(t)[to];
-          if (from == 0 || found > most) most = found, best = from;
+          const float found = score[from] + transitions_[static_cast<size_t>(from * K_ + to)];
+          if (found > most) most = found, best = from;
         }
-        next[to] = most;
+        next[to] = most + scores(t)[to];
         came_from[t * K_ + to] = static_cast<int32_t>(best);
       }
       std::copy_n(next, K_, score);
     }
     for (int64_t k = 0; k < K_; ++k) score[k] += end_[static_cast<size_t>(k)];
-    auto label = static_cast<int32_t>(std::max_element(score, score + K_) - score);
+    int32_t label = 0;
+    float most = kLeast;
+    for (int64_t k = 0; k < K_; ++k) {
+      if (score[k] > most) most = score[k], label = static_cast<int32_t>(k);
+    }
     for (int64_t t = T - 1; t >= 0; --t) {
       y[t * in.B + b] = label;
       if (t) label = came_from[t * K_ + label];
     }
   }
 
+  static constexpr float kLeast = -std::numeric_limits<float>::infinity();
   int64_t K_;
   std::vector<float> transitions_, start_, end_;
 };

@@ -41,15 +41,17 @@ class Lstm : public Layer {
       : H_(d.size("hidden_size", 1, kMostSize)),
         P_(d.size("proj_size", 0, kMostSize, 0)),
         directions_(d.flag("bidirectional", false) ? 2 : 1),
+        reverse_(d.flag("reverse", false)),
         tau_(d.real("tau", 1.0)),
         hard_(d.flag("hard", false)) {
     const int64_t I = d.size("input_size", 1, kMostSize), layers = d.size("num_layers", 1, 1024, 1);
     const int64_t group = d.size("group", 0, kMostSize, 0);
     d.expect(inputs, false, I);
     if (!(tau_ > 0) || !std::isfinite(tau_)) d.wrong("tau must be greater than 0");
+    if (reverse_ && directions_ == 2) d.wrong("reverse is for one direction");
     for (int64_t l = 0; l < layers; ++l) {
       for (int n = 0; n < directions_; ++n) {
-        const std::string end = "_l" + std::to_string(l) + (n ? "_reverse" : "");
+        const std::string end = "_l" + std::to_string(l) + (n || reverse_ ? "_reverse" : "");
         read(d, end, l ? directions_ * out_size() : I, group);
       }
     }
@@ -65,7 +67,7 @@ class Lstm : public Layer {
     }
   }
   const char* looks_ahead() const override {
-    return directions_ == 2 ? "its reverse direction begins at the end" : nullptr;
+    return directions_ == 2 || reverse_ ? "its reverse direction begins at the end" : nullptr;
   }
   void run(const Run& run, const std::vector<const Data*>& inputs, Output& out) const override;
 
@@ -90,6 +92,7 @@ class Lstm : public Layer {
 
   int64_t H_, P_;
   int directions_;
+  bool reverse_;  // the only direction
   double tau_;
   bool hard_;
   std::vector<Direction> parts_;  // by layer and direction
@@ -149,7 +152,7 @@ void Lstm::run(const Run& run, const std::vector<const Data*>& inputs, Output& o
       states[n] = run.scratch[2 + n].get<float>(2 * B * (P + H_));
       load_state(run, part, B, states[n]);
       float* const h = directions_ == 1 ? to : run.scratch[4 + n].get<float>(N * P);
-      lanes[n] = {call_of(parts_[part], in, x, states[n], h, n == 1), &run.scratch[6 + n]};
+      lanes[n] = {call_of(parts_[part], in, x, states[n], h, n == 1 || reverse_), &run.scratch[6 + n]};
     }
     if (directions_ == 1) {
       run_lane(lanes[0], run.team);

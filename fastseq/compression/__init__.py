@@ -16,6 +16,8 @@ from fastseq.compression.measure import outputs, step_errors, times
 from fastseq.compression.moments import Moments, moments
 from fastseq.compression.report import Matrix, Report
 from fastseq.nn import LSTM, CompressedLSTM, LSTMCell, StoredMatrix
+from fastseq.nn._matrices import matrices_of
+from fastseq.reference import Matrix as Gates
 
 __all__ = ["Compressed", "Form", "Matrix", "Report", "compress"]
 
@@ -50,7 +52,7 @@ def compress(
     ``torch.nn.LSTM`` and ours become ``fastseq.nn.CompressedLSTM``, which is called in the same way, keeps the matrices
     compressed, and computes with them: where they are integers, inputs and states are rounded to 8 bits too. Cells,
     subclasses, and all that is rounded with ``step``, keep their class and hold in their dtype the values that
-    compressed matrices stand for.
+    compressed matrices stand for. Factors of an ``LSTM`` with ``rank`` stay factors, stored as ``weights`` says.
 
     Rounding with ``step`` and ``clip``, and a ``rank``, are what G2-LSTM (Li et al., ICML 2018) does to models that
     were trained as usual: by default to the input and forget gates alone, to each matrix of each gate on its own.
@@ -93,7 +95,7 @@ def compress(
     if not mine:
         _check.fail("compress", "model", "a module with an LSTM or LSTMCell inside", type(model).__name__)
     for name, module in mine.items():
-        _check_module(name, module)
+        _check_module(name, module, form)
     given = inputs if type(inputs) is tuple else (inputs,)  # a PackedSequence is a tuple too
     met = moments(model, mine, given) if nearest == "outputs" else {}
     small, matrices = _compressed(copy.deepcopy(model), form, trainable, met)
@@ -109,23 +111,23 @@ def _compressed(
     stored: dict[tuple[int, bool], StoredMatrix] = {}
     for name, module in recurrent(small).items():
         parts = {}
-        for parameter, value in _matrices(module).items():
-            gated, seen = not parameter.startswith("weight_hr"), id(value)
+        for parameter, (matrix, K) in matrices_of(module).items():
+            seen = matrix[0].rows.values.data_ptr()
             if seen not in kept:
                 full = f"{name}.{parameter}" if name else parameter
                 moment = met[name].get(parameter) if name in met else None
-                kept[seen], rows = _compress_matrix(full, value, form, gated, moment)
+                kept[seen], rows = _compress_matrix(full, matrix, form, moment)
                 told += rows
-            parts[parameter] = (value, seen)
+            parts[parameter] = (K, seen)
         if form.step is not None or type(module) not in (nn.LSTM, LSTM):
-            for value, seen in parts.values():
-                value.data.copy_(torch.cat([k.values for k in kept[seen]]))
+            for parameter, (_, seen) in parts.items():
+                getattr(module, parameter).data.copy_(torch.cat([k.values for k in kept[seen]]))
             continue
         found = {}
-        for parameter, (value, seen) in parts.items():
+        for parameter, (K, seen) in parts.items():
             bounded = parameter.startswith("weight_hr") or (parameter.startswith("weight_hh") and not module.proj_size)
             if (seen, bounded) not in stored:
-                stored[seen, bounded] = _stored(kept[seen], value.shape[1], bounded, trainable)
+                stored[seen, bounded] = _stored(kept[seen], K, bounded, trainable)
             found[parameter] = stored[seen, bounded]
         small = _replaced(small, module, CompressedLSTM(module, found))  # type: ignore[arg-type]
     return small, told
@@ -151,19 +153,15 @@ def recurrent(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
-def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in module.named_parameters(recurse=False) if n.startswith("weight_") and p.dim() == 2}
-
-
-def _check_module(name: str, module: nn.Module) -> None:
+def _check_module(name: str, module: nn.Module, form: Form) -> None:
     told = f"model.{name}" if name else "model"
     if isinstance(module, CompressedLSTM):
         _check.fail("compress", told, "not compressed yet", "a CompressedLSTM")
     if parametrize.is_parametrized(module):
         _check.fail("compress", told, "without parametrizations (remove them first)", "a parametrized module")
-    if getattr(module, "rank", None) is not None:
+    if getattr(module, "rank", None) is not None and (form.step is not None or type(module) is not LSTM):
         _check.fail("compress", told, "without rank (load its dense_state_dict() into one)", "one that holds factors")
-    for parameter, value in _matrices(module).items():
+    for parameter, value in module.named_parameters(recurse=False):
         if not value.is_floating_point():
             _check.fail("compress", f"{told}.{parameter}", "of a floating-point dtype", value.dtype)
         if not bool(value.isfinite().all()):
@@ -193,7 +191,7 @@ def _form(weights: Any, rank: Any, step: Any, clip: Any, gates: Any, group: Any)
     for value in ranks.values():
         if not (_is_whole(value) or (isinstance(value, float) and 0 < value < 1)):
             _check.fail("compress", "rank", "a whole number > 0, or a share of the squares in (0, 1)", repr(value))
-    return Form(storages, ranks, step, clip, gates, group)
+    return Form(storages, ranks, step, clip, gates, group, frozenset(ranks))
 
 
 def _storages(weights: Any) -> dict[str, str]:
@@ -214,18 +212,20 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _compress_matrix(
-    name: str, value: Tensor, form: Form, gated: bool, moment: Tensor | None
-) -> tuple[list[Kept], list[Matrix]]:
+def _compress_matrix(name: str, matrix: Gates, form: Form, moment: Tensor | None) -> tuple[list[Kept], list[Matrix]]:
     """A matrix gate by gate, or a projection as a whole; and the lines of the report."""
     kept, rows = [], []
-    parts: list[tuple[str, Tensor]] = list(zip(GATES, value.detach().chunk(4), strict=True)) if gated else []
-    for gate, part in parts or [("", value.detach())]:
-        found = keep(part, gate, form, moment)
+    letters = GATES if len(matrix) == 4 else ""
+    have = {letter for letter, gate in zip(letters, matrix, strict=False) if gate.down is not None}
+    form = form._replace(factored=form.factored | have)
+    for letter, gate in zip(letters or [""], matrix, strict=True):
+        found = keep(gate, letter, form, moment)
         kept.append(found)
         if found.how:
-            size = part.numel() * part.element_size()
-            rows.append(Matrix(name, gate, found.how, size, found.size, _snr(part, found.values.to(part.dtype))))
+            before = [part.values for part in gate if part is not None]
+            size = sum(value.numel() * value.element_size() for value in before)
+            true = before[0] if gate.down is None else before[0].double() @ before[1].double()
+            rows.append(Matrix(name, letter, found.how, size, found.size, _snr(true, found.values.to(before[0].dtype))))
     return kept, rows
 
 

@@ -25,6 +25,7 @@ class Form(NamedTuple):
     clip: float | None
     gates: str
     group: int | None
+    factored: frozenset[str]  # gates that have, or get, factors
 
 
 class Kept(NamedTuple):
@@ -37,21 +38,28 @@ class Kept(NamedTuple):
     masters: list[Tensor]
 
 
-def keep(part: Tensor, gate: str, form: Form, moment: Tensor | None = None) -> Kept:
-    """``part`` [N, K] compressed, computed in float32 at the least."""
-    wide = part.float() if part.element_size() < 4 else part.clone()
+def keep(given: Gate, gate: str, form: Form, moment: Tensor | None = None) -> Kept:
+    """A matrix [N, K] compressed, computed in float32 at the least."""
+    part = given.rows.values
+    wide, own = _wide(part), FLOATS.get(part.dtype, "float32")
     if form.step is not None:
         if not gate or gate not in form.gates:
             return Kept("", part.numel() * part.element_size(), part, None, [])
         return _round(wide, form, form.step)
-    own = FLOATS.get(part.dtype, "float32")
+    down = None if given.down is None else _wide(given.down.values)
     if gate in form.ranks:
-        found = _factor(wide, form, gate, own, moment)
-        if found is not None:
+        found = _factor(wide if down is None else wide @ down, form, gate, own, moment)
+        if found is not None and (down is None or len(found.masters[1]) < len(down)):
             return found
+    if down is not None:
+        return _factors(wide, down, form, gate, own)
     stored, how, size = _store(wide, form.weights.get(gate, own), own, form.group)
     values = reference.part_values(stored, part.shape[1]) if how else part
     return Kept(how, size, values, Gate(stored), [wide.float()])
+
+
+def _wide(part: Tensor) -> Tensor:
+    return part.float() if part.element_size() < 4 else part.clone()
 
 
 def _round(part: Tensor, form: Form, step: float) -> Kept:
@@ -69,18 +77,21 @@ def _factor(part: Tensor, form: Form, gate: str, own: str, moment: Tensor | None
     rank = reference.rank_of_energy(part, wanted, moment) if isinstance(wanted, float) else wanted
     if rank * (N + K) >= N * K:
         return None
-    up, down = reference.low_rank(part, rank, moment)
-    storage = form.weights.get(gate, own)
-    upper, how, size = _store(up, storage, own, form.group)
-    lower, _, lower_size = _store(down, _lower_storage(form, own), own, form.group)
-    values = reference.part_values(upper, rank) @ reference.part_values(lower, K)
-    text = ", ".join(filter(None, (f"rank {rank}", how)))
-    return Kept(text, size + lower_size, values, Gate(upper, lower), [up.float(), down.float()])
+    found = _factors(*reference.low_rank(part, rank, moment), form, gate, own)
+    return found._replace(how=", ".join(filter(None, (f"rank {rank}", found.how))))
+
+
+def _factors(up: Tensor, down: Tensor, form: Form, gate: str, own: str) -> Kept:
+    """``how`` tells the storage alone."""
+    upper, how, size = _store(up, form.weights.get(gate, own), own, form.group)
+    lower, lower_how, lower_size = _store(down, _lower_storage(form, own), own, form.group)
+    values = reference.part_values(upper, up.shape[1]) @ reference.part_values(lower, down.shape[1])
+    return Kept(how or lower_how, size + lower_size, values, Gate(upper, lower), [up.float(), down.float()])
 
 
 def _lower_storage(form: Form, own: str) -> str:
     """The lower factors of all gates lie in one array: the most bits that any of them asks for."""
-    found = [form.weights.get(gate, own) for gate in form.ranks]
+    found = [form.weights.get(gate, own) for gate in form.factored]
     return max(found, key=lambda s: STORAGES.index(s) if s in STORAGES else len(STORAGES))
 
 

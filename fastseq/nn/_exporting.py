@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastseq import _check
-from fastseq.functional import Gate, Matrix, Part
+from fastseq.functional import Matrix, Part
+from fastseq.nn._matrices import matrices_of
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -89,10 +90,9 @@ def lstm_state(
 def plain_lstm_state(module: nn.RNNBase, name: str) -> dict[str, Any]:
     """Of ``torch.nn.LSTM`` and ours."""
     state = {key: getattr(module, key) for key in module.state_dict()}
-    matrices = {k: ([Gate(Part(v.detach()))], v.shape[1]) for k, v in state.items() if k.startswith("weight_")}
     biases = {k: v for k, v in state.items() if k.startswith(("h_start", "c_start"))}
     for key, value in state.items():
         if key.startswith("bias_ih"):
             suffix = key.removeprefix("bias_ih")
             biases[f"bias{suffix}"] = value.detach().float() + state[f"bias_hh{suffix}"].detach().float()
-    return lstm_state(module, matrices, biases, name)
+    return lstm_state(module, matrices_of(module), biases, name)

@@ -40,7 +40,7 @@ def run_model(
     """Run a model on a batch of sequences.
 
     Args:
-        layers, tensors: the model; tensors may be arrays.
+        layers, tensors: the model; tensors may be arrays, uint16 for the bits of bfloat16.
         x: [T, B, C], or integers [T, B] where the first layer is an embedding.
         lengths: [B], the valid steps of each row.
         state: what an earlier call returned, to go on from there.
@@ -51,7 +51,7 @@ def run_model(
         right: the steps that it needs again, at the front of each row, and how many they are. A count of -n means that
         the next n steps are skipped.
     """
-    known = {name: v if isinstance(v, Tensor) else torch.tensor(v) for name, v in tensors.items()}
+    known = {name: v if isinstance(v, Tensor) else _tensor(v) for name, v in tensors.items()}
     x = torch.as_tensor(x)
     if not x.is_floating_point():
         wide = any(value.dtype == torch.float64 for value in known.values())
@@ -71,6 +71,12 @@ def run_model(
         new_state.update({f"{name}.{key}": value for key, value in left.items()})
         before = name
     return found[before].values, new_state
+
+
+def _tensor(values: Any) -> Tensor:
+    """An array, bfloat16 as the uint16 of its bits."""
+    found = torch.tensor(values)
+    return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
 
 
 def _under(tensors: Named, name: str) -> dict[str, Tensor]:
@@ -208,7 +214,10 @@ def _residual_vq(layer: Layer, own: Named, state: Named, sources: Sequence[Steps
         index = vq_nearest(rest[None], codebook[None], dot=layer.get("metric", "euclidean") == "cosine")[0, :, 0]
         total, rest = total + codebook[index], rest - codebook[index]
         indices.append(index)
-    found = torch.stack(indices, -1).to(torch.int32) if layer.get("output", "codes") == "codes" else total
+    if layer.get("output", "codes") == "codes":  # of one level without its dimension
+        found = torch.stack(indices, -1).to(torch.int32) if len(indices) > 1 else indices[0].to(torch.int32)
+    else:
+        found = total
     return Steps(found.unflatten(0, x.shape[:2]), lengths), {}
 
 
