@@ -108,6 +108,25 @@ def test_factors_in_eight_bits() -> None:
     assert told == {"i": "rank 2, int8", "f": "rank 2, int8", "g": "int8", "o": "int8"}
 
 
+@torch.no_grad()
+def test_factors_that_were_trained_stay() -> None:
+    model = fastseq.nn.LSTM(I, H, rank={"i": 2, "f": 5, "o": 3})
+    small, report = fastseq.compress(model, {"i": "int4", "f": "int8", "g": "int4"}, {"f": 3, "o": 3})
+    told = {m.gate: m.how for m in report.matrices if m.name == "weight_hh_l0"}
+    assert told == {"i": "int4", "f": "rank 3, int8", "g": "int4"}
+    new = parts(small)
+    ups, downs = model.weight_hh_up_l0.split([2, 5, 3], 1), model.weight_hh_down_l0.split([2, 5, 3])
+    assert torch.equal(new["weight_hh_l0", "o"], ups[2] @ downs[2])
+    up = reference.part_values(reference.store(ups[0], "int4"), 2)
+    assert torch.equal(new["weight_hh_l0", "i"], up @ downs[0])  # lower factors lie in one array, and one is float32
+    x = torch.randn(5, 2, I)
+    assert (small(x)[0] - model(x)[0]).abs().max() < 0.2
+    before = sum(v.numel() for v in (*ups, *downs)) * 4 - 4 * (3 * 2 * H)
+    assert sum(m.bytes_before for m in report.matrices if m.name == "weight_hh_l0") == before + 4 * H * H
+    with pytest.raises(ValueError, match="model must be without rank"):
+        fastseq.compress(model, step=0.2)
+
+
 def test_a_tied_matrix_is_compressed_once() -> None:
     model = nn.ModuleList([nn.LSTM(H, H), nn.LSTM(H, H)])
     model[1].weight_hh_l0 = model[0].weight_hh_l0

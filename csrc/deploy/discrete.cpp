@@ -31,8 +31,8 @@ class ResidualVq : public Layer {
     int64_t* const index = run.scratch[3].get<int64_t>(N * L_);
     float* const vectors = codes_ ? run.scratch[2].get<float>(N * D_) : out.floats(in.T, in.B, D_);
     if (cosine_) {  // codes are of length 1, and the length of x changes nothing
-      const core::VqNearest<float> call{{1, N, K_, D_, in.floats, codebooks_.data(), nullptr, true},
-                                        1, 64, index, nullptr, nullptr, vectors};
+      const core::VqNearest<float> call{
+          {1, N, K_, D_, in.floats, codebooks_.data(), nullptr, true}, 1, 64, index, nullptr, nullptr, vectors};
       const auto bytes = static_cast<int64_t>(core::vq_nearest_scratch(call, run.team.most));
       core::vq_nearest(call, run.scratch[0].get<char>(bytes), run.team);
     } else {

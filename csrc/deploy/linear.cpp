@@ -14,21 +14,10 @@ constexpr int64_t kMostVocabulary = int64_t(1) << 31;
 class Embedding : public Layer {
  public:
   Embedding(const Description& d, const std::vector<Shape>& inputs)
-      : V_(d.size("size", 1, kMostVocabulary)), D_(d.size("dim", 1, kMostSize)) {
+      : V_(d.size("size", 1, kMostVocabulary)),
+        D_(d.size("dim", 1, kMostSize)),
+        table_(Table::read(d.file, d.tensor("weight"), V_, D_, d.size("group", 0, kMostSize, 0))) {
     d.expect(inputs, true, 0);
-    const std::string weight = d.tensor("weight");
-    const Tensor& t = d.file.get(weight);
-    if (t.dtype != Dtype::i8) {
-      table_ = read_floats(d.file, weight, {V_, D_});
-      return;
-    }
-    const std::vector<float> scale = read_floats(d.file, weight + ".scale", {V_, 1});
-    if (t.shape != std::vector<int64_t>{V_, D_}) d.wrong("its weight must be [size, dim], got " + t.text());
-    table_.resize(static_cast<size_t>(V_ * D_));
-    for (int64_t n = 0; n < V_ * D_; ++n) {
-      table_[static_cast<size_t>(n)] =
-          static_cast<float>(static_cast<int8_t>(t.data[n])) * scale[static_cast<size_t>(n / D_)];
-    }
   }
   Shape shape() const override { return {false, D_}; }
   void run(const Run&, const std::vector<const Data*>& inputs, Output& out) const override {
@@ -39,7 +28,7 @@ class Embedding : public Layer {
       const bool valid = e / in.B < in.length(e % in.B);
       if (valid && (id < 0 || id >= V_)) fail("layer '", name, "': x must lie in 0 .. ", V_ - 1, ", got ", id);
       if (valid) {
-        std::copy_n(table_.data() + id * D_, D_, y + e * D_);
+        table_.row(id, y + e * D_);
       } else {
         std::fill_n(y + e * D_, D_, 0.0f);
       }
@@ -48,7 +37,7 @@ class Embedding : public Layer {
 
  private:
   int64_t V_, D_;
-  std::vector<float> table_;
+  Table table_;
 };
 
 // y = x @ weight.T + bias over rows that lie one after the other.

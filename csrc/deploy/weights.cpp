@@ -1,5 +1,6 @@
 #include "deploy/weights.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -52,6 +53,15 @@ std::vector<float> widened(const Tensor& t) {
   return out;
 }
 
+int64_t row_bytes(core::Storage storage, int64_t K) {
+  return storage == core::Storage::f32    ? 4 * K
+         : storage == core::Storage::bf16 ? 2 * K
+         : storage == core::Storage::int8 ? K
+                                          : (K + 1) / 2;
+}
+
+int64_t groups_of(int64_t group, int64_t K) { return group ? (K + group - 1) / group : 1; }
+
 // Sources of the parts of one matrix, and what had to be copied for them.
 class Parts {
  public:
@@ -81,7 +91,7 @@ class Parts {
     if (!nibbles && std::memchr(t.data, 0x80, static_cast<size_t>(t.count()))) {
       fail("tensor '", t.name, "' must hold integers of -127 .. 127, got -128");
     }
-    const int64_t group = group_ > 0 && group_ < K ? group_ : 0, groups = group ? (K + group - 1) / group : 1;
+    const int64_t group = group_ > 0 && group_ < K ? group_ : 0, groups = groups_of(group, K);
     const std::string scale = t.name + ".scale";
     auto& kept = floats_.emplace_back(read_floats(file_, scale, {N, groups}));
     for (const float value : kept) {
@@ -98,13 +108,8 @@ class Parts {
 
 // Rows from `first` on.
 core::PartSource rows_from(core::PartSource part, int64_t first, int64_t K) {
-  const int64_t groups = part.group ? (K + part.group - 1) / part.group : 1;
-  const int64_t row = part.storage == core::Storage::f32    ? 4 * K
-                      : part.storage == core::Storage::bf16 ? 2 * K
-                      : part.storage == core::Storage::int8 ? K
-                                                            : (K + 1) / 2;
-  part.values = static_cast<const uint8_t*>(part.values) + first * row;
-  if (part.scale) part.scale += first * groups;
+  part.values = static_cast<const uint8_t*>(part.values) + first * row_bytes(part.storage, K);
+  if (part.scale) part.scale += first * groups_of(part.group, K);
   return part;
 }
 
@@ -164,6 +169,59 @@ Matrix Matrix::read(const File& file, const std::string& name, int64_t N, int64_
   core::pack_matrix(source, out.memory_.get());
   if (!core::open_matrix(out.memory_.get(), out.bytes_, &out.packed_)) fail("matrix '", name, "' was packed wrongly");
   return out;
+}
+
+Table Table::read(const File& file, const std::string& name, int64_t N, int64_t K, int64_t group) {
+  Parts parts(file, group);
+  Table out;
+  out.K_ = K;
+  out.rank_ = file.find(name + ".up") ? rank_of(file, name) : 0;
+  if (!out.rank_) {
+    out.rows_ = kept(parts.read(name, N, K), N, K);
+    return out;
+  }
+  out.rows_ = kept(parts.read(name + ".up", N, out.rank_), N, out.rank_);
+  const Part down = kept(parts.read(name + ".down", out.rank_, K), out.rank_, K);
+  out.down_.resize(static_cast<size_t>(out.rank_ * K));
+  for (int64_t r = 0; r < out.rank_; ++r) down.row(r, out.down_.data() + r * K);
+  return out;
+}
+
+Table::Part Table::kept(const core::PartSource& source, int64_t N, int64_t K) {
+  Part part{source.storage, K, source.group ? source.group : K, {}, {}};
+  const auto* const values = static_cast<const uint8_t*>(source.values);
+  part.values.assign(values, values + N * row_bytes(source.storage, K));
+  if (source.scale) part.scale.assign(source.scale, source.scale + N * groups_of(source.group, K));
+  return part;
+}
+
+void Table::Part::row(int64_t n, float* out) const {
+  const uint8_t* const from = values.data() + n * row_bytes(storage, K);
+  const float* const own = scale.data() + n * groups_of(group, K);
+  if (storage == core::Storage::f32) {
+    std::memcpy(out, from, static_cast<size_t>(K) * sizeof(float));
+    return;
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    if (storage == core::Storage::bf16) {
+      const uint32_t wide = static_cast<uint32_t>(from[2 * k] | from[2 * k + 1] << 8) << 16;
+      std::memcpy(out + k, &wide, sizeof(float));
+    } else {
+      const int value =
+          storage == core::Storage::int8 ? static_cast<int8_t>(from[k]) : (from[k / 2] >> 4 * (k & 1) & 15) - 8;
+      out[k] = static_cast<float>(value) * own[k / group];
+    }
+  }
+}
+
+void Table::row(int64_t n, float* out) const {
+  if (!rank_) return rows_.row(n, out);
+  std::vector<float> up(static_cast<size_t>(rank_));
+  rows_.row(n, up.data());
+  std::fill_n(out, K_, 0.0f);
+  for (int64_t r = 0; r < rank_; ++r) {
+    for (int64_t k = 0; k < K_; ++k) out[k] += up[static_cast<size_t>(r)] * down_[static_cast<size_t>(r * K_ + k)];
+  }
 }
 
 }  // namespace fastseq::deploy

@@ -38,4 +38,25 @@ class Matrix {
   core::PackedMatrix packed_{};
 };
 
+// A matrix [N, K] whose rows are looked up, kept as the file has it: in any form of one gate.
+class Table {
+ public:
+  static Table read(const File& file, const std::string& name, int64_t N, int64_t K, int64_t group);
+  void row(int64_t n, float* out) const;  // [K]
+
+ private:
+  struct Part {
+    core::Storage storage;
+    int64_t K, group;
+    std::vector<uint8_t> values;
+    std::vector<float> scale;
+    void row(int64_t n, float* out) const;
+  };
+  static Part kept(const core::PartSource& source, int64_t N, int64_t K);
+
+  int64_t K_ = 0, rank_ = 0;
+  Part rows_;                // of the upper factor where there is a rank
+  std::vector<float> down_;  // [rank, K]
+};
+
 }  // namespace fastseq::deploy

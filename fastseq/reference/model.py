@@ -231,7 +231,7 @@ def _crf(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tu
     for t in range(T):
         sums = score[..., None] + transitions
         origins.append(first_largest(sums, -2))
-        moved = start + x[0] if t == 0 else sums.amax(-2) + x[t]
+        moved = start + x[0] if t == 0 else _numbers(sums).amax(-2) + x[t]
         score = moved if t == 0 else torch.where((t < live)[:, None], moved, score)
     label = first_largest(score + end, -1).expand(B) if T else live.new_zeros(B)
     labels = torch.full((T, B), -1, dtype=torch.int32)
@@ -244,8 +244,12 @@ def _crf(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tu
 
 def first_largest(values: Tensor, dim: int) -> Tensor:
     """The first place of the largest value; a NaN is never it."""
-    values = values.where(~values.isnan(), values.new_full((), -torch.inf))
+    values = _numbers(values)
     return (values == values.amax(dim, keepdim=True)).to(torch.uint8).argmax(dim)
+
+
+def _numbers(values: Tensor) -> Tensor:
+    return values.where(~values.isnan(), values.new_full((), -torch.inf))
 
 
 LAYERS: dict[str, Run] = {
