@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -113,7 +114,69 @@ def _info(arguments: argparse.Namespace) -> None:
     fastseq.show_config()
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_demo, _add_info)  # one function per subcommand
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect", help="tell what is in the file of a deployed model, and whether it is right", description=_INSPECT
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="written by fastseq.deploy.save or fastseq convert")
+    parser.add_argument("--json", action="store_true", help="print the same as data")
+    parser.set_defaults(run=_inspect)
+
+
+_INSPECT = """Layers, how every matrix is kept, its bytes, and those of whole matrices of float32; then what checks say.
+The exit status is 1 if one fails, or if FILE is no deployed model. Needs no torch."""
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from fastseq.deploy import ModelError, inspection, inspection_text
+
+    path = arguments.file
+    try:
+        found = inspection.contents(path)
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror or error}") from None
+    except ModelError as error:
+        other = inspection.other_contents(path)
+        if other is None or other["metadata"].get("format", "").startswith("fastseq "):
+            raise CommandError(inspection_text.printable(str(error))) from None
+        print(json.dumps(other, indent=1) if arguments.json else inspection_text.other_text(other))
+        raise CommandError(f"{path}: not a fastseq model, but a safetensors file of other tensors") from None
+    print(json.dumps(found, indent=1) if arguments.json else inspection_text.contents_text(found))
+    failed = [check["name"] for check in found["checks"] if not check["passed"]]
+    if failed:
+        raise CommandError(f"{path}: checks failed: {', '.join(failed)}")
+
+
+def _add_convert(commands: Any) -> None:
+    from fastseq import conversion
+
+    parser = commands.add_parser(
+        "convert",
+        help="make a deployed model out of a checkpoint or an ONNX file, or an ONNX file out of either",
+        description=conversion.DESCRIPTION,
+    )
+    conversion.add_arguments(parser)
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from fastseq import conversion
+    from fastseq.deploy.inspection_text import printable
+
+    try:
+        notes = conversion.convert(arguments)
+    except conversion.ConversionFailed as error:
+        raise CommandError(str(error)) from None
+    for note in notes:
+        print(f"note: {printable(note)}")
+    if arguments.target.suffix == ".onnx":
+        print(f"{arguments.target}: ONNX, {arguments.target.stat().st_size:,} bytes")
+    else:
+        _inspect(argparse.Namespace(file=arguments.target, json=False))
+
+
+# one function per subcommand
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_demo, _add_info, _add_inspect, _add_convert)
 
 
 if __name__ == "__main__":

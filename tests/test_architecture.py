@@ -42,13 +42,15 @@ LAYERS = {
     "fastseq._explain": {"fastseq.ops"},
     "fastseq._config": {"fastseq", "fastseq._core", "fastseq.ops"},
     "fastseq.demo": {"fastseq", "fastseq.nn", "fastseq.functional"},
-    "fastseq.cli": {"fastseq", "fastseq.demo"},
+    "fastseq.conversion": {"fastseq._check", "fastseq.convert", "fastseq.deploy"},
+    "fastseq.cli": {"fastseq", "fastseq.conversion", "fastseq.demo", "fastseq.deploy"},
 }
 NO_TORCH = (
     "fastseq",
     "fastseq._check",
     "fastseq._config",
     "fastseq.cli",
+    "fastseq.conversion",
     "fastseq.convert",
     "fastseq.deploy",
 )  # import without it

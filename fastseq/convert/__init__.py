@@ -3,5 +3,6 @@
 from fastseq.convert.checkpoint import from_checkpoint
 from fastseq.convert.onnx_read import ConversionError, from_onnx
 from fastseq.convert.onnx_write import to_onnx
+from fastseq.convert.storage import stored
 
-__all__ = ["ConversionError", "from_checkpoint", "from_onnx", "to_onnx"]
+__all__ = ["ConversionError", "from_checkpoint", "from_onnx", "stored", "to_onnx"]

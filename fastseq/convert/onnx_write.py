@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq.convert.matrices import Array, dense, form
+from fastseq.convert.matrices import Array, dense, floats, form
 from fastseq.convert.onnx_graph import onnx_module
 from fastseq.convert.onnx_read import ConversionError
 
@@ -85,7 +85,7 @@ def to_onnx(layers: Sequence[Layer], tensors: Mapping[str, Any], path: str | Pat
     before = "input"
     for layer in layers:
         name = str(layer["name"])
-        own = {k.removeprefix(f"{name}."): np.asarray(v) for k, v in tensors.items() if k.startswith(f"{name}.")}
+        own = {k.removeprefix(f"{name}."): _given(k, v) for k, v in tensors.items() if k.startswith(f"{name}.")}
         sources = layer.get("from", [before])
         sources = [sources] if isinstance(sources, str) else sources
         found[name] = WRITERS[layer["type"]](graph, layer, own, [found[source] for source in sources])
@@ -93,6 +93,13 @@ def to_onnx(layers: Sequence[Layer], tensors: Mapping[str, Any], path: str | Pat
     graph.node("Identity", [found[before].name], "y")
     _save(graph, found[before], integers, channels, path)
     return graph.notes
+
+
+def _given(name: str, value: Any) -> Array:
+    """Biases, states and scales that are kept as bfloat16 are widened; matrices by those who write them."""
+    array = np.asarray(value)
+    matrix = ".weight" in name and not name.endswith(".scale")
+    return floats(array) if array.dtype == np.uint16 and not matrix else array
 
 
 def _save(graph: Graph, last: Given, integers: bool, channels: int | str, path: str | Path) -> None:

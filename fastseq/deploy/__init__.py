@@ -13,9 +13,21 @@ from __future__ import annotations
 import os
 
 from fastseq._core import FileError, Model, ModelError, Stream
-from fastseq.deploy.file import description, save
+from fastseq.deploy.file import description, read_state, save
+from fastseq.deploy.inspection import contents
 
-__all__ = ["FileError", "Model", "ModelError", "Stream", "description", "include", "library", "save"]
+__all__ = [
+    "FileError",
+    "Model",
+    "ModelError",
+    "Stream",
+    "contents",
+    "description",
+    "include",
+    "library",
+    "read_state",
+    "save",
+]
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastseq import export_state
+from fastseq.compression import compress
 from fastseq.convert import ConversionError, from_onnx, to_onnx
 from fastseq.reference import matrix_of, matrix_values, run_model
 from tests import model_cases as cases
@@ -131,6 +133,18 @@ def test_other_forms_are_written_as_values(form: str, tmp_path: Path) -> None:
         got = torch.from_numpy(model["tensors"][name])
         values = matrix_values(matrix_of(tensors, name, group), 8)
         torch.testing.assert_close(got, values.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_becomes_onnx_by_its_values(tmp_path: Path) -> None:
+    """``export_state`` and files give bfloat16 as the uint16 of its bits."""
+    small = export_state(compress(nn.LSTM(4, 8), "bfloat16").model)
+    assert {str(v.dtype) for k, v in small["tensors"].items() if "weight" in k} == {"uint16"}
+    notes = to_onnx(small["layers"], small["tensors"], tmp_path / "m.onnx")
+    assert [note.split(": ")[1] for note in notes] == ["bfloat16 written as float32"] * 2
+    back = from_onnx(tmp_path / "m.onnx")
+    for name, value in small["tensors"].items():
+        wide = (value.astype(np.uint32) << 16).view(np.float32) if value.dtype == np.uint16 else value
+        np.testing.assert_array_equal(back["tensors"][f"lstm.{name.rpartition('.')[2]}"], wide)
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
