@@ -5,15 +5,13 @@ Beside the speed of each provider stands how near it comes to the layer before i
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness, packed_layer
-from benchmarks import packed_case
+from benchmarks import harness, packed_c, packed_case, packed_dksplit, packed_layer, packed_load
 from benchmarks.packed_case import FORMS, Case, Provider, Work, inputs, remaining, snr, truth
 
 NAME = "packed"
@@ -26,6 +24,9 @@ MODES: dict[str, dict[str, Callable[[Case, Provider, int], Work]]] = {
     "int8": packed_layer.PROVIDERS,
     "forms": packed_layer.PROVIDERS,
     "stream": packed_layer.PROVIDERS,
+    "cabi": packed_c.PROVIDERS,
+    "load": packed_load.PROVIDERS,
+    "dksplit": packed_dksplit.PROVIDERS,
 }
 PROVIDERS = {name: make for makers in MODES.values() for name, make in makers.items()}
 
@@ -46,6 +47,8 @@ def judge(case: Case, provider: Provider, work: Work) -> tuple[str, dict[str, An
     Ours must be nearer to the definition of their form than twice what the form itself changes; float32 of rivals may
     be off by twice what float32 makes of the definition; integers of rivals must be recognisable.
     """
+    if case.mode == "dksplit":
+        return packed_dksplit.judge(case, provider, work)
     got = work.outputs()
     if got.shape != truth(case).shape:
         return f"y: shape {list(got.shape)}, expected {list(truth(case).shape)}", {}

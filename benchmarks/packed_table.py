@@ -25,9 +25,27 @@ FORM_TARGETS = {
     "int4 by 32": ("fastseq int8", 1.0),
     "rank H/8": ("fastseq float32", 1 / 3),
 }
+# largest time of the product's model relative to ONNX Runtime's of its network, and its exact mode's to ours
+PRODUCT_H = 384
+PRODUCT_TARGETS = {
+    (16, 1, PRODUCT_H): 0.6,
+    (24, 16, PRODUCT_H): 0.8,
+    (24, 64, PRODUCT_H): 0.8,
+    (24, 256, PRODUCT_H): 0.8,
+}
+EXACT_TARGET = 1 / 3
+FORM_CASES = ("T100_B1_H1024",)
 STREAM_TARGET = 0.3
 
-SHAPES = {"int8": list(TARGETS), "forms": [(100, 1, 1024)], "stream": [(1, 1, 256)]}
+RATE = 48_000  # steps a second of sound
+SHAPES = {
+    "int8": list(TARGETS),
+    "forms": [(100, 1, 1024)],
+    "stream": [(1, 1, 256)],
+    "cabi": [(RATE, 1, H) for H in (16, 24, 40, 64)],
+    "load": [(4, 1, 64)],
+    "dksplit": list(PRODUCT_TARGETS),
+}
 PAIRS = {
     "int8": {
         "fastseq": ("int8", "bfloat16", "float32"),
@@ -42,8 +60,15 @@ PAIRS = {
         "openvino": ("float32",),
         "torch": ("int8", "float32"),
     },
+    "cabi": {name: ("int8", "float32") for name in ("fastseq", "onnxruntime", "ncnn")},
+    "load": {name: ("float32",) for name in ("fastseq", "onnxruntime", "openvino", "torch")},
+    "dksplit": {
+        "fastseq": ("labels", "words"),
+        "onnxruntime": ("batch", "row by row"),
+        "dksplit": ("exact=True", "exact=False"),
+    },
 }
-SECONDS = {"int8": 4.0, "forms": 4.0, "stream": 2.0}
+SECONDS = {"int8": 4.0, "forms": 4.0, "stream": 2.0, "cabi": 10.0, "load": 30.0, "dksplit": 6.0}
 QUICK = None  # all rivals are ready at once
 EXAMPLE = "T100_B1_H128"
 
@@ -57,6 +82,10 @@ def cases(mode: str, names: Sequence[str] | None = None) -> list[Case]:
     if names is None:
         return [Case(*shape, mode) for shape in SHAPES[mode]]
     found = [Case.parse(name, mode) for name in names]
+    if mode == "dksplit":
+        found = [case._replace(H=PRODUCT_H) for case in found]
+    if mode == "cabi":
+        found = [case for case in found if case.B == 1]
     if mode == "stream":
         found = [case._replace(T=1, B=1) for case in found]
     return list(dict.fromkeys(found))
@@ -134,7 +163,7 @@ def forms(rows: list[Row]) -> Table:
             row = group.get(f"fastseq {form}")
             if row is None:
                 continue
-            against, target = FORM_TARGETS.get(form, (None, None))
+            against, target = FORM_TARGETS.get(form, (None, None)) if case in FORM_CASES else (None, None)
             line = [case, count, form, ms(row), ratio(row, "fastseq int8"), times_faster(row, "fastseq float32")]
             line += [aim(row, against, target, factor=against == "fastseq float32"), ratio(row, ORT), _db(row)]
             lines.append([*line, f"{row.get('gb_s', 0):.1f}"])
@@ -172,4 +201,94 @@ def stream(rows: list[Row]) -> Table:
     return Table("Streaming from Python, one step per call", header, lines, notes)
 
 
-TABLES: dict[str, Callable[[list[Row]], Table]] = {"int8": int8, "forms": forms, "stream": stream}
+def cabi(rows: list[Row]) -> Table:
+    header = ["case", "runtime", "from", "us a step", "p50", "p99", f"of real time at {RATE // 1000} kHz"]
+    header += ["fastseq int8 over it", "fastseq float32 over it", "dB"]
+    lines = []
+    for case, _, group in _groups(rows):
+        for label, row in group.items():
+            if "ms" not in row:
+                continue
+            quantiles = [f"{row[key]:.3g}" for key in ("p50_us", "p99_us")]
+            line = [case, label, "C" if label.startswith("fastseq") else "Python", ms(row, 1e3), *quantiles]
+            line.append(f"{row['ms'] / 1e3 * RATE:.4f}")
+            line += [ratio(group.get(f"fastseq {form}", {}), label) for form in ("int8", "float32")]
+            lines.append([*line, _db(row)])
+    notes = [
+        "of real time: what the steps of a second take; below 1 a stream keeps up",
+        "fastseq: a C program over the C ABI (benchmarks/packed_stream.c); the others are "
+        "called from Python, ONNX Runtime through IO binding, ncnn by an extractor for each step",
+        "one thread; each step is timed on its own, with the clock's some 25 ns (Python: 60 ns) in it",
+        *failed(rows),
+    ]
+    return Table("Streaming from C, one step per call", header, lines, notes)
+
+
+def load(rows: list[Row]) -> Table:
+    header = ["runtime", "ms to the first result", "numpy", "import", "load", "first result", "without numpy"]
+    header += ["fastseq over it", "MB on disk", "MB in memory"]
+    lines = []
+    for _, _, group in _groups(rows):
+        for label, row in group.items():
+            if "ms" not in row:
+                continue
+            parts = [row[f"{part}_ms"] for part in ("numpy", "import", "load", "first")]
+            line = [label.split()[0], ms(row), *(f"{part:.3g}" for part in parts), f"{row['ms'] - parts[0]:.3g}"]
+            line += [ratio(group["fastseq float32"], label), f"{row['disk_mb']:.1f}", f"{row['resident_mb']:.0f}"]
+            lines.append(line)
+    first = Case.parse(rows[0]["case"], "load")
+    notes = [
+        f"a fresh process: numpy, then the runtime are imported, a float32 LSTM of {first.H} units is loaded and run "
+        f"on {first.T} steps; Python's own start is not in it",
+        "MB on disk: the package with its own libraries, without numpy and whatever else it needs; fastseq: without "
+        "what its build with torch adds. MB in memory: the most that the process had",
+        *failed(rows),
+    ]
+    return Table("Start of a process, and size of the runtime", header, lines, notes)
+
+
+def dksplit(rows: list[Row]) -> Table:
+    header = ["rows, letters", "threads", "labels ms", "ORT batch", "ORT row by row", "vs ORT batch", "target"]
+    header += ["vs row by row", "words ms", "names/s", "exact mode", "faster than exact mode", "target"]
+    header += ["than exact=False", "equal to exact: ours", "exact=False"]
+    lines, found = [], []
+    for case, count, group in _groups(rows):
+        T, B, _ = shape = Case.parse(case, "dksplit").shape
+        labels, words = group["fastseq labels"], group["fastseq words"]
+        batch, alone, exact = "onnxruntime batch", "onnxruntime row by row", "dksplit exact=True"
+        others = [ms(group.get(label)) for label in (batch, alone)]
+        line = [f"{B}, {T}", count, ms(labels), *others, ratio(labels, batch)]
+        line += [aim(labels, batch, PRODUCT_TARGETS.get(shape)), ratio(labels, alone), ms(words)]
+        line += [_names(words, B), _names(group.get(exact), B), times_faster(words, exact)]
+        line += [aim(words, exact, EXACT_TARGET if B > 1 else None, factor=True)]
+        line += [times_faster(words, "dksplit exact=False"), _share(words), _share(group.get("dksplit exact=False"))]
+        lines.append(line)
+        if batch in labels.get("ratios", {}):
+            found.append((f"{B}, {T}, {count} threads", labels["ratios"][batch][0]))
+    notes = [
+        summary("time over that of ONNX Runtime's batch", found),
+        *met(lines),
+        "labels: letters to labels, the Viterbi path in it; ORT: the network of the package's own int8 file alone, of "
+        "which the package finds the path in numpy; row by row is what its exact mode does",
+        "words: names to words, by either; every row of ours is the same alone and in the batch, to the bit",
+        *failed(rows),
+    ]
+    return Table("DKSplit 1.0: three bidirectional LSTM layers of 8 bits", header, lines, notes)
+
+
+def _names(row: Row | None, count: int) -> str:
+    return f"{1e3 * count / row['ms']:,.0f}" if row and "ms" in row else "-"
+
+
+def _share(row: Row | None) -> str:
+    return f"{row['equal'] * row['names']:.0f} of {row['names']}" if row and "equal" in row else "-"
+
+
+TABLES: dict[str, Callable[[list[Row]], Table]] = {
+    "int8": int8,
+    "forms": forms,
+    "stream": stream,
+    "cabi": cabi,
+    "load": load,
+    "dksplit": dksplit,
+}

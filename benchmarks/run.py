@@ -48,8 +48,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", metavar="REF", help="also time this commit, built in a worktree, and print the ratio")
     parser.add_argument("--no-save", action="store_true", help="do not append the rows to benchmarks/results")
     parser.add_argument("--markdown", action="store_true", help="measure nothing: write README's table from the rows")
+    parser.add_argument("--dksplit", type=Path, metavar="FOLDER", help="where its package lies, if not installed")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="where the rows go, and come from for --markdown")
     given = parser.parse_args()
+    if given.dksplit:
+        sys.path.append(str(given.dksplit.resolve()))
     operator, tables = OPERATORS[given.op]
     for option, known in (("mode", tables.TABLES), ("providers", operator.PROVIDERS)):
         for name in getattr(given, option).split(",") if getattr(given, option) else []:
