@@ -14,6 +14,7 @@ from benchmarks import lstm_onnx, packed_layer, products
 from benchmarks.packed_case import Case, Provider, Work
 
 EQUAL = 0.9  # least share of the names that get the words of the package's exact mode
+JUDGED = 100  # least names that this is judged by
 Words = list[list[str]]
 
 
@@ -103,20 +104,22 @@ def _dksplit(case: Case, provider: Provider, threads: int) -> Work:
 
 
 def judge(case: Case, provider: Provider, work: Work) -> tuple[str, dict[str, Any]]:
-    """Ours: every name alone as among others, to the bit; and most as in the exact mode of the package."""
+    """Ours: every name alone as among others, to the bit; and of many most as in the exact mode of the package."""
     got, wanted = work.outputs(), exact(case)
     facts = {"equal": round(sum(a == b for a, b in zip(got, wanted, strict=True)) / case.B, 4), "names": case.B}
-    if provider.name != "fastseq":
-        return "passed", facts
+    return (_verdict(case._replace(B=max(case.B, JUDGED))) if provider.name == "fastseq" else "passed"), facts
+
+
+@functools.lru_cache(maxsize=4)
+def _verdict(case: Case) -> str:
     index = products.dksplit_input(names(case))[0].astype(np.int32)
     run = package().model.run
-    whole = run(index)[0]
-    other = sum(not np.array_equal(run(index[:, b : b + 1])[0][:, 0], whole[:, b]) for b in range(case.B))
+    labels = run(index)[0]
+    other = sum(not np.array_equal(run(index[:, b : b + 1])[0][:, 0], labels[:, b]) for b in range(case.B))
     if other:
-        return f"words: {other} of {case.B} names get other labels alone", facts
-    if facts["equal"] < EQUAL:
-        return f"words: {facts['equal']:.0%} as in the exact mode, at least {EQUAL:.0%} expected", facts
-    return "passed", facts
+        return f"labels: {other} of {case.B} names get others alone"
+    equal = sum(a == b for a, b in zip(_words(case, index, 1), exact(case), strict=True)) / case.B
+    return "passed" if equal >= EQUAL else f"words: {equal:.0%} as in the exact mode, at least {EQUAL:.0%} expected"
 
 
 PROVIDERS: dict[str, Callable[[Case, Provider, int], Work]] = {

@@ -62,7 +62,7 @@ def torch_module(stock: nn.LSTM, form: str) -> Callable[..., Any]:
 
 
 def _whole(run: Callable[[], Any], **rest: Any) -> Work:
-    return Work(run, lambda: torch.from_numpy(np.array(run())), **rest)
+    return Work(run, lambda: torch.as_tensor(run()).clone(), **rest)
 
 
 def _steps(rows: Iterable[Any], fresh: Callable[[], Step], **rest: Any) -> Work:
@@ -72,7 +72,7 @@ def _steps(rows: Iterable[Any], fresh: Callable[[], Step], **rest: Any) -> Work:
 
     def outputs() -> Tensor:
         first = fresh()
-        return torch.stack([torch.from_numpy(np.array(first(x))).flatten() for x in rows])[:, None]
+        return torch.stack([torch.as_tensor(first(x)).flatten().clone() for x in rows])[:, None]
 
     return Work(lambda: step(next(feed)), outputs, **rest)
 

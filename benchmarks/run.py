@@ -123,7 +123,8 @@ def _source(rows: list[dict[str, Any]]) -> str:
     commit = f"{first['commit']}{'' if first['clean'] else ' with uncommitted changes'}"
     day = first["run"][:10]
     count = max(row["threads"] for row in rows)
-    return f"Measured on {first['device']}, {count} threads, torch {first['torch']}, commit {commit}, {day}."
+    threads = f"{count} thread{'s'[: count > 1]}"
+    return f"Measured on {first['device']}, {threads}, torch {first['torch']}, commit {commit}, {day}."
 
 
 def write_markdown(op: str, rows_file: Path, readme: Path) -> None:
