@@ -76,12 +76,14 @@ def _defined(case: Case, work: Work) -> Tensor:
 
 def describe(provider: Provider) -> dict[str, Any]:
     """What a row says about its provider."""
-    found = {"provider": f"fastseq/{backend()}" if provider.name in OURS else provider.name, "form": provider.form}
-    return found | ({"dtype": _dtype(provider.form)} if provider.form in FORMS else {})
+    name = f"fastseq/{backend()}" if provider.name in OURS else provider.name
+    return {"provider": name, "form": provider.form, "dtype": _dtype(provider.form)}
 
 
 def _dtype(form: str) -> str:
-    """Of the weights."""
+    """Of the weights; those of the product are int8."""
+    if form not in FORMS:
+        return "int8"
     return next((dtype for dtype in ("int8", "int4", "bfloat16") if dtype in form.split()), "float32")
 
 

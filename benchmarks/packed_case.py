@@ -61,8 +61,8 @@ class Case(NamedTuple):
     @property
     def numbers(self) -> int:
         """Of one step, which multiply each row's input or state."""
-        layers = 6 if self.mode == "dksplit" else 1  # two directions, whose inputs from the second layer on are 2*H
-        return layers * 4 * self.H * (2 * self.H if layers == 1 else 3 * self.H)
+        # dksplit: both directions of three layers, whose inputs are H, then 2*H numbers
+        return (2 * 4 * (2 + 3 + 3) if self.mode == "dksplit" else 4 * 2) * self.H**2
 
     @property
     def flops(self) -> int:
@@ -145,5 +145,6 @@ def reads(case: Case, form: str) -> Reads:
     every = int(case.numbers * remaining(form) * number)
     if case.streams:
         return Reads(every, every)
-    share = 3 if case.mode == "dksplit" else 2
-    return Reads((case.T + share - 1) * every // share, every // share)
+    if case.mode == "dksplit":
+        return Reads(every * (3 * case.T + 5) // 8, every // 16)
+    return Reads(every * (case.T + 1) // 2, every // 2)

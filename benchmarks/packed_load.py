@@ -103,7 +103,10 @@ def _start(name: str, model: Path, x: Path, y: Path) -> tuple[float, dict[str, f
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr}")
     found: dict[str, float] = json.loads(done.stdout)
-    return sum(found[f"{mark}_ms"] for mark in MARKS) / 1e3, {**found, "disk_mb": disk(name)}
+    found["disk_mb"] = disk(name)
+    if name == "fastseq":
+        found["library_mb"] = (ROOT / "fastseq/libfastseq.so").stat().st_size / 1e6
+    return sum(found[f"{mark}_ms"] for mark in MARKS) / 1e3, found
 
 
 def _process(case: Case, provider: Provider, threads: int) -> Work:

@@ -214,10 +214,12 @@ def cabi(rows: list[Row]) -> Table:
             line.append(f"{row['ms'] / 1e3 * RATE:.4f}")
             line += [ratio(group.get(f"fastseq {form}", {}), label) for form in ("int8", "float32")]
             lines.append([*line, _db(row)])
+    loads = [row["load_ms"] for row in rows if "load_ms" in row]
     notes = [
         "of real time: what the steps of a second take; below 1 a stream keeps up",
         "fastseq: a C program over the C ABI (benchmarks/packed_stream.c); the others are "
         "called from Python, ONNX Runtime through IO binding, ncnn by an extractor for each step",
+        f"the program loads a model in {max(loads):.2g} ms" if loads else "the program was not run",
         "one thread; each step is timed on its own, with the clock's some 25 ns (Python: 60 ns) in it",
         *failed(rows),
     ]
@@ -242,6 +244,11 @@ def load(rows: list[Row]) -> Table:
         f"on {first.T} steps; Python's own start is not in it",
         "MB on disk: the package with its own libraries, without numpy and whatever else it needs; fastseq: without "
         "what its build with torch adds. MB in memory: the most that the process had",
+        *(
+            f"{row['library_mb']:.1f} MB of ours are libfastseq.so, all that C needs"
+            for row in rows
+            if "library_mb" in row
+        ),
         *failed(rows),
     ]
     return Table("Start of a process, and size of the runtime", header, lines, notes)
