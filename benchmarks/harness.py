@@ -153,7 +153,7 @@ def interleave(
                 once = min(_once(call) for _ in range(2))
             calls[name] = 1 if once > BLOCK_SECONDS else max(3, min(1000, int(BLOCK_SECONDS / once)))
             cost += max(once, 2 * BLOCK_SECONDS) / every.get(name, 1)
-        rounds = rounds or max(5, min(15, int(seconds / cost)))
+        rounds = rounds or (max(5, min(15, int(seconds / cost))) if providers else 0)
         for number in range(rounds):
             names = [name for name in providers if number % every.get(name, 1) == 0]
             order.shuffle(names)

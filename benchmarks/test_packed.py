@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import harness, packed, packed_layer, packed_table, run
+from benchmarks import harness, packed, packed_dksplit, packed_layer, packed_table, run
 from benchmarks.packed_case import FORMS, Case, Provider, inputs, snr, truth
 
 THREADS = 2
@@ -93,6 +94,15 @@ def test_tables(mode: str) -> None:
         table = packed_table.TABLES[mode]([{**row, "table": mode} for row in rows])
         assert table.lines and all(len(line) == len(table.header) for line in table.lines)
         assert all(row["gate"] == "passed" for row in rows if row["label"].startswith("fastseq"))
+
+
+def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dksplit", None)
+    packed_dksplit.package.cache_clear()
+    case = Case(6, 2, 384, "dksplit")
+    rows = harness.measure(packed, case, packed_table.providers("dksplit", case, None), 1)
+    assert {row["gate"] for row in rows} == {"not installed: dksplit"}
+    assert any("no time: " in note for note in packed_table.dksplit(rows).notes)
 
 
 def test_dksplit() -> None:
