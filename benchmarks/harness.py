@@ -40,6 +40,27 @@ class CannotRun(Exception):
     """A provider that this machine or installation cannot run; the message is the reason."""
 
 
+class SelfTimed:
+    """A call that knows its time better than who waits for it, such as another process: harnesses take its word.
+
+    Args:
+        call: what returns the seconds, and what else it found out.
+    """
+
+    def __init__(self, call: Callable[[], tuple[float, dict[str, float]]]) -> None:
+        self._call = call
+        self._found: list[dict[str, float]] = []
+
+    def __call__(self) -> float:
+        seconds, found = self._call()
+        self._found.append(found)
+        return seconds
+
+    def facts(self) -> dict[str, float]:
+        """Medians of what the calls found out."""
+        return {key: statistics.median(found[key] for found in self._found) for key in self._found[0]}
+
+
 class Ratio(NamedTuple):
     """Median of the per-round ratios, with the 95 % percentile bootstrap interval of that median."""
 
@@ -73,8 +94,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _once(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+    told = call()
+    return told if isinstance(call, SelfTimed) else time.perf_counter() - begin  # type: ignore[return-value]
 
 
 def _settle() -> None:
@@ -121,13 +142,18 @@ def interleave(
     with _no_garbage_collection():
         calls, cost = {}, 0.0
         for name, call in providers.items():
+            if isinstance(call, SelfTimed):
+                begin = time.perf_counter()
+                call()
+                calls[name], cost = 1, cost + (time.perf_counter() - begin) / every.get(name, 1)
+                continue
             once = _once(call)
             if once < 0.3:  # else the gate's call has been warm-up enough
                 _settle()
                 once = min(_once(call) for _ in range(2))
             calls[name] = 1 if once > BLOCK_SECONDS else max(3, min(1000, int(BLOCK_SECONDS / once)))
             cost += max(once, 2 * BLOCK_SECONDS) / every.get(name, 1)
-        rounds = rounds or max(5, min(15, int(seconds / cost)))
+        rounds = rounds or (max(5, min(15, int(seconds / cost))) if providers else 0)
         for number in range(rounds):
             names = [name for name in providers if number % every.get(name, 1) == 0]
             order.shuffle(names)
@@ -274,7 +300,7 @@ def gated(
     Args:
         operator: a module with ``setup(case, provider, threads)``, ``judge(case, provider, work)`` (the verdict of the
             gate, and what else the outputs tell, for the row) and OURS; for ``measure`` also NAME,
-            ``describe(provider)``, ``every(case, provider)`` and ``flops(case, provider)``.
+            ``describe(provider)``, ``every(case, provider)``, ``flops(case, provider)`` and ``reads(case, provider)``.
 
     Returns:
         provider -> (work, what else its outputs tell), and provider -> reason.
@@ -297,13 +323,22 @@ def gated(
     return works, reasons
 
 
-def limits(case: Any, flops: float, seconds: float, thread_count: int) -> dict[str, float]:
+class Reads(NamedTuple):
+    """Bytes that a call reads at the least, and of what it reads again and again."""
+
+    call: int
+    again: int
+
+
+def limits(flops: float, reads: Reads, seconds: float, thread_count: int) -> dict[str, float]:
     """Operations and bytes per second of one time, and their fractions of what the machine can do."""
-    gflops, gb_s = flops / seconds / 1e9, case.bytes_read / seconds / 1e9
+    if not flops:
+        return {}
+    gflops, gb_s = flops / seconds / 1e9, reads.call / seconds / 1e9
     found = {"gflops": round(gflops, 2), "gb_s": round(gb_s, 2)}
     with contextlib.suppress(peak.NoCompiler):
         found["fma_of_peak"] = round(gflops / peak.fma_peak(thread_count), 4)
-        found["bandwidth_of_peak"] = round(gb_s / peak.read_bandwidth(case.weight_bytes, thread_count), 4)
+        found["bandwidth_of_peak"] = round(gb_s / peak.read_bandwidth(reads.again, thread_count), 4)
     return found
 
 
@@ -332,23 +367,25 @@ def measure(
             "op": operator.NAME,
             "case": case.name,
             "mode": case.mode,
+            "dtype": "float32",
             **operator.describe(provider),
             "label": provider.label,
-            "dtype": "float32",
             "threads": thread_count,
         }
         if provider not in works:
             rows.append({**row, "gate": reasons[provider]})
             continue
-        own = samples[provider.label]
+        own, work = samples[provider.label], works[provider][0]
+        rates = operator.flops(case, provider), operator.reads(case, provider)
         ms = {f"ms{suffix}": round(quantile(own, q) * 1e3, 5) for suffix, q in (("", 0.5), ("_20", 0.2), ("_80", 0.8))}
         others = {label: ratio(own, theirs) for label, theirs in samples.items() if label != provider.label}
         row |= {
             **ms,
             "reps": len(own),
-            **limits(case, operator.flops(case, provider), quantile(own, 0.5), thread_count),
+            **limits(*rates, quantile(own, 0.5), thread_count),
             **used[provider.label],
             **works[provider][1],
+            **(work.run.facts() if isinstance(work.run, SelfTimed) else {}),
             "gate": reasons.get(provider, "passed"),
         }
         rows.append({**row, "ratios": {label: [float(f"{v:.5g}") for v in found] for label, found in others.items()}})

@@ -289,6 +289,10 @@ def flops(case: Case, provider: Provider) -> int:
     return case.flops
 
 
+def reads(case: Case, provider: Provider) -> harness.Reads:
+    return harness.Reads(case.bytes_read, case.weight_bytes)
+
+
 def backend() -> str:
     from fastseq.ops import lstm
 

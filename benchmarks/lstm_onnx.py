@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,29 +52,74 @@ def model(layer: torch.nn.LSTM, T: int, B: int, state: bool) -> bytes:
     return made.SerializeToString()
 
 
-def onnxruntime_call(data: bytes, feed: dict[str, np.ndarray], threads: int) -> Callable[[], list[np.ndarray]]:
-    """A call of ONNX Runtime: y, h_n, c_n."""
+def quantized(data: bytes) -> bytes:
+    """The model with its LSTMs as DynamicQuantizeLSTM, a scale for each row of the weights.
+
+    By ``onnxruntime.quantization.quantize_dynamic``, which gives one scale a matrix if it is not told otherwise.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = (Path(folder) / name for name in ("float32.onnx", "int8.onnx"))
+        before.write_bytes(data)
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # its advice to run its pre-processing, which has nothing to do here
+        try:
+            quantize_dynamic(before, after, per_channel=True, weight_type=QuantType.QInt8)
+        finally:
+            logging.disable(level)
+        made = after.read_bytes()
+    if b"DynamicQuantizeLSTM" not in made:
+        raise RuntimeError("onnxruntime.quantization.quantize_dynamic left the LSTM as it was")
+    return made
+
+
+Outputs = list[np.ndarray]  # y, h_n, c_n
+NAMES = ["y", "h_n", "c_n"]
+
+
+def onnxruntime_options(threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(["y", "h_n", "c_n"], feed)
+    return options
 
 
-def openvino_call(data: bytes, feed: dict[str, np.ndarray], threads: int) -> Callable[[], list[np.ndarray]]:
-    """A call of OpenVINO: y, h_n, c_n. float32 is asked for by name: on some processors its default is bfloat16."""
+def onnxruntime_session(data: bytes, threads: int) -> Callable[[dict[str, np.ndarray]], Outputs]:
+    """A function of the inputs by ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, onnxruntime_options(threads), providers=["CPUExecutionProvider"])
+    return lambda feed: session.run(NAMES, feed)
+
+
+def openvino_session(data: bytes, threads: int) -> Callable[[dict[str, np.ndarray]], Outputs]:
+    """A function of the inputs by OpenVINO, whose next call overwrites the results of the last.
+
+    float32 is asked for by name: on some processors its default is bfloat16.
+    """
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(openvino.Core().read_model(data), "CPU", settings)
     request = compiled.create_infer_request()
-    ports = [compiled.output(name) for name in ("y", "h_n", "c_n")]
+    ports = [compiled.output(name) for name in NAMES]
 
-    def call() -> list[np.ndarray]:
+    def call(feed: dict[str, np.ndarray]) -> Outputs:
         results = request.infer(feed, share_inputs=True, share_outputs=True)
         return [results[port] for port in ports]
 
     return call
+
+
+def onnxruntime_call(data: bytes, feed: dict[str, np.ndarray], threads: int) -> Callable[[], Outputs]:
+    session = onnxruntime_session(data, threads)
+    return lambda: session(feed)
+
+
+def openvino_call(data: bytes, feed: dict[str, np.ndarray], threads: int) -> Callable[[], Outputs]:
+    session = openvino_session(data, threads)
+    return lambda: session(feed)

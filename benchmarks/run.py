@@ -1,4 +1,4 @@
-"""``python -m benchmarks.run lstm|vq``: measure, print the tables beside the targets, append the rows.
+"""``python -m benchmarks.run lstm|vq|packed``: measure, print the tables beside the targets, append the rows.
 
 A ratio is our time over theirs: the median of the ratios of interleaved rounds, with the 95 % bootstrap interval of
 that median in brackets.
@@ -15,10 +15,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import base, harness, lstm, lstm_table, peak, table, vq, vq_table
+from benchmarks import base, harness, lstm, lstm_table, packed, packed_table, peak, table, vq, vq_table
 
 # an operator's providers, and what is measured of it: cases, targets, tables
-OPERATORS: dict[str, tuple[Any, Any]] = {"lstm": (lstm, lstm_table), "vq": (vq, vq_table)}
+OPERATORS: dict[str, tuple[Any, Any]] = {
+    "lstm": (lstm, lstm_table),
+    "vq": (vq, vq_table),
+    "packed": (packed, packed_table),
+}
 README = harness.ROOT / "README.md"
 QUICK_FLOPS = 1e9
 MARKS = "<!-- bench:{} -->", "<!-- /bench:{} -->"
@@ -44,8 +48,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", metavar="REF", help="also time this commit, built in a worktree, and print the ratio")
     parser.add_argument("--no-save", action="store_true", help="do not append the rows to benchmarks/results")
     parser.add_argument("--markdown", action="store_true", help="measure nothing: write README's table from the rows")
+    parser.add_argument("--dksplit", type=Path, metavar="FOLDER", help="where its package lies, if not installed")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="where the rows go, and come from for --markdown")
     given = parser.parse_args()
+    if given.dksplit:
+        sys.path.append(str(given.dksplit.resolve()))
     operator, tables = OPERATORS[given.op]
     for option, known in (("mode", tables.TABLES), ("providers", operator.PROVIDERS)):
         for name in getattr(given, option).split(",") if getattr(given, option) else []:
@@ -116,7 +123,8 @@ def _source(rows: list[dict[str, Any]]) -> str:
     commit = f"{first['commit']}{'' if first['clean'] else ' with uncommitted changes'}"
     day = first["run"][:10]
     count = max(row["threads"] for row in rows)
-    return f"Measured on {first['device']}, {count} threads, torch {first['torch']}, commit {commit}, {day}."
+    threads = f"{count} thread{'s'[: count > 1]}"
+    return f"Measured on {first['device']}, {threads}, torch {first['torch']}, commit {commit}, {day}."
 
 
 def write_markdown(op: str, rows_file: Path, readme: Path) -> None:

@@ -87,7 +87,7 @@ def failed(rows: list[Row]) -> list[str]:
         if "ms" not in row:
             without.setdefault(f"{row['case']} ({row['gate']})", []).append(row["label"])
     notes = [f"* beyond the error budget of the tests: {'; '.join(beyond)}"] if beyond else []
-    reasons = "; ".join(f"{', '.join(labels)} {why}" for why, labels in without.items())
+    reasons = "; ".join(f"{', '.join(dict.fromkeys(labels))} {why}" for why, labels in without.items())
     return [*notes, f"no time: {reasons}"] if without else notes
 
 

@@ -151,6 +151,10 @@ def flops(case: Case, provider: Provider) -> int:
     return 2 * SQUARE**3 if provider.name == "square" else case.flops
 
 
+def reads(case: Case, provider: Provider) -> harness.Reads:
+    return harness.Reads(case.bytes_read, case.weight_bytes)
+
+
 def backend() -> str:
     from fastseq.ops import vq
 
