@@ -2,6 +2,7 @@
 // the lower factors are made, what they made is prepared, panels of results are made. Rows are numbered slots.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/matrix_rows.h"
@@ -32,9 +33,11 @@ class Product {
     if (!from) bias = nullptr;
     if (!from || !fill) return;
     const int64_t H = w.N / w.gates;
-    for (int64_t n = 0; n < panels * kMatrixPanel; ++n) {
-      for (int g = 0; g < w.gates; ++g) {
-        bias[(n / kMatrixPanel * w.gates + g) * kMatrixPanel + n % kMatrixPanel] = n < H ? from[g * H + n] : 0.0f;
+    float* to = bias;
+    for (int64_t n = 0; n < H; n += kMatrixPanel) {
+      const int64_t there = std::min(kMatrixPanel, H - n);
+      for (int g = 0; g < w.gates; ++g, to += kMatrixPanel) {
+        std::fill(std::copy_n(from + g * H + n, there, to), to + kMatrixPanel, 0.0f);
       }
     }
   }

@@ -87,7 +87,8 @@ Steps steps_of(const Model& model, const py::array& given, bool batch) {
   if (!index && given.shape(given.ndim() - 1) != model.input().C) {
     fail("x must be ", meaning, " with C = ", model.input().C, ", got C = ", given.shape(given.ndim() - 1));
   }
-  const py::array x = wide ? narrowed(given) : py::array::ensure(given, py::array::c_style);
+  const bool plain = given.flags() & py::array::c_style;
+  const py::array x = wide ? narrowed(given) : plain ? given : py::array::ensure(given, py::array::c_style);
   const int first = single ? 0 : 1;
   return {single ? 1 : x.shape(0), batch ? x.shape(first) : 1, x.data(), !single, x};
 }
