@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseq.nn
-from fastseq.demo import Budget, compressed, gates, pictures
+from fastseq.demo import Budget, compressed, deployed, gates, pictures
 from fastseq.demo.character_model import Batches, CharacterModel, Corpus, chunks, corpus
 from fastseq.demo.race import Chunk, Runner, race, time_in_turns
 from fastseq.demo.report import Block, Picture, Sample, Section, Table, Text
@@ -51,6 +51,7 @@ def run(budget: Budget, sizes: Sizes = Sizes()) -> list[Section]:
     times = _timing(data, sizes, budget)
     two = {name: runners[name] for name in (STOCK, BINARY)}
     costs = compressed.section(two, held_out, lambda done, note: budget.progress("compressing", done, note))
+    small = deployed.section(runners[BINARY].model, held_out, lambda done, note: budget.progress("saving", done, note))
     budget.progress("looking at gates", 0.0, "")
     torch.manual_seed(budget.seed)
     sections = [
@@ -61,6 +62,7 @@ def run(budget: Budget, sizes: Sizes = Sizes()) -> list[Section]:
         _histograms(runners, held_out),
         _heat_maps(runners, data),
         costs,
+        small,
         _restarts(runners[BINARY].model, data, 10 * sizes.T),
         _samples(runners, data, budget),
     ]
