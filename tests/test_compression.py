@@ -154,6 +154,40 @@ def test_gates_in_different_storage() -> None:
     assert i.down.values.dtype == f.down.values.dtype == torch.float32  # the most that one of them asks for
 
 
+def test_matrices_in_different_storage() -> None:
+    """What is not named stays; the names hold for every layer and direction, and for cells."""
+    forms: Any = {"weight_ih": "int8", "weight_hh": {"i": "bfloat16", "o": "int4"}, "weight_hr": "bfloat16"}
+    model = nn.LSTM(24, 16, num_layers=2, proj_size=8, bidirectional=True)
+    small, report = fastseq.compress(model, forms, group=8)
+    for name, matrix in ((n, m) for n, m in small.named_children() if isinstance(m, fastseq.nn.StoredMatrix)):
+        found = [reference.storage_of(gate.rows) for gate in matrix.matrix()]
+        expected = {"ih": ["int8"] * 4, "hh": ["bfloat16", "float32", "float32", "int4"], "hr": ["bfloat16"]}
+        assert found == expected[name[7:9]], name
+    assert {(m.name[7:9], m.gate) for m in report.matrices} == {("ih", g) for g in "ifgo"} | {
+        ("hh", "i"),
+        ("hh", "o"),
+        ("hr", ""),
+    }
+    for gate in "ifgo":
+        alone = parts(fastseq.compress(model, "int8", group=8).model)["weight_ih_l1_reverse", gate]
+        assert torch.equal(parts(small)["weight_ih_l1_reverse", gate], alone)
+        assert torch.equal(parts(small)["weight_hh_l1", "f"], parts(model)["weight_hh_l1", "f"])
+    cell = nn.LSTMCell(I, H)
+    changed = {m.name for m in fastseq.compress(cell, {"weight_hh": "int4"}).report.matrices}
+    assert changed == {"weight_hh"}
+
+
+def test_factors_of_a_matrix_are_stored_as_it_says() -> None:
+    small, _ = fastseq.compress(nn.LSTM(24, 16), {"weight_hh": {"i": "int4", "f": "int8"}}, rank=3)
+    for matrix, rows, down in (
+        (small.weight_ih_l0, ["float32"] * 2, "float32"),
+        (small.weight_hh_l0, ["int4", "int8"], "int8"),
+    ):
+        gates = matrix.matrix()[:2]
+        assert [reference.storage_of(gate.rows) for gate in gates] == rows
+        assert all(gate.down is not None and reference.storage_of(gate.down) == down for gate in gates)
+
+
 def test_factors_that_are_nearest_to_what_they_make() -> None:
     """Inputs that lie in few dimensions need few factors, wherever the weights are large."""
     torch.manual_seed(4)
@@ -257,6 +291,29 @@ def broken() -> nn.Module:
         (None, {"weights": "int8", "group": 4}, "group must be None, or a multiple of 8 with weights 'int8' or 'int4'"),
         (None, {"weights": {"x": "int8"}}, "weights must be a form, or one for each of some gates i, f, g, o, got"),
         (None, {"weights": {"i": "int2"}}, "weights['i'] must be one of 'int8', 'int4', 'bfloat16', got 'int2'"),
+        (None, {"weights": {}}, "weights must be a form, or one for each of some gates i, f, g, o, got {}"),
+        (
+            None,
+            {"weights": {"weight_ih": "int8", "i": "int8"}},
+            "weights must be for each of some matrices weight_ih, weight_hh, weight_hr, got {'weight_ih': 'int8', 'i'",
+        ),
+        (None, {"weights": {"weight_ih": None}}, "weights['weight_ih'] must be one of 'int8', 'int4', 'bfloat16', got"),
+        (
+            None,
+            {"weights": {"weight_ih": {"x": "int8"}}},
+            "weights['weight_ih'] must be a form, or one for each of some",
+        ),
+        (
+            None,
+            {"weights": {"weight_hh": {"i": "int2"}}},
+            "weights['weight_hh']['i'] must be one of 'int8', 'int4', 'b",
+        ),
+        (None, {"weights": {"weight_hr": {"i": "int8"}}}, "weights['weight_hr'] must be one of 'int8', 'int4', 'bfloa"),
+        (
+            None,
+            {"weights": {"weight_hh": "bfloat16"}, "group": 8},
+            "group must be None, or a multiple of 8 with weights",
+        ),
         (None, {"rank": 3, "nearest": "none"}, "nearest must be one of 'weights', 'outputs', got 'none'"),
         (None, {"rank": 3, "nearest": "outputs"}, "nearest must be 'weights' without a rank and inputs, got 'outputs'"),
         (None, {"step": 0.2, "trainable": True}, "trainable must be False beside step, got True"),

@@ -29,6 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16": {"weights": "bfloat16"},
     "mixed": {"weights": {"i": "int4", "g": "int8"}, "rank": {"f": 2, "o": 1}, "group": 16},
     "rank": {"rank": 2, "gates": "ifgo", "weights": "int8"},
+    "matrices": {"weights": {"weight_ih": "bfloat16", "weight_hh": {"i": "int8", "o": "int4"}}, "group": 8},
 }
 
 

@@ -23,6 +23,8 @@ __all__ = ["Compressed", "Form", "Matrix", "Report", "compress"]
 
 Rank = int | float
 WEIGHTS = ("int8", "int4", "bfloat16")
+MATRICES = ("weight_ih", "weight_hh", "weight_hr")
+Storage = str | Mapping[str, str]  # of all gates, or by gate
 NEAREST = ("weights", "outputs")
 
 
@@ -35,7 +37,7 @@ class Compressed(NamedTuple):
 
 def compress(
     model: nn.Module,
-    weights: str | Mapping[str, str] | None = None,
+    weights: Storage | Mapping[str, Storage] | None = None,
     rank: Rank | Mapping[str, Rank] | None = None,
     *,
     step: float | None = None,
@@ -61,9 +63,11 @@ def compress(
     Args:
         model: holds ``torch.nn.LSTM``, ``LSTMCell``, or ours. What else it holds stays, and is listed in the report.
         weights: how all four gates (and projections) are stored: "int8" and "int4" with a scale for each row, or each
-            ``group`` neighbours in it; "bfloat16"; or one of these for each of some gates, {"i": "int4", "g": "int8"}.
-            None: as they are. With a rank the factors are stored so, and all lower factors in the most bits that a gate
-            with a rank asks for.
+            ``group`` neighbours in it; "bfloat16"; or one of these for each of some gates, {"i": "int4", "g": "int8"};
+            or one of all that for each of some matrices, {"weight_ih": "bfloat16", "weight_hh": {"o": "int8"}}, of
+            every layer; a projection ("weight_hr") has no gates. None, and what is not named: as it is. A tied matrix
+            is stored as where it comes first. With a rank the factors are stored so, and all lower factors of a matrix
+            in the most bits that a gate with a rank asks for.
         rank: of ``gates``: a whole number, or a share of the sum of squares in (0, 1) that the factors must keep; or
             one of these for each gate, {"i": 16, "f": 16, "g": 0.9}. What factors would not make smaller has none.
         step: values of ``gates`` become multiples of it; clip: and are moved into -clip .. clip. Not with others.
@@ -85,7 +89,8 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model should be of type nn.Module, got: {type(model).__name__}")
-    form = _form(weights, rank, step, clip, gates, group)
+    forms = _forms(weights, rank, step, clip, gates, group)
+    form = forms["weight_hh"]  # they differ in weights alone
     _check.one_of("compress", "nearest", nearest, NEAREST)
     if nearest == "outputs" and (inputs is None or not form.ranks):
         _check.fail("compress", "nearest", "'weights' without a rank and inputs", repr(nearest))
@@ -98,12 +103,12 @@ def compress(
         _check_module(name, module, form)
     given = inputs if type(inputs) is tuple else (inputs,)  # a PackedSequence is a tuple too
     met = moments(model, mine, given) if nearest == "outputs" else {}
-    small, matrices = _compressed(copy.deepcopy(model), form, trainable, met)
+    small, matrices = _compressed(copy.deepcopy(model), forms, trainable, met)
     return Compressed(small, _report(model, small, matrices, inputs, metric))
 
 
 def _compressed(
-    small: nn.Module, form: Form, trainable: bool, met: Mapping[str, Moments]
+    small: nn.Module, forms: Mapping[str, Form], trainable: bool, met: Mapping[str, Moments]
 ) -> tuple[nn.Module, list[Matrix]]:
     """The copy changed, and what was done."""
     told: list[Matrix] = []
@@ -116,10 +121,10 @@ def _compressed(
             if seen not in kept:
                 full = f"{name}.{parameter}" if name else parameter
                 moment = met[name].get(parameter) if name in met else None
-                kept[seen], rows = _compress_matrix(full, matrix, form, moment)
+                kept[seen], rows = _compress_matrix(full, matrix, forms[parameter[:9]], moment)
                 told += rows
             parts[parameter] = (K, seen)
-        if form.step is not None or type(module) not in (nn.LSTM, LSTM):
+        if forms["weight_hh"].step is not None or type(module) not in (nn.LSTM, LSTM):
             for parameter, (_, seen) in parts.items():
                 getattr(module, parameter).data.copy_(torch.cat([k.values for k in kept[seen]]))
             continue
@@ -168,8 +173,8 @@ def _check_module(name: str, module: nn.Module, form: Form) -> None:
             _check.fail("compress", f"{told}.{parameter}", "finite", "a matrix with NaN or infinity")
 
 
-def _form(weights: Any, rank: Any, step: Any, clip: Any, gates: Any, group: Any) -> Form:
-    """The checked options."""
+def _forms(weights: Any, rank: Any, step: Any, clip: Any, gates: Any, group: Any) -> dict[str, Form]:
+    """The checked options, by matrix."""
     if not isinstance(gates, str) or not gates or len(set(gates)) < len(gates) or set(gates) - set(GATES):
         _check.fail("compress", "gates", "different letters of 'ifgo'", repr(gates))
     storages = _storages(weights)
@@ -180,7 +185,7 @@ def _form(weights: Any, rank: Any, step: Any, clip: Any, gates: Any, group: Any)
         _check.fail("compress", "step", "None beside weights or rank", step)
     if clip is not None and (step is None or clip < step):
         _check.fail("compress", "clip", "None, or at least step" if step else "None without step", clip)
-    integers = {"int8", "int4"} & set(storages.values())
+    integers = {"int8", "int4"} & {storage for own in storages.values() for storage in own.values()}
     if group is not None and (not integers or not _is_whole(group) or group % 8):
         _check.fail("compress", "group", "None, or a multiple of 8 with weights 'int8' or 'int4'", repr(group))
     if weights is None and rank is None and step is None:
@@ -191,20 +196,29 @@ def _form(weights: Any, rank: Any, step: Any, clip: Any, gates: Any, group: Any)
     for value in ranks.values():
         if not (_is_whole(value) or (isinstance(value, float) and 0 < value < 1)):
             _check.fail("compress", "rank", "a whole number > 0, or a share of the squares in (0, 1)", repr(value))
-    return Form(storages, ranks, step, clip, gates, group, frozenset(ranks))
+    return {m: Form(own, ranks, step, clip, gates, group, frozenset(ranks)) for m, own in storages.items()}
 
 
-def _storages(weights: Any) -> dict[str, str]:
-    """By gate, and that of projections under ""."""
+def _storages(weights: Any) -> dict[str, dict[str, str]]:
+    """By matrix, and then by gate, that of projections under ""."""
     if weights is None:
-        return {}
-    if not isinstance(weights, Mapping):
-        _check.one_of("compress", "weights", weights, WEIGHTS)
+        return dict.fromkeys(MATRICES, {})
+    if not isinstance(weights, Mapping) or not set(weights) & set(MATRICES):
+        return dict.fromkeys(MATRICES, _storages_of("weights", weights, GATES))
+    if set(weights) - set(MATRICES):
+        _check.fail("compress", "weights", f"for each of some matrices {', '.join(MATRICES)}", repr(weights))
+    gated = {m: "" if m == "weight_hr" else GATES for m in MATRICES}
+    return {m: _storages_of(f"weights[{m!r}]", weights[m], gated[m]) if m in weights else {} for m in MATRICES}
+
+
+def _storages_of(name: str, weights: Any, gates: str) -> dict[str, str]:
+    if not isinstance(weights, Mapping) or not gates:
+        _check.one_of("compress", name, weights, WEIGHTS)
         return dict.fromkeys((*GATES, ""), weights)
-    if not weights or set(weights) - set(GATES):
-        _check.fail("compress", "weights", "a form, or one for each of some gates i, f, g, o", repr(weights))
+    if not weights or set(weights) - set(gates):
+        _check.fail("compress", name, "a form, or one for each of some gates i, f, g, o", repr(weights))
     for gate, storage in weights.items():
-        _check.one_of("compress", f"weights[{gate!r}]", storage, WEIGHTS)
+        _check.one_of("compress", f"{name}[{gate!r}]", storage, WEIGHTS)
     return dict(weights)
 
 

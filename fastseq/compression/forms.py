@@ -17,7 +17,7 @@ FLOATS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # else float32
 
 
 class Form(NamedTuple):
-    """The options of ``compress``, checked."""
+    """The options of ``compress`` for one matrix of a layer, checked."""
 
     weights: dict[str, str]  # of gates, and "" of projections
     ranks: dict[str, int | float]

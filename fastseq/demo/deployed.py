@@ -45,7 +45,7 @@ def section(model: CharacterModel, held_out: Sequence[Chunk], report: Callable[[
     report(1.0, "")
     head = ("runtime, matrices of the LSTM", "file, kB", "bits per character", "µs per character")
     caption = (
-        "Held-out text. Time: median over one text that is read character by character, called from Python, one thread. "
+        "Held-out text. Time: median over one text that is read character by character, from Python, one thread. "
         "Embedding and output layer stay in float32."
     )
     story = (
