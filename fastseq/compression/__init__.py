@@ -22,6 +22,7 @@ from fastseq.reference import Matrix as Gates
 __all__ = ["Compressed", "Form", "Matrix", "Report", "compress"]
 
 Rank = int | float
+Place = tuple[int, int]
 WEIGHTS = ("int8", "int4", "bfloat16")
 MATRICES = ("weight_ih", "weight_hh", "weight_hr")
 Storage = str | Mapping[str, str]  # of all gates, or by gate
@@ -112,12 +113,12 @@ def _compressed(
 ) -> tuple[nn.Module, list[Matrix]]:
     """The copy changed, and what was done."""
     told: list[Matrix] = []
-    kept: dict[int, list[Kept]] = {}  # a tied matrix is compressed once
-    stored: dict[tuple[int, bool], StoredMatrix] = {}
+    kept: dict[Place, list[Kept]] = {}  # a tied matrix is compressed once
+    stored: dict[tuple[Place, bool], StoredMatrix] = {}
     for name, module in recurrent(small).items():
         parts = {}
         for parameter, (matrix, K) in matrices_of(module).items():
-            seen = matrix[0].rows.values.data_ptr()
+            seen = (matrix[0].rows.values.data_ptr(), K)  # an empty one has no address
             if seen not in kept:
                 full = f"{name}.{parameter}" if name else parameter
                 moment = met[name].get(parameter) if name in met else None
