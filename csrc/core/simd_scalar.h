@@ -56,7 +56,8 @@ inline VecWord dot_nibbles(VecWord sum, VecWord w, VecWord a) {
 inline VecD odd_sum(VecD a, VecD b) {
   const VecD sum = a + b, from_b = sum - a, lost = (a - (sum - from_b)) + (b - from_b);
   const VecD side = lost * sum;  // NaN where the sum is not finite
-  const auto beyond = side < 0.0, inexact = beyond | (side > 0.0);
+  auto beyond = side < 0.0;
+  const auto inexact = beyond | (side > 0.0);
   return (VecD)(((decltype(beyond))sum + beyond) | (inexact & 1));
 }
 
