@@ -18,21 +18,24 @@ TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
-.PHONY: demo test test-ops test-rest test-triton test-triton-lstm test-triton-rest bench check check-gpu budget format clean gpu
+.PHONY: demo test test-ops test-nn test-rest test-triton test-triton-lstm test-triton-rest bench check check-gpu budget format clean gpu
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
 
-# without ARGS in four parts, two at a time, each of which prints when it is done; ARGS go to one pytest
+# without ARGS in five parts, two at a time, each of which prints when it is done; ARGS go to one pytest
 test: $(VENV)/.built $(VENV)/.pretrained
-	$(if $(ARGS),,@echo "four parts, two at a time; each prints when it is done, the first after about five minutes")
-	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(TWO) test-ops test-rest test-triton-lstm test-triton-rest)
+	$(if $(ARGS),,@echo "five parts, two at a time; each prints when it is done, the first after about five minutes")
+	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(TWO) test-rest test-ops test-nn test-triton-lstm test-triton-rest)
 
 test-ops: $(VENV)/.built
 	$(BIN)/python -m pytest tests/ops
 
+test-nn: $(VENV)/.built
+	$(BIN)/python -m pytest tests/nn tests/kernels tests/convert
+
 test-rest: $(VENV)/.built $(VENV)/.pretrained
-	$(BIN)/python -m pytest tests --ignore=tests/ops
+	$(BIN)/python -m pytest tests $(addprefix --ignore=tests/,ops nn kernels convert)
 
 # the Triton kernels on the CPU, through triton's interpreter, which is chosen when triton is imported
 test-triton: $(VENV)/.built

@@ -278,5 +278,3 @@ def test_wrong_weights(change: dict[str, Any], message: str) -> None:
 def test_wrong_calls() -> None:
     with pytest.raises(ArgumentError, match="lstm: recompute must be False beside factors, got True"):
         functional.lstm(torch.zeros(T, B, I), [weights()], recompute=True)
-    with pytest.raises(ArgumentError, match=r"compress: model must be without rank \(load its dense_state_dict\(\)"):
-        fastseq.compression.compress(LSTM(I, H, rank=2), "int8")
