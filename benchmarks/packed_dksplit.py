@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import lstm_onnx, packed_layer, products
+from benchmarks import lstm_onnx, packed_layer, products_dksplit
 from benchmarks.packed_case import Case, Provider, Work
 
 EQUAL = 0.9  # least share of the names that get the words of the package's exact mode
@@ -36,14 +36,14 @@ def package() -> Package:
 
     folder = Path(dksplit.__file__).parent / "models"
     onnx = folder / "dksplit-int8.onnx"
-    model = packed_layer.deployed(products.dksplit_model(onnx, folder / "dksplit.npz"))
+    model = packed_layer.deployed(products_dksplit.dksplit_model(onnx, folder / "dksplit.npz"))
     return Package(onnx, lambda threads: dksplit.Splitter(num_threads=threads), model)
 
 
 @functools.lru_cache(maxsize=4)
 def names(case: Case) -> list[str]:
     """B names of T letters each."""
-    found = products.joined_names(4 * case.B + 100, seed=case.T)
+    found = products_dksplit.joined_names(4 * case.B + 100, seed=case.T)
     while len(long := [name[: case.T] for name in found if len(name) >= case.T]) < case.B:
         found = [a + b for a, b in zip(found, reversed(found), strict=True)] + found
     return long[: case.B]
@@ -57,15 +57,16 @@ def exact(case: Case) -> Words:
 
 
 def _words(case: Case, index: np.ndarray, threads: int) -> Words:
-    return products.dksplit_words(names(case), package().model.run(index, threads=threads)[0])
+    labels = package().model.run(index, threads=threads)[0]
+    return [products_dksplit.dksplit_words(name, labels[:, b]) for b, name in enumerate(names(case))]
 
 
 def _fastseq(case: Case, provider: Provider, threads: int) -> Work:
     model, given = package().model, names(case)
-    index = products.dksplit_input(given)[0].astype(np.int32)
+    index = products_dksplit.dksplit_input(given)[0]
 
     def words() -> Words:
-        return _words(case, products.dksplit_input(given)[0].astype(np.int32), threads)
+        return _words(case, products_dksplit.dksplit_input(given)[0], threads)
 
     run = words if provider.form == "words" else lambda: model.run(index, threads=threads)
     return Work(run, words)
@@ -77,7 +78,7 @@ def _onnxruntime(case: Case, provider: Provider, threads: int) -> Work:
 
     options = lstm_onnx.onnxruntime_options(threads)
     session = onnxruntime.InferenceSession(str(package().onnx), options, providers=["CPUExecutionProvider"])
-    letters = np.ascontiguousarray(products.dksplit_input(names(case))[0].T)
+    letters = np.ascontiguousarray(products_dksplit.dksplit_input(names(case))[0].T)
     rows = [letters[b : b + 1] for b in range(case.B)]
     if provider.form == "row by row":
         return Work(lambda: [session.run(None, {"chars": row}) for row in rows], lambda: exact(case))
@@ -112,7 +113,7 @@ def judge(case: Case, provider: Provider, work: Work) -> tuple[str, dict[str, An
 
 @functools.lru_cache(maxsize=4)
 def _verdict(case: Case) -> str:
-    index = products.dksplit_input(names(case))[0].astype(np.int32)
+    index = products_dksplit.dksplit_input(names(case))[0]
     run = package().model.run
     labels = run(index)[0]
     other = sum(not np.array_equal(run(index[:, b : b + 1])[0][:, 0], labels[:, b]) for b in range(case.B))
