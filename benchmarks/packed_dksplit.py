@@ -78,7 +78,7 @@ def _onnxruntime(case: Case, provider: Provider, threads: int) -> Work:
 
     options = lstm_onnx.onnxruntime_options(threads)
     session = onnxruntime.InferenceSession(str(package().onnx), options, providers=["CPUExecutionProvider"])
-    letters = np.ascontiguousarray(products_dksplit.dksplit_input(names(case))[0].T)
+    letters = np.ascontiguousarray(products_dksplit.dksplit_input(names(case))[0].T, np.int64)
     rows = [letters[b : b + 1] for b in range(case.B)]
     if provider.form == "row by row":
         return Work(lambda: [session.run(None, {"chars": row}) for row in rows], lambda: exact(case))
