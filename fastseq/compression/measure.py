@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils.hooks import RemovableHandle
 
 CALLS = 7  # of which the median is told
 
@@ -39,6 +40,12 @@ def outputs(model: nn.Module, modules: dict[str, nn.Module], inputs: tuple[Any, 
         module.register_forward_hook(lambda m, args, out, name=name: keep(name, m, out))
         for name, module in modules.items()
     ]
+    observe(model, handles, inputs)
+    return {name: torch.cat(parts) for name, parts in found.items() if parts}
+
+
+def observe(model: nn.Module, handles: Sequence[RemovableHandle], inputs: tuple[Any, ...]) -> None:
+    """One call in evaluation mode with hooks that go when it ends; modules stay in the mode that they were in."""
     training = {m: m.training for m in model.modules()}
     try:
         with torch.no_grad():
@@ -48,7 +55,6 @@ def outputs(model: nn.Module, modules: dict[str, nn.Module], inputs: tuple[Any, 
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-    return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
 
 def step_errors(true: dict[str, Tensor], found: dict[str, Tensor]) -> list[Steps]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastseq.compression.measure import observe
 from fastseq.nn import LSTM
 
 
@@ -46,15 +46,7 @@ def moments(model: nn.Module, modules: dict[str, nn.Module], inputs: tuple[Any, 
         )
         for name, module in modules.items()
     ]
-    training = {m: m.training for m in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
+    observe(model, handles, inputs)
     return found
 
 
