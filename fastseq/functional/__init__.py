@@ -1,6 +1,7 @@
 """What users call: checks, dtypes and layout around the operators; one file per operator."""
 
 from fastseq.functional._recurrence import Recurrence, RecurrenceOptions
+from fastseq.functional.ensemble_stats import EnsembleStats, ensemble_stats
 from fastseq.functional.lstm import Gates, Result, draw_seed, lstm, lstm_cell, packed_places
 from fastseq.functional.lstm_arguments import Factors, State, Weights
 from fastseq.functional.lstm_factors import best_factors, dense_weight
@@ -19,11 +20,13 @@ from fastseq.functional.lstm_packed import (
     stored_as,
     straight_through,
 )
+from fastseq.functional.mimo import mimo_combine, mimo_gather, mimo_index, mimo_labels, mimo_nll, mimo_project
 from fastseq.functional.vq import Nearest, Quantized, vq_nearest, vq_quantize, vq_sums
 from fastseq.functional.vq_codes import code_bits, vq_pack, vq_unpack
 from fastseq.functional.vq_residual import Residual, vq_residual
 
 __all__ = [
+    "EnsembleStats",
     "Factors",
     "Gate",
     "Gates",
@@ -43,12 +46,19 @@ __all__ = [
     "code_bits",
     "dense_weight",
     "draw_seed",
+    "ensemble_stats",
     "linear_packed",
     "lstm",
     "lstm_cell",
     "lstm_int8",
     "lstm_lowrank",
     "lstm_packed",
+    "mimo_combine",
+    "mimo_gather",
+    "mimo_index",
+    "mimo_labels",
+    "mimo_nll",
+    "mimo_project",
     "pack",
     "packed_places",
     "storage_of",

@@ -23,6 +23,7 @@ from fastseq.functional.lstm_arguments import (
 )
 from fastseq.functional.lstm_factors import factored_layer
 from fastseq.functional.lstm_stock import BACKENDS, StockCall, stock
+from fastseq.ops import mimo
 from fastseq.ops._select import allowed, choose
 from fastseq.ops._triton import in_low_precision
 from fastseq.ops.lstm_autograd import layer
@@ -89,6 +90,7 @@ def lstm(
     variational_dropout: float = 0.0,
     recompute: bool = False,
     return_gates: bool = False,
+    index: Tensor | None = None,
 ) -> Result:
     """A net of L LSTM layers in D directions (``fastseq.reference.lstm`` is the definition of each).
 
@@ -109,6 +111,8 @@ def lstm(
         dropout: probability between layers, per element; variational_dropout: one mask per row for all steps.
         recompute: hold h and c until backward, not the gates, and rebuild these with one product.
         return_gates: return i, f and all c_t; this holds the gates, whatever ``recompute`` says.
+        index: int32 [M, N], see ``mimo_index``: rows of several examples. x is [T, B, C], the B examples, and the
+            first weight_ih [4*H, M*C]; all else, lengths and states too, is of the N rows. Not with ``batch_sizes``.
 
     Returns:
         ``Result``. Non-contiguous tensors are copied.
@@ -117,7 +121,10 @@ def lstm(
         ArgumentError: a ``ValueError`` and ``RuntimeError``, naming the argument.
     """
     dtype, out_dtype = dtypes("lstm", x, weights[0].weight_ih if weights else x, hx)
-    B = check_input(x, weights, hx, bidirectional, lengths, batch_sizes, reset, rows)
+    if index is not None:
+        index = _checked_index(x, batch_sizes, index)
+    rows_of_x = x if index is None else x.new_empty(x.shape[0], index.shape[1], 0)
+    B = check_input(rows_of_x, weights, hx, bidirectional, lengths, batch_sizes, reset, rows)
     check_numbers(noise_probability, tau, dropout, variational_dropout)
     if recompute and any(w.factors is not None for w in weights):
         _check.fail("lstm", "recompute", "False beside factors", recompute)
@@ -133,6 +140,8 @@ def lstm(
             "way to return all cell states": return_gates,
             "low-rank recurrent weights": any(w.factors is not None for w in weights),
         }
+        if index is not None and not any(special.values()):  # torch's own takes the rows themselves
+            x, index = mimo.gather(x.unsqueeze(2).contiguous(), index).squeeze(2), None
         found = _by_torch(StockCall(x, weights, hx, bidirectional, batch_sizes, dropout, special), B)
         if found is not None:
             return found
@@ -142,7 +151,7 @@ def lstm(
     sizes = (lengths, batch_sizes, None if reset is None else reset.contiguous())
     options, memory = (seed, rows, row_offset, noise_probability, tau, hard), (2 if return_gates else 0, recompute)
     out, h_n, c_n, gates = _net(
-        x, weights, hx, bidirectional, B, sizes, options, memory, (dropout, variational_dropout)
+        x, weights, hx, bidirectional, B, sizes, options, memory, (dropout, variational_dropout), index
     )
     kept = [_gates(v, out_dtype) for v in gates] if return_gates else []
     return Result(out.to(out_dtype), h_n.to(out_dtype), c_n.to(out_dtype), kept)
@@ -158,13 +167,14 @@ def _net(
     options: tuple[Any, ...],
     memory: tuple[int, bool] = (0, False),
     dropouts: tuple[float, float] = (0.0, 0.0),
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
     """All layers by our operators: output, h_n, c_n, and what each layer and direction returned."""
     out, found, step = x, [], 2 if bidirectional else 1
     for n in range(0, len(weights), step):
         if n and any(dropouts):
             out = _between(out, *dropouts, B, sizes[1])
-        layer = _layer(out, n, weights[n : n + step], hx, B, sizes, options, memory)
+        layer = _layer(out, n, weights[n : n + step], hx, B, sizes, options, memory, None if n else index)
         out = layer[0][0] if step == 1 else torch.cat([v[0] for v in layer], -1)
         found += layer
     if len(found) == 1:
@@ -208,16 +218,20 @@ def _layer(
     sizes: tuple[Tensor | None, Tensor | None, Tensor | None],
     options: tuple[Any, ...],
     memory: tuple[int, bool],
+    index: Tensor | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """h, c, gates, h_n, c_n of one layer, per direction; ``first`` is the number of its forward direction."""
     seed, rows, row_offset, noise_probability, tau, hard = options
     prepared, states = [], []
     for n, given in enumerate(weights, first):
-        w, bias = _prepare("lstm", n, given, x)
+        w, bias = _prepare("lstm", n, given, x, 1 if index is None else index.shape[0])
         prepared.append((w, bias))
         states.append(_start(w, B) if hx is None else _state("lstm", n, w, hx[0].select(0, n), hx[1].select(0, n), B))
     stream = 2 * (first // len(weights))
-    if _in_one_call(x, prepared):
+    projected: list[Tensor] | None = None
+    if index is not None:
+        projected = [mimo.project(x.unsqueeze(2), w.weight_ih, bias, index).squeeze(2) for w, bias in prepared]
+    elif _in_one_call(x, prepared):
         found: Any = ([v for v in values if v is not None] for values in zip(*(w for w, _ in prepared), strict=True))
         weight_ih, weight_hh, _, _, _, h_start, c_start, _ = found
         biases = [b for _, b in prepared if b is not None]
@@ -228,11 +242,25 @@ def _layer(
     for direction, ((w, bias), (h0, c0)) in enumerate(zip(prepared, states, strict=True)):
         state = (w.weight_hr, *sizes, w.h_start, w.c_start, seed, rows, row_offset, stream + direction)
         options = (*state, noise_probability, tau, hard, direction == 1)
+        values, weight_ih = (x, w.weight_ih) if projected is None else (projected[direction], None)
+        bias = bias if projected is None else None
         if w.factors is not None:
-            out.append(factored_layer(x, w, w.factors, bias, h0, c0, options, memory[0]))
+            out.append(factored_layer(values, weight_ih, w, w.factors, bias, h0, c0, options, memory[0]))
             continue
-        out.append(layer(x, w.weight_ih, bias, w.weight_hh, h0, c0, options, *memory))
+        out.append(layer(values, weight_ih, bias, w.weight_hh, h0, c0, options, *memory))
     return out
+
+
+def _checked_index(x: Tensor, batch_sizes: Tensor | None, index: Tensor) -> Tensor:
+    """As the operators take it."""
+    if batch_sizes is not None:
+        _check.fail("lstm", "index", "None for packed x", list(index.shape))
+    if x.dim() != 3:
+        _check.fail("lstm", "x", "[T, B, C] beside index", list(x.shape))
+    if index.dim() != 2:
+        _check.fail("lstm", "index", "[M, N]", list(index.shape))
+    _check.device("lstm", "index", index, x.device)
+    return index.to(torch.int32).contiguous()
 
 
 def _in_one_call(x: Tensor, prepared: Sequence[tuple[Weights, Tensor | None]]) -> bool:
@@ -299,9 +327,10 @@ def _start(w: Weights, B: int) -> State:
     return h0, w.c_start.expand(B, H).contiguous()
 
 
-def _prepare(function: str, n: int, w: Weights, x: Tensor) -> tuple[Weights, Tensor | None]:
-    """Check the weights of layer and direction n, bring them to the dtype of x, and add up the biases."""
-    check_weights(function, n, w, x.shape[-1], x.device)
+def _prepare(function: str, n: int, w: Weights, x: Tensor, M: int = 1) -> tuple[Weights, Tensor | None]:
+    """Check the weights of layer and direction n, bring them to the dtype of x, and add up the biases. M: examples that
+    a row takes side by side."""
+    check_weights(function, n, w, M * x.shape[-1], x.device)
     dtype = x.dtype
     if w.weight_ih.dtype is not dtype or w.weight_hh.dtype is not dtype:
         w = _each(w, lambda v: v.to(dtype))

@@ -19,6 +19,7 @@ from fastseq.reference import low_rank
 
 def factored_layer(
     x: Tensor,
+    weight_ih: Tensor | None,
     w: Weights,
     factors: Factors,
     bias: Tensor | None,
@@ -27,7 +28,8 @@ def factored_layer(
     options: tuple[Any, ...],
     save: int,
 ) -> tuple[Tensor, ...]:
-    """h, c, gates, h_n and c_n, as ``lstm_autograd.layer`` returns them. ``options`` begin with no projection.
+    """h, c, gates, h_n and c_n, as ``lstm_autograd.layer`` returns them. ``options`` begin with no projection. Without
+    ``weight_ih`` x holds the pre-activations.
 
     The kernels for a GPU know one rank for all gates. A little less is filled up with zeros, which are no parameters;
     where this would not save anything, or a gate is full, the factors are multiplied together and the layer is dense.
@@ -35,9 +37,11 @@ def factored_layer(
     by_core = x.is_cpu and allowed() in (None, "cpu", "reference")
     ranks, most = factors.ranks, max(factors.ranks)
     if not by_core and (-1 in ranks or 2 * most >= w.H):
-        return layer(x, w.weight_ih, bias, dense_weight(w.weight_hh, factors), h0, c0, options, save)
-    flat = gemm(x.reshape(-1, x.shape[-1]), w.weight_ih, bias, False, True)
-    x_gates = flat.view(*x.shape[:-1], flat.shape[-1])
+        return layer(x, weight_ih, bias, dense_weight(w.weight_hh, factors), h0, c0, options, save)
+    x_gates = x
+    if weight_ih is not None:
+        flat = gemm(x.reshape(-1, x.shape[-1]), weight_ih, bias, False, True)
+        x_gates = flat.view(*x.shape[:-1], flat.shape[-1])
     if by_core:
         full = w.weight_hh if -1 in ranks else None
         return lstm_mixed(x_gates, (full, factors.up, factors.down), ranks, h0, c0, options[1:], save)

@@ -6,6 +6,19 @@ from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, 
 from fastseq.reference.lstm_int8 import int8_product, lstm_int8, quantized
 from fastseq.reference.lstm_lowrank import lowrank_product, lstm_lowrank, lstm_lowrank_backward
 from fastseq.reference.lstm_mixed import lstm_mixed, lstm_mixed_backward
+from fastseq.reference.mimo import (
+    ensemble_stats,
+    mimo_combine,
+    mimo_combine_backward,
+    mimo_gather,
+    mimo_gather_backward,
+    mimo_index,
+    mimo_nll,
+    mimo_nll_backward,
+    mimo_project,
+    mimo_project_backward,
+    slot_columns,
+)
 from fastseq.reference.model import run_model
 from fastseq.reference.model_matrix import matrix_of, matrix_product
 from fastseq.reference.packed import (
@@ -38,6 +51,7 @@ __all__ = [
     "Gate",
     "Matrix",
     "Part",
+    "ensemble_stats",
     "from_nibbles",
     "gate_noise",
     "int8_product",
@@ -55,10 +69,19 @@ __all__ = [
     "lstm_lowrank_backward",
     "lstm_mixed",
     "lstm_mixed_backward",
+    "lstm_packed",
     "matrix_of",
     "matrix_product",
-    "lstm_packed",
     "matrix_values",
+    "mimo_combine",
+    "mimo_combine_backward",
+    "mimo_gather",
+    "mimo_gather_backward",
+    "mimo_index",
+    "mimo_nll",
+    "mimo_nll_backward",
+    "mimo_project",
+    "mimo_project_backward",
     "nibbles",
     "packed_index",
     "part_values",
@@ -67,6 +90,7 @@ __all__ = [
     "rank_of_energy",
     "rounded",
     "run_model",
+    "slot_columns",
     "storage_of",
     "store",
     "unpack",
