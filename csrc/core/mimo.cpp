@@ -144,6 +144,7 @@ void sums_body(const void* context, int, int size, Barrier& barrier) {
 template <class R>
 void run_sums(const MimoSums<R>& call, const Lists& lists, const Team& team) {
   const MimoShape& s = call.shape;
+  if (s.S == 0 || call.width == 0) return;
   const Sums<R> sums{&call, lists};
   const double rows = double(s.A) * s.S * (double(s.N) * s.M + lists.rows);
   team.run(team_size(kGatheredAdd * rows * call.width, team.most), sums_body<R>, &sums);
