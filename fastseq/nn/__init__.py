@@ -1,4 +1,4 @@
-"""Modules: drop-ins for the LSTMs of ``torch.nn`` and the layers of vector-quantize-pytorch, their recipes, and MIMO."""
+"""Modules: drop-ins for the LSTMs of ``torch.nn`` and the layers of vector-quantize-pytorch, recipes, and MIMO."""
 
 try:
     import torch as _torch
@@ -14,6 +14,7 @@ from fastseq.nn.grouped_residual_vq import GroupedResidualVQ
 from fastseq.nn.kmeans import kmeans
 from fastseq.nn.lstm import LSTM
 from fastseq.nn.lstm_cell import LSTMCell
+from fastseq.nn.mimo import MIMO, MIMOReport
 from fastseq.nn.mimo_index import MIMOIndex
 from fastseq.nn.mimo_layers import MIMOConv1d, MIMOConv2d, MIMOEmbedding, MIMOHead, MIMOLinear
 from fastseq.nn.mimo_lstm import MIMOLSTM, MIMOState
@@ -32,6 +33,7 @@ from fastseq.nn.vq_loading import load_codebooks
 __all__ = [
     "FSQ",
     "LSTM",
+    "MIMO",
     "MIMOConv1d",
     "MIMOConv2d",
     "MIMOEmbedding",
@@ -39,6 +41,7 @@ __all__ = [
     "MIMOIndex",
     "MIMOLSTM",
     "MIMOLinear",
+    "MIMOReport",
     "MIMOState",
     "AfterWarmup",
     "CodebookUsage",

@@ -19,7 +19,7 @@ class Call(NamedTuple):
     """How a layer is called where the network around it cannot say so: set by ``fastseq.nn.MIMO`` for one forward."""
 
     mode: str
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # in the place of tuple.index
 
 
 class MIMOLayer(nn.Module):
@@ -98,8 +98,7 @@ class MIMOLayer(nn.Module):
                     f"{type(self).__name__}: a weight has changed or was loaded since fold(): "
                     "call fold() again, or unfold()"
                 )
-        folded: Tensor = getattr(self, f"folded_{name}")
-        return folded
+        return self.get_buffer(f"folded_{name}")
 
     def _mode_of(self, index: Tensor | None, mode: str | None) -> tuple[str, Tensor | None]:
         """The mode of a call and its index, from its arguments or else from the wrapper."""
@@ -140,7 +139,7 @@ class MIMOLayer(nn.Module):
             _check.fail(type(self).__name__, "input", f"[{want}] = [..., {str(list(sizes))[1:]}", list(x.shape))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.is_folded:  # from the weights as they are now, so that a change of dtype rounds once
             self._fold()
         return self
@@ -158,7 +157,8 @@ def fold_weight(weight: Tensor, M: int) -> Tensor:
 
 def sum_slots(x: Tensor, dim: int) -> Tensor:
     """A sum in float32 or wider, rounded once."""
-    return x.sum(dim, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+    out: Tensor = x.sum(dim, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+    return out
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -1,11 +1,11 @@
-"""``MIMOLinear``, ``MIMOConv1d``, ``MIMOConv2d``, ``MIMOEmbedding`` and ``MIMOHead``: first layers and heads for M slots.
+"""``MIMOLinear``, ``MIMOConv1d``, ``MIMOConv2d``, ``MIMOEmbedding``, ``MIMOHead``: first layers and heads for M slots.
 
 Parameters are those of the plain layer with the input channels of all slots side by side, slot 0 first.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from fastseq import _check, functional
 from fastseq.nn._mimo_fold import MIMOLayer, check_slots, sum_slots
+
+_Plain = TypeVar("_Plain", bound=nn.Module)
 
 
 class MIMOLinear(MIMOLayer, nn.Linear):
@@ -86,7 +88,7 @@ class MIMOConv1d(MIMOLayer, nn.Conv1d):
 
     def to_plain(self) -> nn.Conv1d:
         """The ensemble mode as a plain layer with folded weights, for deployment and export."""
-        made = nn.Conv1d(self.channels, *_convolution_options(self), *_like(self.weight))
+        made = nn.Conv1d(self.channels, **_convolution_options(self))
         return _filled(made, self, self._folded("weight"))
 
     def extra_repr(self) -> str:
@@ -117,7 +119,7 @@ class MIMOConv2d(MIMOLayer, nn.Conv2d):
 
     def to_plain(self) -> nn.Conv2d:
         """The ensemble mode as a plain layer with folded weights, for deployment and export."""
-        made = nn.Conv2d(self.channels, *_convolution_options(self), *_like(self.weight))
+        made = nn.Conv2d(self.channels, **_convolution_options(self))
         return _filled(made, self, self._folded("weight"))
 
     def extra_repr(self) -> str:
@@ -199,6 +201,8 @@ class MIMOHead(nn.Linear):
         check_slots("MIMOHead", M)
         super().__init__(H, M * K, bias, device, dtype)
         self.M, self.K = M, K
+        self._listened = False  # by ``fastseq.nn.MIMO``, which compares what a network returns with this
+        self._returned: Tensor | None = None
 
     def forward(self, input: Tensor, *, per_slot: bool = False) -> Tensor:
         """
@@ -210,17 +214,17 @@ class MIMOHead(nn.Linear):
         """
         M, H = self.M, self.in_features
         want = (M, H) if per_slot else (H,)
-        if input.dim() < len(want) or input.shape[input.dim() - len(want) :] != want:
-            _check.fail(
-                "MIMOHead",
-                "input",
-                f"[..., M, H] = [..., {M}, {H}]" if per_slot else f"[..., H] = [..., {H}]",
-                list(input.shape),
-            )
-        if not per_slot:
-            return F.linear(input, self.weight, self.bias).unflatten(-1, (M, self.K))
-        out = torch.einsum("...mh,mkh->...mk", input, self.weight.unflatten(0, (M, self.K)))
-        return out if self.bias is None else out + self.bias.to(out.dtype).unflatten(0, (M, self.K))
+        if input.shape[-len(want) :] != want:
+            symbols = f"[..., M, H] = [..., {M}, {H}]" if per_slot else f"[..., H] = [..., {H}]"
+            _check.fail("MIMOHead", "input", symbols, list(input.shape))
+        if per_slot:
+            out: Tensor = torch.einsum("...mh,mkh->...mk", input, self.weight.unflatten(0, (M, self.K)))
+            out = out if self.bias is None else out + self.bias.to(out.dtype).unflatten(0, (M, self.K))
+        else:
+            out = F.linear(input, self.weight, self.bias).unflatten(-1, (M, self.K))
+        if self._listened:
+            self._returned = out
+        return out
 
     def to_plain(self) -> nn.Sequential:
         """``nn.Linear`` and ``nn.Unflatten``, for deployment and export."""
@@ -238,9 +242,10 @@ def _check_convolution(function: str, M: Any, args: tuple[Any, ...], options: di
         _check.fail(function, "groups", "1, since a group would hold the channels of some slots only", groups)
 
 
-def _convolution_options(layer: nn.Conv1d | nn.Conv2d) -> tuple[Any, ...]:
-    sizes = (layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    return *sizes, 1, layer.bias is not None, layer.padding_mode
+def _convolution_options(layer: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
+    names = ("out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+    where = dict(zip(("device", "dtype"), _like(layer.weight), strict=True))
+    return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None, **where}
 
 
 def _convolve(layer: MIMOConv1d | MIMOConv2d, x: Tensor, axes: int, index: Tensor | None, mode: str | None) -> Tensor:
@@ -255,9 +260,11 @@ def _convolve(layer: MIMOConv1d | MIMOConv2d, x: Tensor, axes: int, index: Tenso
         sizes = {"train": f"[B, {C}, ...]", "ensemble": f"[B, {C}, ...]", "multiplex": f"[B, {M}, {C}, ...]"}[mode]
         _check.fail(name, "input", f"{sizes} with {axes} axes after the channels", list(x.shape))
     if mode == "multiplex":
-        return layer._conv_forward(x.flatten(lead, lead + 1), layer.weight, layer.bias)
+        out: Tensor = layer._conv_forward(x.flatten(lead, lead + 1), layer.weight, layer.bias)
+        return out
     if index is None:
-        return layer._conv_forward(x, layer._folded("weight"), layer.bias)
+        out = layer._conv_forward(x, layer._folded("weight"), layer.bias)
+        return out
     index = layer._check_index(index, x.shape[0])
     each = layer.weight.unflatten(1, (M, C)).transpose(0, 1).flatten(0, 1)  # [M*O, C, ...]: all parts of an example
     return functional.mimo_combine(layer._conv_forward(x, each, None), index, layer.bias, channel_dim=1)
@@ -276,12 +283,12 @@ def _like(weight: Tensor) -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype
 
 
-def _filled(made: Any, layer: Any, weight: Tensor) -> Any:
+def _filled(made: _Plain, layer: Any, weight: Tensor) -> _Plain:
     """The plain layer ``made`` with this weight, and all else as ``layer`` has it."""
     with torch.no_grad():
-        made.weight.copy_(weight)
+        made.get_parameter("weight").copy_(weight)
         if getattr(layer, "bias", None) is not None:
-            made.bias.copy_(layer.bias)
+            made.get_parameter("bias").copy_(layer.bias)
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(getattr(layer, name).requires_grad)
     return made.train(layer.training)

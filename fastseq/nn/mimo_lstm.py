@@ -20,7 +20,7 @@ class MIMOState(NamedTuple):
 
     h: Tensor  # [L*D, N, P]
     c: Tensor  # [L*D, N, H]
-    index: Tensor  # [M, N]
+    index: Tensor  # type: ignore[assignment]  # [M, N], in the place of tuple.index
 
     def detach(self) -> MIMOState:
         """For truncated backpropagation."""
@@ -50,7 +50,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
         self._set_slots(M, input_size, tuple(names.weight_ih for names in first))
         self.batch_dim = 0 if self.batch_first else 1
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: State | MIMOState | Tensor | None = None,
@@ -93,7 +93,8 @@ class MIMOLSTM(MIMOLayer, LSTM):
             index = torch.arange(rows, device=input.data.device).view(-1, self.M).T
         if index is not None:
             found = self._train_rows(input, hx, index, lengths, reset, return_gates)
-            return found if inside else (found[0], MIMOState(*found[1], index), *found[2:])
+            h, c = found[1]
+            return found if inside else (found[0], MIMOState(h, c, index), *found[2:])
         if mode == "multiplex":
             if isinstance(input, PackedSequence):
                 self._check_slots(input.data, self.M, self.channels)
@@ -135,7 +136,9 @@ class MIMOLSTM(MIMOLayer, LSTM):
             x, lengths = pad_packed_sequence(input, self.batch_first)
             output, state, *gates = self._train_rows(x, hx, index, lengths, reset, return_gates)
             rows = self.slot_lengths(index, lengths).amax(1).cpu()
-            packed = [_pack(t, rows, self.batch_first) for t in (output, *(t for g in gates for v in g for t in v))]
+            packed: list[Any] = [
+                _pack(t, rows, self.batch_first) for t in (output, *(t for g in gates for v in g for t in v))
+            ]
             kept = [Gates(*packed[n : n + 3]) for n in range(1, len(packed), 3)]
             return (packed[0], state, kept) if return_gates else (packed[0], state)
         weights = self._weights()
@@ -193,7 +196,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
         return functional.mimo_labels(lengths.to(index.device, torch.int64), index)
 
     def last_of_slots(self, output: Tensor | PackedSequence, slot_lengths: Tensor) -> Tensor:
-        """What each slot's own end gives, for ``MIMOHead`` with ``per_slot``: as h_n is of a sequence that stands alone.
+        """The state at each slot's own end, for ``MIMOHead`` with ``per_slot``.
 
         Args:
             output: of ``forward``. slot_lengths: [N, M], of ``slot_lengths``.
