@@ -119,7 +119,8 @@ class MIMOLayer(nn.Module):
         """The input of the multiplex mode, which inside a wrapper comes as M examples of a row after another."""
         if self._call_given is None:
             return x
-        return x.unflatten(self.batch_dim, (-1, self.M)).movedim(self.batch_dim + 1, self._slot_dim)
+        rows: Tensor = x.unflatten(self.batch_dim, (-1, self.M))
+        return rows.movedim(self.batch_dim + 1, self._slot_dim)
 
     def _check_index(self, index: Any, batch: int) -> Tensor:
         name, symbols = type(self).__name__, f"integers [M, R*B] = [{self.M}, R*{batch}], as MIMOIndex draws them"

@@ -186,7 +186,8 @@ def first_layer(layer: nn.Module, M: int, copied: bool) -> MIMOLayer:
     else:
         sizes = of("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout")
         sizes += of("bidirectional", "proj_size")
-        new = MIMOLSTM(*sizes, M=M, **where, **(lstm_options(layer) if isinstance(layer, LSTM) else {}))
+        where |= lstm_options(layer) if isinstance(layer, LSTM) else {}
+        new = MIMOLSTM(sizes[0], sizes[1], *sizes[2:], M=M, **where)
     return _take_over(new, layer, M, copied, new._folding)
 
 
