@@ -153,6 +153,8 @@ class MIMO(nn.Module):
         if (index is not None) != (mode == "train"):
             got = "None" if index is None else "an index"
             _check.fail("MIMO", "index", f"{'an index' if index is None else 'None'} in mode {mode!r}", got)
+        if mode != "ensemble" and not isinstance(self.first, MIMOLayer):  # compressed, as folded
+            _check.fail("MIMO", "mode", "'ensemble', since the first layer has no weights of each slot", repr(mode))
         if mode == "multiplex":
             b = self.batch_dim
             if not isinstance(x, Tensor) or x.dim() <= b + 1 or x.shape[b + 1] != self.M:
