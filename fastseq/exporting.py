@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastseq import _check
-from fastseq.nn import ResidualVQ, VectorQuantize
+from fastseq.nn import MIMO, MIMOConv1d, MIMOEmbedding, MIMOHead, MIMOLinear, ResidualVQ, VectorQuantize
 from fastseq.nn._exporting import array, plain_lstm_state
 from fastseq.nn._exporting_vq import vq_state
 
@@ -26,19 +26,23 @@ def export_state(model: nn.Module, order: Sequence[str] | None = None) -> dict[s
 
     Args:
         model: ``nn.Embedding``, ``Linear``, ``Conv1d``, ``LSTM``, ours, compressed ones, ``VectorQuantize`` and
-            ``ResidualVQ``, ``ReLU``, ``Tanh``, ``Sigmoid``, ``Softmax`` over the features, or an ``nn.Sequential`` of
-            these and of dropout, however deep; with ``order`` any module that has these inside.
+            ``ResidualVQ``, ``ReLU``, ``Tanh``, ``Sigmoid``, ``Softmax`` over the features, the layers of MIMO but
+            ``MIMOConv2d``, or an ``nn.Sequential`` of these and of dropout, however deep; with ``order`` any module
+            that has these inside. A ``MIMO`` is taken as its backbone.
         order: names of modules inside ``model``, one after the other as its forward calls them, such as ["embedding",
             "lstm", "relu", "head"]; "relu", "tanh", "sigmoid" and "softmax" are activations where no module is so
             called.
 
     Returns:
-        A quantizer that comes last gives its indices, another one its codes, projected out.
+        A quantizer that comes last gives its indices, another one its codes, projected out. Layers of MIMO become plain
+        ones with the weights of all slots summed, folded or not; ``MIMOHead`` gives K mean probabilities of its slots
+        and then their disagreement (``deploy.split_ensemble``), and comes last.
 
     Raises:
         ArgumentError: naming the layer that has no place in a deployed model, or the option that it has none for.
     """
     found: dict[str, Any] = {"layers": [], "tensors": {}}
+    model = model.backbone if isinstance(model, MIMO) else model
     parts = _walk("", model) if order is None else [part for name in order for part in _named(model, name)]
     names: dict[str, int] = {}
     for n, (name, layer) in enumerate(parts):
@@ -60,6 +64,8 @@ def _named(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
 
 def _walk(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    if isinstance(module, MIMO):
+        return _walk(name, module.backbone)
     if type(module) is nn.Sequential:
         return [v for n, child in module.named_children() for v in _walk(f"{name}.{n}".strip("."), child)]
     return [] if isinstance(module, _SILENT) else [(name or type(module).__name__.lower(), module)]
@@ -68,6 +74,10 @@ def _walk(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 def _layer(name: str, module: nn.Module, last: bool) -> dict[str, Any]:
     if isinstance(module, (VectorQuantize, ResidualVQ)):
         return vq_state(module, name, last)
+    if isinstance(module, (MIMOLinear, MIMOConv1d, MIMOEmbedding)):
+        module = module.to_plain()
+    if isinstance(module, MIMOHead):
+        return _head(name, module, last)
     own: Callable[[str], dict[str, Any]] | None = getattr(module, "export_state", None)
     if own is not None:
         return own(name)
@@ -91,6 +101,15 @@ def _layer(name: str, module: nn.Module, last: bool) -> dict[str, Any]:
         return _convolution(name, module)
     inside = " (with order=[...] those inside it can be)" if any(True for _ in module.children()) else ""
     _check.fail("export_state", name, f"a layer that a deployed model can have{inside}", kind.__name__)
+
+
+def _head(name: str, module: MIMOHead, last: bool) -> dict[str, Any]:
+    if not last:
+        _check.fail("export_state", name, "the last layer, since it gives probabilities", "one that others follow")
+    sizes = {"in": module.in_features, "out": module.out_features}
+    found = _state(name, "linear", sizes, weight=module.weight, bias=module.bias)
+    found["layers"].append({"type": "ensemble", "name": f"{name}.ensemble", "members": module.M})
+    return found
 
 
 def _convolution(name: str, module: nn.Conv1d) -> dict[str, Any]:

@@ -84,6 +84,11 @@ def embedding(V: int, D: int, form: str = "dense", name: str = "embedding") -> M
     return [layer], stored(f"{name}.weight", torch.randn(V, D), form)
 
 
+def ensemble(M: int, C: int, K: int, form: str = "dense") -> Model:
+    """M members of K classes on C channels: a linear layer, and what they say together."""
+    return chain(linear(M * K, C, form), ([{"type": "ensemble", "name": "ensemble", "members": M}], {}))
+
+
 def chain(*models: Model) -> Model:
     """One after the other."""
     return [layer for layers, _ in models for layer in layers], {k: v for _, ts in models for k, v in ts.items()}

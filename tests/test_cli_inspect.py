@@ -117,6 +117,13 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len({len(line) for line in lines}) == 1
 
 
+def test_members(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deploy.save(numpy_state(cases.ensemble(3, 4, 2)), tmp_path / "m")
+    assert cli.main(["inspect", str(tmp_path / "m")]) == 0
+    out = capsys.readouterr().out
+    assert "output: float32 [T, B, 3]" in out and re.search(r"^ensemble +ensemble, 3 members +0", out, re.M)
+
+
 def test_without_torch_and_rich(tmp_path: Path) -> None:
     deploy.save(models.quantized(small()), tmp_path / "m")
     code = f"{NO_TORCH} from fastseq import cli; sys.exit(cli.main(['inspect', {str(tmp_path / 'm')!r}]))"
@@ -239,7 +246,7 @@ def test_every_type_of_the_loader_is_known(tmp_path: Path) -> None:
         deploy.save({"layers": [{"type": "?", "name": "a"}], "tensors": {}}, tmp_path / "m")
     types = re.search(r"one of (.*), got", str(error.value))
     assert types
-    plain = {"relu", "tanh", "sigmoid", "softmax", "add", "concat"}
+    plain = {"relu", "tanh", "sigmoid", "softmax", "ensemble", "add", "concat"}
     full: dict[str, Any] = {"size": 1, "dim": 1, "in": 1, "out": 1, "input_size": 1, "hidden_size": 1}
     for kind in types[1].split(", "):
         layer = {"type": kind, "name": "a", **full}

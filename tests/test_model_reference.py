@@ -100,6 +100,23 @@ def test_small_layers_are_those_of_torch() -> None:
         assert_within_budget("y", y, lambda x, f=function, m=mask: torch.where(m[..., None], f(x), 0.0), [x])
 
 
+def test_an_ensemble_is_the_mean_of_its_members() -> None:
+    x = torch.randn(6, 3, 12)
+    layers = [{"type": "ensemble", "name": "ensemble", "members": 3}]
+    y, _ = run_model(layers, {}, x, LENGTHS - 1)
+    mask = torch.arange(6)[:, None] < LENGTHS - 1
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(mask[..., None], sum(part.softmax(-1) for part in x.chunk(3, -1)) / 3, 0.0)
+
+    assert_within_budget("probability", y[..., :4], mean, [x])
+    best = [part.argmax(-1) for part in x.chunk(3, -1)]
+    differ = sum((a != b).float() for a, b in itertools.combinations(best, 2))
+    assert_within_budget("disagreement", y[..., 4], lambda d: torch.where(mask, d / 3, 0.0), [differ])
+    with pytest.raises(ValueError, match="ensemble takes as many channels for each of 3 members"):
+        run_model(layers, {}, x[..., 1:])
+
+
 def test_layers_that_join() -> None:
     layers, tensors = cases.chain(cases.linear(4, 4, name="a"), cases.linear(4, 4, name="b"))
     layers[1]["from"] = "input"

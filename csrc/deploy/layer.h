@@ -109,6 +109,7 @@ std::unique_ptr<Layer> make_relu(const Description&, const std::vector<Shape>&);
 std::unique_ptr<Layer> make_tanh(const Description&, const std::vector<Shape>&);
 std::unique_ptr<Layer> make_sigmoid(const Description&, const std::vector<Shape>&);
 std::unique_ptr<Layer> make_softmax(const Description&, const std::vector<Shape>&);
+std::unique_ptr<Layer> make_ensemble(const Description&, const std::vector<Shape>&);
 std::unique_ptr<Layer> make_add(const Description&, const std::vector<Shape>&);
 std::unique_ptr<Layer> make_concat(const Description&, const std::vector<Shape>&);
 std::unique_ptr<Layer> make_lstm(const Description&, const std::vector<Shape>&);

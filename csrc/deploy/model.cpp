@@ -18,17 +18,10 @@ struct Type {
   const char* width;  // the field with the channels of its input; empty: it takes any
 };
 constexpr Type kTypes[] = {
-    {"embedding", make_embedding, ""},
-    {"linear", make_linear, "in"},
-    {"conv1d", make_conv1d, "in"},
-    {"relu", make_relu, ""},
-    {"tanh", make_tanh, ""},
-    {"sigmoid", make_sigmoid, ""},
-    {"softmax", make_softmax, ""},
-    {"add", make_add, ""},
-    {"concat", make_concat, ""},
-    {"lstm", make_lstm, "input_size"},
-    {"residual_vq", make_residual_vq, "dim"},
+    {"embedding", make_embedding, ""}, {"linear", make_linear, "in"},     {"conv1d", make_conv1d, "in"},
+    {"relu", make_relu, ""},           {"tanh", make_tanh, ""},           {"sigmoid", make_sigmoid, ""},
+    {"softmax", make_softmax, ""},     {"ensemble", make_ensemble, ""},   {"add", make_add, ""},
+    {"concat", make_concat, ""},       {"lstm", make_lstm, "input_size"}, {"residual_vq", make_residual_vq, "dim"},
     {"crf", make_crf, "labels"},
 };
 

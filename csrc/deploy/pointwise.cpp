@@ -41,6 +41,57 @@ void softmax(const float* x, int64_t C, float* y) {
   for (int64_t n = 0; n < C; ++n) y[n] /= sum;
 }
 
+// As torch's argmax: the first of equals, and a NaN before every number.
+int64_t largest(const float* x, int64_t C) {
+  int64_t best = 0;
+  for (int64_t n = 1; n < C; ++n) {
+    if (x[n] > x[best] || (x[n] != x[n] && x[best] == x[best])) best = n;
+  }
+  return best;
+}
+
+// The mean over members of their softmax, then the share of pairs of members whose largest logits differ in place.
+class Ensemble : public Layer {
+ public:
+  Ensemble(const Description& d, const std::vector<Shape>& inputs) : M_(d.size("members", 1, kMostSize)) {
+    const int64_t C = inputs.size() == 1 ? inputs[0].C : 0;
+    d.expect(inputs, false, C);
+    if (C % M_) {
+      d.wrong("its input of " + std::to_string(C) + " channels must hold as many for each of " + std::to_string(M_) +
+              " members");
+    }
+    K_ = C / M_;
+  }
+  Shape shape() const override { return {false, K_ + 1}; }
+  void run(const Run& run, const std::vector<const Data*>& inputs, Output& out) const override {
+    const Data& in = *inputs[0];
+    float* const y = out.floats(in.T, in.B, K_ + 1);
+    float* const member = run.scratch[0].get<float>(K_);
+    int64_t* const votes = run.scratch[1].get<int64_t>(K_);
+    for (int64_t e = 0; e < in.T * in.B; ++e) step(in.floats + e * M_ * K_, member, votes, y + e * (K_ + 1));
+  }
+
+ private:
+  void step(const float* logits, float* member, int64_t* votes, float* y) const {
+    std::fill_n(y, K_, 0.0f);
+    std::fill_n(votes, K_, 0);
+    for (int64_t m = 0; m < M_; ++m, logits += K_) {
+      softmax(logits, K_, member);
+      for (int64_t k = 0; k < K_; ++k) y[k] += member[k];
+      ++votes[largest(logits, K_)];
+    }
+    const int64_t pairs = M_ * (M_ - 1);  // each counted twice
+    int64_t differ = pairs;
+    for (int64_t k = 0; k < K_; ++k) {
+      y[k] /= static_cast<float>(M_);
+      differ -= votes[k] * (votes[k] - 1);
+    }
+    y[K_] = pairs ? static_cast<float>(differ) / static_cast<float>(pairs) : 0.0f;
+  }
+
+  int64_t M_, K_;
+};
+
 // Sum, or all channels side by side.
 class Joined : public Layer {
  public:
@@ -90,6 +141,9 @@ std::unique_ptr<Layer> make_sigmoid(const Description& d, const std::vector<Shap
 }
 std::unique_ptr<Layer> make_softmax(const Description& d, const std::vector<Shape>& inputs) {
   return std::make_unique<Pointwise>(d, inputs, softmax);
+}
+std::unique_ptr<Layer> make_ensemble(const Description& d, const std::vector<Shape>& inputs) {
+  return std::make_unique<Ensemble>(d, inputs);
 }
 std::unique_ptr<Layer> make_add(const Description& d, const std::vector<Shape>& inputs) {
   return std::make_unique<Joined>(d, inputs, true);

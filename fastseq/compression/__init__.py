@@ -15,7 +15,7 @@ from fastseq.compression.forms import GATES, Form, Kept, keep
 from fastseq.compression.measure import outputs, step_errors, times
 from fastseq.compression.moments import Moments, moments
 from fastseq.compression.report import Matrix, Report
-from fastseq.nn import LSTM, CompressedLSTM, LSTMCell, StoredMatrix
+from fastseq.nn import LSTM, MIMOLSTM, CompressedLSTM, LSTMCell, StoredMatrix
 from fastseq.nn._matrices import matrices_of
 from fastseq.reference import Matrix as Gates
 
@@ -55,7 +55,8 @@ def compress(
     ``torch.nn.LSTM`` and ours become ``fastseq.nn.CompressedLSTM``, which is called in the same way, keeps the matrices
     compressed, and computes with them: where they are integers, inputs and states are rounded to 8 bits too. Cells,
     subclasses, and all that is rounded with ``step``, keep their class and hold in their dtype the values that
-    compressed matrices stand for. Factors of an ``LSTM`` with ``rank`` stay factors, stored as ``weights`` says.
+    compressed matrices stand for. Factors of an ``LSTM`` with ``rank`` stay factors, stored as ``weights`` says. A
+    folded ``MIMOLSTM`` becomes what an ``LSTM`` with its folded weights does, for the ensemble mode alone.
 
     Rounding with ``step`` and ``clip``, and a ``rank``, are what G2-LSTM (Li et al., ICML 2018) does to models that
     were trained as usual: by default to the input and forget gates alone, to each matrix of each gate on its own.
@@ -97,6 +98,7 @@ def compress(
         _check.fail("compress", "nearest", "'weights' without a rank and inputs", repr(nearest))
     if trainable and form.step is not None:
         _check.fail("compress", "trainable", "False beside step", trainable)
+    model = _with_plain(model)
     mine = recurrent(model)
     if not mine:
         _check.fail("compress", "model", "a module with an LSTM or LSTMCell inside", type(model).__name__)
@@ -157,6 +159,18 @@ def recurrent(model: nn.Module) -> dict[str, nn.Module]:
     """The LSTMs and cells in a model, by name; one that is used in several places once."""
     kinds = (nn.LSTM, nn.LSTMCell, LSTM, LSTMCell)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def _with_plain(model: nn.Module) -> nn.Module:
+    """``model``, or a copy that has an ``LSTM`` of its folded weights for each ``MIMOLSTM``."""
+    plain: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MIMOLSTM):
+            if not module.is_folded:
+                told = f"model.{name}" if name else "model"
+                _check.fail("compress", told, "folded (with fastseq.nn.fold)", "a MIMOLSTM with weights of each slot")
+            plain[id(module)] = module.to_plain()
+    return copy.deepcopy(model, plain) if plain else model
 
 
 def _check_module(name: str, module: nn.Module, form: Form) -> None:

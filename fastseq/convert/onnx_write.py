@@ -266,6 +266,27 @@ def _activation(op: str, **attributes: int) -> Callable[[Graph, Layer, Named, Se
     return write
 
 
+def _ensemble(graph: Graph, layer: Layer, own: Named, sources: Sequence[Given]) -> Given:
+    """Pairs are counted as the places [M, M] where the classes of two members are equal, each with itself too."""
+    name, x, M = str(layer["name"]), sources[0], layer["members"]
+    shape = graph.constant(f"{name}.shape", [0, 0, M, -1], np.int64)
+    logits = graph.node("Reshape", [x.name, shape], f"{name}.logits")
+    shares = graph.node("Softmax", [logits], f"{name}.shares", axis=3)
+    parts = [graph.node("ReduceMean", [shares], f"{name}.probability", axes=[2], keepdims=0)]
+    rows = graph.node("ArgMax", [logits], f"{name}.classes", axis=3)  # [T, B, M, 1]
+    columns = graph.node("Transpose", [rows], f"{name}.others", perm=[0, 1, 3, 2])
+    equal = graph.node("Equal", [rows, columns], f"{name}.equal")
+    pairs = graph.node("Cast", [equal], f"{name}.pairs", to=graph.onnx.TensorProto.FLOAT)
+    alike = graph.node("ReduceMean", [pairs], f"{name}.alike", axes=[2, 3], keepdims=1)
+    flat = graph.constant(f"{name}.flat", [0, 0, 1], np.int64)
+    alike = graph.node("Reshape", [alike, flat], f"{name}.alike_steps")
+    differ = graph.node("Sub", [graph.constant(f"{name}.one", 1, np.float32), alike], f"{name}.differ")
+    factor = graph.constant(f"{name}.factor", M / max(1, M - 1), np.float32)
+    parts.append(graph.node("Mul", [differ, factor], f"{name}.disagreement"))
+    size = x.size // M + 1 if isinstance(x.size, int) else name
+    return Given(graph.node("Concat", parts, name, axis=2), size, x.steps)
+
+
 def _add(graph: Graph, layer: Layer, own: Named, sources: Sequence[Given]) -> Given:
     name, total = str(layer["name"]), sources[0].name
     for n, source in enumerate(sources[1:], 2):
@@ -288,6 +309,7 @@ WRITERS: dict[str, Callable[[Graph, Layer, Named, Sequence[Given]], Given]] = {
     "sigmoid": _activation("Sigmoid"),
     "softmax": _activation("Softmax", axis=-1),
     "lstm": _lstm,
+    "ensemble": _ensemble,
     "add": _add,
     "concat": _concat,
 }

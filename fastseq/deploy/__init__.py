@@ -13,10 +13,12 @@ from __future__ import annotations
 import os
 
 from fastseq._core import FileError, Model, ModelError, Stream
+from fastseq.deploy.ensemble import Ensemble, split_ensemble
 from fastseq.deploy.file import description, read_state, save
 from fastseq.deploy.inspection import contents
 
 __all__ = [
+    "Ensemble",
     "FileError",
     "Model",
     "ModelError",
@@ -27,6 +29,7 @@ __all__ = [
     "library",
     "read_state",
     "save",
+    "split_ensemble",
 ]
 
 _HERE = os.path.dirname(os.path.abspath(__file__))

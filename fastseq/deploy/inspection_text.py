@@ -71,6 +71,7 @@ def _kind(layer: Mapping[str, Any]) -> str:
         words += [f"projected to {fields['proj_size']}"] if fields.get("proj_size", 0) else []
     for name, usual in {"kernel": None, "stride": 1, "dilation": 1, "left": 0, "right": 0}.items():
         words += [f"{name} {fields[name]}"] if layer["type"] == "conv1d" and fields.get(name, usual) != usual else []
+    words += [f"{fields['members']} members"] if layer["type"] == "ensemble" else []
     if layer["type"] == "residual_vq":
         words += [f"{fields.get('levels', 1)} levels of {fields['size']}", str(fields.get("metric", "euclidean"))]
     words += [f"from {', '.join(map(printable, fields['from']))}"] if "from" in fields else []

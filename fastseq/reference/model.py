@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseq.reference.lstm import lstm
+from fastseq.reference.mimo import ensemble_stats
 from fastseq.reference.model_matrix import matrix_of, matrix_product
 from fastseq.reference.packed import Matrix, linear_packed, matrix_values
 from fastseq.reference.vq import vq_nearest
@@ -154,6 +155,17 @@ def _elementwise(function: Callable[[Tensor], Tensor]) -> Run:
     return run
 
 
+def _ensemble(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
+    """Of logits [T, B, M * K], one member after another: K mean probabilities, then the members' disagreement."""
+    x, lengths = sources[0]
+    M = layer["members"]
+    if x.shape[2] % M:
+        raise ValueError(f"run_model: {layer['name']} takes as many channels for each of {M} members")
+    probability, _, _, _, disagreement, *_ = ensemble_stats(x.flatten(0, 1).unflatten(1, (M, x.shape[2] // M)))
+    y = torch.cat((probability, disagreement[:, None]), 1)
+    return Steps(y.unflatten(0, x.shape[:2]), lengths), {}
+
+
 def _joining(function: Callable[[list[Tensor]], Tensor]) -> Run:
     def run(layer: Layer, own: Named, state: Named, sources: Sequence[Steps]) -> tuple[Steps, dict[str, Tensor]]:
         if len({source.values.shape[:2] for source in sources}) != 1:
@@ -260,6 +272,7 @@ LAYERS: dict[str, Run] = {
     "tanh": _elementwise(torch.tanh),
     "sigmoid": _elementwise(torch.sigmoid),
     "softmax": _elementwise(lambda x: x.softmax(-1)),
+    "ensemble": _ensemble,
     "lstm": _lstm,
     "residual_vq": _residual_vq,
     "crf": _crf,

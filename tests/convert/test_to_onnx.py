@@ -77,6 +77,26 @@ def test_floats(name: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("M", "K"), [(1, 3), (2, 1), (3, 5)])
+def test_ensembles(M: int, K: int, tmp_path: Path) -> None:
+    """Logits that are equal too: of these the first counts."""
+    layers, tensors = cases.chain(cases.ensemble(M, 4, K))
+    tensors["linear.weight"] = torch.randint(-1, 2, (M * K, 4)).float()
+    tensors["linear.bias"] = torch.zeros(M * K)
+    path = tmp_path / "m.onnx"
+    assert to_onnx(layers, arrays(tensors), path) == []
+    x = torch.randint(-1, 2, (6, 3, 4)).float()
+    got = torch.from_numpy(runtime.run(path, x)[0])
+    parts = got[..., :-1], got[..., -1]
+
+    def definition(tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        y = run_model(layers, tensors, x)[0]
+        return y[..., :-1], y[..., -1]
+
+    assert_within_budget("probability disagreement", parts, definition, [tensors, x])
+    assert runtime.run(path, x[:1, :2])[0].shape == (1, 2, K + 1)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_names_come_back(bidirectional: bool, tmp_path: Path) -> None:
     layers, tensors = cases.chain(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastseq import deploy
 from fastseq.reference import run_model
 from tests import model_cases as cases
+from tests.tolerance import assert_same_bits, assert_within_budget
 
 FORMS = [form for form in cases.FORMS if form != "int8 by 4"]  # the packed core takes groups of 8, 16, ...
 LSTMS: dict[str, Any] = {
@@ -102,3 +103,61 @@ def test_labels(tmp_path: Path) -> None:
     check(model, x, tmp_path, 0)
     x[4, 1, 2] = torch.nan
     check(model, x, tmp_path, 0)
+
+
+def voters(M: int, K: int) -> cases.Model:
+    """The input as it is, as the logits of an ensemble."""
+    layers, tensors = cases.ensemble(M, M * K, K)
+    return layers, tensors | {"linear.weight": torch.eye(M * K), "linear.bias": torch.zeros(M * K)}
+
+
+@pytest.mark.parametrize(("M", "K"), [(1, 1), (1, 5), (2, 1), (3, 7), (4, 2), (7, 33)])
+def test_ensembles(M: int, K: int, tmp_path: Path) -> None:
+    layers, tensors = voters(M, K)
+    model = loaded((layers, tensors), tmp_path)
+    assert (model.input_size, model.output_size) == (M * K, K + 1)
+    x = torch.randn(6, 3, M * K) * 4
+    for lengths in (None, torch.tensor([6, 0, 4])):
+        y = torch.from_numpy(model.run(x.numpy(), None if lengths is None else lengths.numpy())[0])
+        assert_within_budget("y", y, lambda x, n=lengths: run_model(layers, tensors, x, n)[0], [x])
+        if lengths is not None:
+            assert not y[:, 1].any() and not y[4:, 2].any() and bool(y[:4, 2].any())
+    assert model.run(x[:0].numpy())[0].shape == (0, 3, K + 1)
+    assert model.run(x[:, :0].numpy())[0].shape == (6, 0, K + 1)
+
+
+def test_disagreement(tmp_path: Path) -> None:
+    """Of equal logits the first counts, and every pair once: the very numbers of the definition."""
+    layers, tensors = voters(4, 3)
+    model = loaded((layers, tensors), tmp_path)
+    x = torch.randint(-1, 2, (50, 3, 12)).float()
+    probability, disagreement = deploy.split_ensemble(model.run(x.numpy())[0])
+    expected = run_model(layers, tensors, x)[0]
+    assert_same_bits("disagreement", disagreement, expected[..., 3])
+    votes = nn.functional.one_hot(x.unflatten(2, (4, 3)).argmax(3), 3).sum(2)
+    alike = (votes * (votes - 1)).sum(2) / 12
+    assert_within_budget("disagreement", torch.from_numpy(disagreement), lambda a: 1 - a, [alike])
+    assert set(votes.amax(2).flatten().tolist()) == {2, 3, 4}  # all ways in which four can differ
+    assert probability.shape == (50, 3, 3) and probability.base is disagreement.base is not None
+
+
+def test_an_ensemble_of_no_numbers(tmp_path: Path) -> None:
+    """Among the logits of a member a NaN is the largest, as for torch, and infinity is a place like others."""
+    layers: list[dict[str, Any]] = [
+        *({"type": "linear", "name": f"first{n}", "in": 1, "out": 1, "from": ["input"]} for n in range(4)),
+        *({"type": "linear", "name": f"then{n}", "in": 1, "out": 1, "from": [f"first{n}"]} for n in range(4)),
+        {"type": "concat", "name": "all", "from": [f"then{n}" for n in range(4)]},
+        {"type": "ensemble", "name": "ensemble", "members": 2},
+    ]
+    x, nan, inf = torch.full((1, 1, 1), 3e38), float("nan"), float("inf")
+    for row, differ in (([1, nan, 0, 2], 0), ([nan, 1, 0, 2], 1), ([nan, nan, 1, 0], 0), ([0, inf, 1, 0], 1)):
+        tensors = {}
+        for n, value in enumerate(row):  # weights are finite: 2 * 3e38 is infinite, and 0 times that is NaN
+            finite = -10 < value < 10
+            tensors[f"first{n}.weight"] = torch.full((1, 1), 0.0 if finite else 2.0)
+            tensors[f"first{n}.bias"] = torch.full((1,), float(value) if finite else 0.0)
+            tensors[f"then{n}.weight"] = torch.full((1, 1), 0.0 if value != value else 1.0)
+        y = torch.from_numpy(loaded((layers, tensors), tmp_path).run(x.numpy())[0])
+        expected = run_model(layers, tensors, x)[0]
+        assert y[0, 0, 2] == expected[0, 0, 2] == differ
+        assert y.isnan().tolist() == expected.isnan().tolist() == [[[True, True, False]]]

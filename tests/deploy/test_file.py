@@ -133,6 +133,44 @@ def test_overlaps_and_holes(tmp_path: Path) -> None:
         deploy.Model.parse(rebuilt(header, data + bytes(8)))
 
 
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({}, "layer 'ensemble': members is missing"),
+        ({"members": 0}, "layer 'ensemble': members must be an integer of 1 .. 65536, got 0"),
+        ({"members": 2.5}, "layer 'ensemble': members must be an integer of 1 .. 65536, got 2.5"),
+        ({"members": 4}, "layer 'ensemble': its input of 6 channels must hold as many for each of 4 members"),
+        ({"members": 12}, "layer 'ensemble': its input of 6 channels must hold as many for each of 12 members"),
+        ({"members": 2, "from": ["input"]}, "layer 'ensemble': it takes .* floats, got integers"),
+        ({"members": 2, "from": ["linear", "linear"]}, "layer 'ensemble': it takes one input, got 2"),
+    ],
+)
+def test_ensembles(tmp_path: Path, layer: dict[str, Any], message: str) -> None:
+    parts = models.embedding(nn.Embedding(5, 3)), models.linear(nn.Linear(3, 6)), models.plain("ensemble", **layer)
+    with pytest.raises(deploy.ModelError, match=message):
+        deploy.save(models.chain(*parts), tmp_path / "m")
+    alone = models.plain("ensemble", members=2)
+    with pytest.raises(deploy.ModelError, match="layer 'ensemble' cannot be the first to read the input"):
+        deploy.save(alone, tmp_path / "m")
+
+
+def test_the_parts_of_an_ensemble() -> None:
+    y = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    found = deploy.split_ensemble(y[:, 0])
+    np.testing.assert_array_equal(found.probability, [[0, 1], [6, 7]])
+    np.testing.assert_array_equal(found.disagreement, [2, 8])
+    assert deploy.split_ensemble(y[0, 0]).disagreement == 2
+    for wrong, got in (
+        (y[..., :1], r"float32 \[2, 2, 1\]"),
+        (y.astype(np.int32), r"int32 \[2, 2, 3\]"),
+        ([1.0], "list"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"split_ensemble: y must be an array of floats \[..., K \+ 1\].*, got {got}"
+        ):
+            deploy.split_ensemble(wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_numbers_that_are_not_finite(tmp_path: Path, value: float) -> None:
     state = small()

@@ -71,6 +71,26 @@ def test_in_pieces(tagger: tuple[deploy.Model, nn.ModuleList], tmp_path: Path, b
     np.testing.assert_array_equal(together, y)
 
 
+def test_an_ensemble_in_pieces(tmp_path: Path) -> None:
+    """Each step and each row alone give the bits of the whole."""
+    torch.manual_seed(3)
+    parts = models.lstm(nn.LSTM(5, 9)), models.linear(nn.Linear(9, 12)), models.plain("ensemble", members=3)
+    deploy.save(models.chain(*parts), tmp_path / "m")
+    model = deploy.Model.load(str(tmp_path / "m"))
+    x = torch.randn(11, 3, 5).numpy() * 8
+    y, _ = model.run(x, threads=2)
+    assert 0 < deploy.split_ensemble(y).disagreement.mean() < 1
+    streams = [model.stream() for _ in range(3)]
+    np.testing.assert_array_equal(np.concatenate([model.step_batch(streams, x[t : t + 1]) for t in range(11)]), y)
+    for b in range(3):
+        stream = model.stream()
+        np.testing.assert_array_equal(np.concatenate([stream.step(x[t : t + 1, b]) for t in range(11)]), y[:, b])
+        short, _ = model.run(x, lengths=np.array([11, 4, 0]))
+        length = (11, 4, 0)[b]
+        np.testing.assert_array_equal(short[:length, b], y[:length, b])
+        assert not short[length:, b].any()
+
+
 def test_states_are_saved_and_restored(tagger: tuple[deploy.Model, nn.ModuleList]) -> None:
     model, _ = tagger
     x = text(20, 1)[:, 0]
