@@ -11,6 +11,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastseq import calibration as calibration
     from fastseq import convert as convert
     from fastseq import deploy as deploy
     from fastseq import functional as functional
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("compression", "convert", "deploy", "functional", "nn", "ops", "reference", "replacement")
+_MODULES = ("calibration", "compression", "convert", "deploy", "functional", "nn", "ops", "reference", "replacement")
 _NAMES = {
     "compress": "compression",
     "explain": "_explain",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # layer (a module or package) -> the other layers that it may import
 LAYERS = {
     "fastseq": {
+        "fastseq.calibration",
         "fastseq.compression",
         "fastseq.deploy",
         "fastseq.convert",
@@ -33,6 +34,7 @@ LAYERS = {
     "fastseq._check": set(),
     "fastseq.functional": {"fastseq._check", "fastseq.ops", "fastseq.reference"},
     "fastseq.nn": {"fastseq._check", "fastseq.functional"},
+    "fastseq.calibration": {"fastseq._check", "fastseq.functional"},
     "fastseq.replacement": {"fastseq._check", "fastseq.nn"},
     "fastseq.compression": {"fastseq._check", "fastseq.nn", "fastseq.reference"},
     "fastseq._core": set(),

@@ -1,10 +1,11 @@
-"""Modules: drop-ins for the LSTMs of ``torch.nn`` and for the layers of vector-quantize-pytorch, and their recipes."""
+"""Modules: drop-ins for the LSTMs of ``torch.nn`` and the layers of vector-quantize-pytorch, recipes, and MIMO."""
 
 try:
     import torch as _torch
 except ImportError as error:
     raise ImportError("fastseq.nn needs torch: install it, then fastseq with --no-build-isolation") from error
 
+from fastseq.nn._mimo_fold import fold, unfold
 from fastseq.nn.codebook_optim import codebook_parameter_groups, reset_codebook_moments
 from fastseq.nn.compressed_lstm import CompressedLSTM
 from fastseq.nn.factorized_residual_vq import FactorizedResidualVQ
@@ -13,6 +14,10 @@ from fastseq.nn.grouped_residual_vq import GroupedResidualVQ
 from fastseq.nn.kmeans import kmeans
 from fastseq.nn.lstm import LSTM
 from fastseq.nn.lstm_cell import LSTMCell
+from fastseq.nn.mimo import MIMO, MIMOReport
+from fastseq.nn.mimo_index import MIMOIndex
+from fastseq.nn.mimo_layers import MIMOConv1d, MIMOConv2d, MIMOEmbedding, MIMOHead, MIMOLinear
+from fastseq.nn.mimo_lstm import MIMOLSTM, MIMOState
 from fastseq.nn.reinit import AfterWarmup, Reinit, Spaced, attach, next_epoch
 from fastseq.nn.reservoir import Reservoir
 from fastseq.nn.residual_vq import ResidualVQ
@@ -28,6 +33,16 @@ from fastseq.nn.vq_loading import load_codebooks
 __all__ = [
     "FSQ",
     "LSTM",
+    "MIMO",
+    "MIMOConv1d",
+    "MIMOConv2d",
+    "MIMOEmbedding",
+    "MIMOHead",
+    "MIMOIndex",
+    "MIMOLSTM",
+    "MIMOLinear",
+    "MIMOReport",
+    "MIMOState",
     "AfterWarmup",
     "CodebookUsage",
     "CompressedLSTM",
@@ -48,10 +63,12 @@ __all__ = [
     "attach",
     "bits_per_dimension",
     "codebook_parameter_groups",
+    "fold",
     "kmeans",
     "load_codebooks",
     "next_epoch",
     "reset_codebook_moments",
+    "unfold",
 ]
 
 del _torch

@@ -245,14 +245,25 @@ class LSTM(GateOptions, nn.RNNBase):
         Raises:
             ArgumentError: (a ``ValueError`` and ``RuntimeError``) wrong sizes, dtypes or devices, before any work.
         """
+        return self._forward(input, hx, self._weights(), lengths, reset, return_gates)
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None,
+        weights: list[Weights],
+        lengths: Tensor | None,
+        reset: Tensor | PackedSequence | None,
+        return_gates: bool,
+    ) -> tuple[Any, ...]:
+        """``forward`` with these weights."""
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 _check.fail("LSTM", "lengths", "None for a PackedSequence, which has its own", list(lengths.shape))
-            return self._forward_packed(input, hx, reset, return_gates)
+            return self._forward_packed(input, hx, weights, reset, return_gates)
         if input.dim() not in (2, 3):
             raise _check.ArgumentError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
-        weights = self._weights()
         self._check_input(input, weights, input.dim())
         swap = self.batch_first and batched
         x = input.transpose(0, 1) if swap else input if batched else input.unsqueeze(1)
@@ -274,10 +285,14 @@ class LSTM(GateOptions, nn.RNNBase):
         return restore(out.output), state
 
     def _forward_packed(
-        self, input: PackedSequence, hx: State | None, reset: Tensor | PackedSequence | None, return_gates: bool
+        self,
+        input: PackedSequence,
+        hx: State | None,
+        weights: list[Weights],
+        reset: Tensor | PackedSequence | None,
+        return_gates: bool,
     ) -> tuple[Any, ...]:
         x, batch_sizes, order, restore_order = input
-        weights = self._weights()
         self._check_input(x, weights, 2)
         if hx is not None:
             hx = _arguments.check_state(hx)
@@ -313,7 +328,7 @@ class LSTM(GateOptions, nn.RNNBase):
         )
 
     def _check_input(self, x: Tensor, weights: list[Weights], dims: int) -> None:
-        _arguments.check_input(x, self.input_size, weights[0].weight_ih, dims)
+        _arguments.check_input(x, weights[0].weight_ih, dims)
 
     def _check_state(self, hx: State, x: Tensor, rows: int) -> None:
         lead = (self.num_layers * (2 if self.bidirectional else 1), rows)
