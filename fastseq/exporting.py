@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastseq import _check
+from fastseq.calibration import Temperature
 from fastseq.nn import MIMO, MIMOConv1d, MIMOEmbedding, MIMOHead, MIMOLinear, ResidualVQ, VectorQuantize
 from fastseq.nn._exporting import array, plain_lstm_state
 from fastseq.nn._exporting_vq import vq_state
@@ -36,7 +39,8 @@ def export_state(model: nn.Module, order: Sequence[str] | None = None) -> dict[s
     Returns:
         A quantizer that comes last gives its indices, another one its codes, projected out. Layers of MIMO become plain
         ones with the weights of all slots summed, folded or not; ``MIMOHead`` gives K mean probabilities of its slots
-        and then their disagreement (``deploy.split_ensemble``), and comes last.
+        and then their disagreement (``deploy.split_ensemble``), and comes last,
+        or right before a ``calibration.Temperature``.
 
     Raises:
         ArgumentError: naming the layer that has no place in a deployed model, or the option that it has none for.
@@ -44,6 +48,7 @@ def export_state(model: nn.Module, order: Sequence[str] | None = None) -> dict[s
     found: dict[str, Any] = {"layers": [], "tensors": {}}
     model = model.backbone if isinstance(model, MIMO) else model
     parts = _walk("", model) if order is None else [part for name in order for part in _named(model, name)]
+    parts = _with_temperature(parts)
     names: dict[str, int] = {}
     for n, (name, layer) in enumerate(parts):
         names[name] = names.get(name, 0) + 1
@@ -69,6 +74,18 @@ def _walk(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     if type(module) is nn.Sequential:
         return [v for n, child in module.named_children() for v in _walk(f"{name}.{n}".strip("."), child)]
     return [] if isinstance(module, _SILENT) else [(name or type(module).__name__.lower(), module)]
+
+
+def _with_temperature(parts: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """A temperature behind heads becomes part of their weights."""
+    last = parts[-1][1] if len(parts) > 1 else None
+    if not isinstance(last, Temperature) or not isinstance(parts[-2][1], MIMOHead):
+        return parts
+    head = copy.deepcopy(parts[-2][1])
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.div_(last.temperature)
+    return [*parts[:-2], (parts[-2][0], head)]
 
 
 def _layer(name: str, module: nn.Module, last: bool) -> dict[str, Any]:

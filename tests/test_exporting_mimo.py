@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastseq
 from fastseq import deploy
+from fastseq.calibration import Temperature
 from fastseq.nn import MIMO, MIMOLSTM, MIMOConv1d, MIMOConv2d, MIMOEmbedding, MIMOHead, MIMOLinear
 from fastseq.reference import ensemble_stats, run_model
 from tests.test_exporting import assert_near, tensor
@@ -201,6 +202,25 @@ def test_the_wrapper(tmp_path: Path) -> None:
     assert [layer["name"] for layer in inside["layers"]] == ["1.0", "1.1", "1.2", "1.2.ensemble"]
     tagger = MIMO(Tagger(), M, "lstm", "head").eval()
     check(tagger, fastseq.export_state(tagger, ["lstm", "relu", "head"]), x, tmp_path)
+
+
+@torch.no_grad()
+def test_a_temperature(tmp_path: Path) -> None:
+    """Members are as sure as it says, and disagree as before."""
+    model = nn.Sequential(MIMOLinear(C, H, M), MIMOHead(H, K, M), Temperature(0.3)).eval()
+    head = model[1].weight.clone()
+    x = torch.randn(T, B, C)
+    state = fastseq.export_state(model)
+    assert [layer["name"] for layer in state["layers"]] == ["0", "1", "1.ensemble"]
+    check(model, state, x, tmp_path)
+    assert_same_bits("weight", model[1].weight, head)
+    colder = fastseq.export_state(
+        nn.Sequential(MIMO(Tagger(), M, "lstm", "head"), Temperature(2.0)),
+        ["0.backbone.lstm", "relu", "0.backbone.head", "1"],
+    )
+    assert [layer["type"] for layer in colder["layers"]] == ["lstm", "relu", "linear", "ensemble"]
+    with pytest.raises(ValueError, match="export_state: 1 must be a layer that a deployed model can have, got Temp"):
+        fastseq.export_state(nn.Sequential(nn.Linear(2, 2), Temperature(2.0)))
 
 
 @pytest.mark.parametrize("way", ["int8", "int4", "bfloat16"])

@@ -133,11 +133,11 @@ class MIMOLayer(nn.Module):
             _check.fail(name, "index", symbols, list(index.shape))
         return index
 
-    def _check_slots(self, x: Tensor, *sizes: int) -> None:
-        """x of the multiplex mode has these sizes from the slot axis on."""
-        if x.dim() < len(sizes) or x.shape[x.dim() - len(sizes) :] != sizes:
-            want = ", ".join(("...", "M", "C")[: len(sizes) + 1])
-            _check.fail(type(self).__name__, "input", f"[{want}] = [..., {str(list(sizes))[1:]}", list(x.shape))
+    def _check_last(self, x: Tensor, symbols: str, *sizes: int) -> None:
+        """The last sizes of x are these."""
+        if x.shape[-len(sizes) :] != sizes:
+            want = f"[..., {symbols}] = [..., {str(list(sizes))[1:]}"
+            _check.fail(type(self).__name__, "input", want, list(x.shape))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -89,15 +89,19 @@ class MIMOLSTM(MIMOLayer, LSTM):
             _check.fail("MIMOLSTM", "hx", "a MIMOState in mode 'train'", type(hx).__name__)
         mode, index = self._mode_of(index, mode)
         if mode == "multiplex" and inside and isinstance(input, PackedSequence):
-            rows = _packed_rows(input)  # examples of different lengths: M of them after another are a row
-            index = torch.arange(rows, device=input.data.device).view(-1, self.M).T
+            examples = torch.arange(_rows(input), device=input.data.device)  # of different lengths, M in each row
+            index = examples.view(-1, self.M).T
         if index is not None:
+            if mode == "train":
+                index = self._check_index(
+                    index, input.shape[self.batch_dim] if isinstance(input, Tensor) else _rows(input)
+                )
             found = self._train_rows(input, hx, index, lengths, reset, return_gates)
             h, c = found[1]
             return found if inside else (found[0], MIMOState(h, c, index), *found[2:])
         if mode == "multiplex":
             if isinstance(input, PackedSequence):
-                self._check_slots(input.data, self.M, self.channels)
+                self._check_last(input.data, "M, C", self.M, self.channels)
                 input = input._replace(data=input.data.flatten(-2))
             else:
                 input, lengths = self._side_by_side(self._slots_of_rows(input), lengths)
@@ -143,7 +147,6 @@ class MIMOLSTM(MIMOLayer, LSTM):
             return (packed[0], state, kept) if return_gates else (packed[0], state)
         weights = self._weights()
         _arguments.check_input(input, weights[0].weight_ih[:, : self.channels], 3)
-        index = self._check_index(index, input.shape[self.batch_dim])
         x = input.transpose(0, 1) if self.batch_first else input
         if lengths is not None:
             _check_lengths(lengths, *self._sizes(input))
@@ -174,7 +177,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
 
     def _side_by_side(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The input of the multiplex mode as rows of M*C channels, and how long these are."""
-        self._check_slots(x, self.M, self.channels)
+        self._check_last(x, "M, C", self.M, self.channels)
         if lengths is None:
             return x.flatten(-2), None
         T, B = self._sizes(x)
@@ -257,7 +260,7 @@ def _check_lengths(lengths: Tensor, T: int, B: int) -> None:
             _check.fail("MIMOLSTM", "lengths", f"in 0..T = 0..{T}", f"{least}..{most}")
 
 
-def _packed_rows(packed: PackedSequence) -> int:
+def _rows(packed: PackedSequence) -> int:
     return int(packed.batch_sizes[0]) if packed.sorted_indices is None else packed.sorted_indices.shape[0]
 
 
