@@ -18,7 +18,7 @@ struct Call {
 
 template <class R>
 int64_t own_scratch(const EnsembleStats<R>& a) {
-  return (a.M + 1) * ensemble_stats_row(a.K) + round_up(a.M) + 2 * a.M * kStatsRows;
+  return (a.M + 1) * ensemble_stats_row(a.K) + 2 * round_up(a.M) + 2 * a.M * kStatsRows;
 }
 
 template <class R>

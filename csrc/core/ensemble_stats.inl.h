@@ -73,11 +73,12 @@ inline void mean_nll(const R* gap, const R* sum, int64_t M, int64_t count, R* nl
 // Rows [begin, end); scratch is that of one thread.
 template <class R>
 void ensemble_stats_rows(const EnsembleStats<R>& a, int64_t begin, int64_t end, R* scratch) {
-  const int64_t M = a.M, K = a.K, row = ensemble_stats_row(K);
+  const int64_t M = a.M, K = a.K, row = ensemble_stats_row(K), together = rows_together<R>(K, M);
   R* const e = scratch;
   R* const own = e + M * row;
   R* const share = own + row;
-  R* const gap = share + round_up(M);
+  R* const tops = share + round_up(M);
+  R* const gap = tops + round_up(M);
   R* const sum = gap + M * kStatsRows;
   for (int64_t first = begin; first < end; first += kStatsRows) {
     const int64_t count = end - first < kStatsRows ? end - first : kStatsRows;
@@ -86,14 +87,18 @@ void ensemble_stats_rows(const EnsembleStats<R>& a, int64_t begin, int64_t end, 
       const int64_t b = first + r, label = a.labels && a.labels[b] != a.ignore ? a.labels[b] : 0;
       int64_t* const places = a.member_prediction + b * M;
       bool finite = true;
+      const R* const x = a.logits + b * M * K;
+      for (int64_t m = 0, stop; m < M; m = stop) {
+        stop = M - m < together ? M : m + together;
+        for (int64_t i = m; i < stop; ++i) tops[i] = row_largest(x + i * K, K);
+        for (int64_t i = m; i < stop; ++i) share[i] = row_exp_sum<R, true>(x + i * K, K, tops[i], e + i * row);
+        for (int64_t i = m; i < stop; ++i) places[i] = largest_place(x + i * K, K, tops[i], share[i]);
+      }
       for (int64_t m = 0; m < M; ++m) {
-        const R* const x = a.logits + (b * M + m) * K;
-        const R top = row_largest(x, K), s = row_exp_sum<R, true>(x, K, top, e + m * row);
-        places[m] = largest_place(x, K, top, s);
-        share[m] = 1 / (R(M) * s);
-        finite &= s > 0;
-        gap[m * kStatsRows + r] = x[label] - top;
-        sum[m * kStatsRows + r] = s;
+        finite &= share[m] > 0;
+        gap[m * kStatsRows + r] = x[m * K + label] - tops[m];
+        sum[m * kStatsRows + r] = share[m];
+        share[m] = 1 / (R(M) * share[m]);
       }
       R squares;
       R* const p = a.probability ? a.probability + b * K : own;

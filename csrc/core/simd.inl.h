@@ -52,6 +52,13 @@ inline void store_part(R* p, Vec<R> v, int64_t count) {
   __builtin_memcpy(p, &v, (size_t)count * sizeof(R));
 }
 #endif
+#if !defined(FASTSEQ_HAS_SCALE)
+// v times a power of two.
+template <class V>
+inline V scale(V v, V power) {
+  return v * power;
+}
+#endif
 // The others are zero.
 template <class R>
 inline Vec<R> load_part(const R* p, int64_t count) {

@@ -88,6 +88,10 @@ inline void store_part(float* p, VecF v, int64_t count) {
 inline void store_part(double* p, VecD v, int64_t count) {
   _mm512_mask_storeu_pd(p, (__mmask8)first_lanes(count), (__m512d)v);
 }
+// v times 2^n; a result below the normal numbers is 0 where denormal ones are flushed.
+#define FASTSEQ_HAS_SCALE
+inline VecF scale(VecF v, VecF n) { return (VecF)_mm512_maskz_scalef_ps(0xffff, (__m512)v, (__m512)n); }
+inline VecD scale(VecD v, VecD n) { return (VecD)_mm512_maskz_scalef_pd(0xff, (__m512d)v, (__m512d)n); }
 // Past the caches, to an address that is a multiple of the vector's size.
 inline void stream(float* p, VecF v) { _mm512_stream_ps(p, (__m512)v); }
 inline void stream(double* p, VecD v) { _mm512_stream_pd(p, (__m512d)v); }

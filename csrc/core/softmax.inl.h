@@ -5,6 +5,14 @@ namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
 constexpr int kSumVectors = 128 / kVectorBytes;
+constexpr int64_t kNearBytes = 32 << 10;  // of rows that the nearest cache keeps from one pass to the next
+
+// How many rows go through one pass before the next: each row is a chain that waits for itself, several are not.
+template <class R>
+inline int64_t rows_together(int64_t K, int64_t most) {
+  const int64_t fit = kNearBytes / (K * (int64_t)sizeof(R));
+  return fit < 1 ? 1 : fit < most ? fit : most;
+}
 template <class R>
 constexpr int kSumLanes = kSumVectors * kLanes<R>;
 
@@ -43,14 +51,55 @@ inline R fold_sum(Vec<R>* v) {
   return fold<R>(v[0], [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 
+// Coefficient of x^n: Taylor's, economized. The last but one takes over what the last would have added, through the
+// Chebyshev polynomial of that degree, which is small on |x| <= ln(2)/2: as good with one term less. Seven terms of
+// floats, in double the series as it is.
+template <class R>
+constexpr R exp_term(int n) {
+  if (sizeof(R) == sizeof(double)) return inverse_factorial<R>(n);
+  constexpr double a2 = 0.34657359 * 0.34657359, last = 1.0 / 5040;  // x^7 is about 7/4 a^2 x^5 - 7/8 a^4 x^3 + ...
+  double more = 0;
+  if (n == 5) more = 7.0 / 4 * a2 * last;
+  if (n == 3) more = -7.0 / 8 * a2 * a2 * last;
+  if (n == 1) more = 7.0 / 64 * a2 * a2 * a2 * last;
+  double f = 1;
+  for (int i = 2; i <= n; ++i) f *= i;
+  return (R)(1.0 / f + more);
+}
+template <class R>
+constexpr int kExpDegree = sizeof(R) == sizeof(float) ? 6 : Real<R>::kExpTerms;
+
 // exp of what is not positive. From the middle between the least normal number and its half on 0: there 2^n, made of
 // the bits of its exponent, is 0. NaN stays NaN.
 template <class R, int N>
 inline void exp_below(Vec<R>* x) {
-  Vec<R> power[N];
-  FASTSEQ_EACH(i, N) x[i] = largest(broadcast(Real<R>::kLeast - 1), x[i]);
-  exp_minus_one<R, N>(x, power);
-  FASTSEQ_EACH(i, N) x[i] = cell_fma<R>(power[i], x[i], power[i]);
+  using K = Real<R>;
+  Vec<R> n[N], p[N];
+  FASTSEQ_EACH(i, N) {
+    x[i] = largest(broadcast(K::kLeast - 1), x[i]);
+    n[i] = fma(x[i], broadcast(K::kLog2e), broadcast(K::kMagic));
+#if !defined(FASTSEQ_HAS_SCALE)
+    p[i] = (Vec<R>)(((Int<R>)n[i] << K::kMantissa) + K::kOne);
+#endif
+  }
+  FASTSEQ_EACH(i, N) {
+    n[i] = n[i] - broadcast(K::kMagic);
+    if (sizeof(R) ==
+        sizeof(float)) {  // ln 2 is off by 2e-9 then: what n is large enough to show is small enough not to
+      x[i] = fma(n[i], broadcast(-K::kLn2), x[i]);
+    } else {
+      x[i] = fma(n[i], broadcast(-K::kLn2Low), fma(n[i], broadcast(-K::kLn2High), x[i]));
+    }
+  }
+#if !defined(FASTSEQ_HAS_SCALE)
+  FASTSEQ_EACH(i, N) n[i] = p[i];
+#endif
+  FASTSEQ_EACH(i, N) p[i] = broadcast(exp_term<R>(kExpDegree<R>));
+#pragma GCC unroll 16
+  for (int term = kExpDegree<R> - 1; term >= 0; --term) {
+    FASTSEQ_EACH(i, N) p[i] = fma(p[i], x[i], broadcast(exp_term<R>(term)));
+  }
+  FASTSEQ_EACH(i, N) x[i] = scale(p[i], n[i]);
 }
 
 // Calls f(k, i, count) for vector i of kSumVectors at element k, and whole(k) for kSumVectors of them at once.
@@ -94,6 +143,7 @@ inline R row_exp_sum(const R* x, int64_t K, R shift, R* e) {
         exp_below<R, kSumVectors>(v);
         FASTSEQ_EACH(i, kSumVectors) {
           sum[i] += v[i];
+          __builtin_prefetch(x + K + k + i * L);
           if (Keep) store(e + k + i * L, v[i]);
         }
       },
@@ -118,29 +168,30 @@ inline R row_sum(const R* x, int64_t K) {
   return fold_sum<R>(sum);
 }
 
-template <class R>
-inline bool any(Int<R> mask) {
-#if defined(FASTSEQ_HAS_BYTES)
-  return bits_of((VecWord)mask) != 0;
-#else
-  return fold<typename Simd<R>::Scalar>(mask, [](auto a, auto b) __attribute__((always_inline)) { return a | b; }) != 0;
-#endif
-}
-
 // The first element that is `value`, which is there.
 template <class R>
 inline int64_t first_equal(const R* x, int64_t K, R value) {
-  constexpr int64_t L = kLanes<R>;
-  const Vec<R> v = broadcast(value);
   int64_t k = 0;
-  for (; k + 4 * L <= K; k += 4 * L) {
+#if defined(FASTSEQ_HAS_BYTES)
+  constexpr int64_t L = kLanes<R>, words = (int64_t)sizeof(R) / 4, group = 64 / words;  // of as many bits as uint64_t
+  const Vec<R> v = broadcast(value), none = broadcast((R)NAN);
+  for (; k + group < K; k += group) {
     Int<R> found = {};
-    FASTSEQ_EACH(i, 4) found |= load(x + k + i * L) == v;
-    if (any<R>(found)) break;
+    FASTSEQ_EACH(i, group / L) found |= load(x + k + i * L) == v;
+    if (bits_of((VecWord)found)) break;
   }
-  for (; k + L <= K && !any<R>(load(x + k) == v);) k += L;
-  while (k + 1 < K && x[k] != value) ++k;
+  uint64_t bits = 0;
+  FASTSEQ_EACH(i, group / L) {
+    const int64_t rest = K - k - i * L;
+    if (rest <= 0) break;
+    const Vec<R> have = rest < L ? load_part(x + k + i * L, rest, none) : load(x + k + i * L);
+    bits |= (uint64_t)bits_of((VecWord)(have == v)) << (i * L * words);
+  }
+  return k + __builtin_ctzll(bits) / words;
+#else
+  while (x[k] != value) ++k;
   return k;
+#endif
 }
 
 template <class R>
