@@ -41,7 +41,7 @@ def _examples(index_ptr, n, m, N, B, inside):
 
 @triton.jit
 def _copy(
-    from_ptr, index_ptr, to_ptr, tile, rows, B, N, S, C, otherwise, M: tl.constexpr, ROWS: tl.constexpr, C_: tl.constexpr
+    from_ptr, index_ptr, to_ptr, tile, rows, B, N, S, C, otherwise, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """A tile of rows of [A, N, S, M, C] from [A, B, S, C]."""
     first = tile.to(tl.int64) * ROWS
@@ -49,8 +49,8 @@ def _copy(
     row = first + tl.arange(0, ROWS)
     example, used = _examples(index_ptr, n, m, N, B, row < rows)
     source = (a * B + example) * S + s
-    for c0 in range(0, C, C_):
-        c = c0 + tl.arange(0, C_)
+    for c0 in range(0, C, COLUMNS):
+        c = c0 + tl.arange(0, COLUMNS)
         in_c = (c < C)[None, :]
         value = tl.load(from_ptr + source[:, None] * C + c[None, :], mask=used[:, None] & in_c, other=otherwise)
         tl.store(to_ptr + row[:, None] * C + c[None, :], value, mask=(row < rows)[:, None] & in_c)
