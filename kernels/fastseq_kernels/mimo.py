@@ -41,7 +41,19 @@ def _examples(index_ptr, n, m, N, B, inside):
 
 @triton.jit
 def _copy(
-    from_ptr, index_ptr, to_ptr, tile, rows, B, N, S, C, otherwise, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    from_ptr,
+    index_ptr,
+    to_ptr,
+    tile,
+    rows,
+    B,
+    N,
+    S,
+    C,
+    otherwise,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """A tile of rows of [A, N, S, M, C] from [A, B, S, C]."""
     first = tile.to(tl.int64) * ROWS

@@ -19,9 +19,7 @@ def gather(
     return (new(2, B, T, C, dtype=dtype), new(M, N, dtype=INT), given)
 
 
-def gather_backward(
-    T: int = 20, B: int = 32, N: int = 128, C: int = 64, dtype: torch.dtype = FP32
-) -> tuple[Any, ...]:
+def gather_backward(T: int = 20, B: int = 32, N: int = 128, C: int = 64, dtype: torch.dtype = FP32) -> tuple[Any, ...]:
     return (new(2, N, T, M * C, dtype=dtype), new(M, N, dtype=INT), B)
 
 
