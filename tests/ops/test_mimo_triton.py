@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +14,19 @@ from fastseq.ops import ensemble_stats as stats_ops
 from fastseq.ops import mimo as mimo_ops
 from fastseq.ops import mimo_nll as nll_ops
 from fastseq.ops._triton import interpreted, why_not_triton
+from tests.ops.mimo_triton_cases import (
+    FIGURES,
+    IGNORE,
+    LOSSES,
+    PLACES,
+    ensemble,
+    figures,
+    layer,
+    loss_inputs,
+    normal,
+    over_rows,
+    whole,
+)
 from tests.tolerance import GRADIENTS, OUTPUTS, assert_same_bits, assert_within_budget
 
 if why_not_triton() is not None:
@@ -46,14 +58,6 @@ def run(op: str, *args: Any) -> Any:
     assert next(b for b in TABLES[op] if b.name == "triton").why_not(*moved) is None
     found = getattr(importlib.import_module(f"fastseq_kernels.{MODULES.get(op, 'mimo')}"), op)(*moved)
     return found.cpu() if isinstance(found, Tensor) else tuple(t.cpu() for t in found)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def whole(limit: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.randint(0, max(1, limit), shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def bits(tensors: Any) -> list[Tensor]:
@@ -109,12 +113,6 @@ def test_16_bits_are_summed_in_float32() -> None:
     assert run("mimo_combine_backward", d[..., :1].contiguous(), index, 1).tolist() == [[[[276.0, 276.0]]]]
     parts = torch.tensor([256.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.bfloat16).view(1, 1, 1, 5)
     assert run("mimo_combine", parts, torch.zeros(5, 1, dtype=torch.int32), None).item() == 260
-
-
-def layer(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    A, B, S, C, M, N, G = sizes
-    x, weight = normal(A, B, S, C, dtype=dtype), normal(G, M * C, seed=1, dtype=dtype)
-    return x, weight, normal(G, seed=2, dtype=dtype), whole(B, M, N, seed=3, dtype=torch.int32)
 
 
 @each_dtype
@@ -188,14 +186,6 @@ def test_rows_have_the_same_bits_again() -> None:
 # N, M, K: every width of a tile, whole and not, and rows of several tiles
 LOGITS = [(5, 3, 7), (70, 1, 16), (5, 1, 65), (1, 3, 1000), (1, 2, 5001), (1, 1, 1)]
 each_logits = pytest.mark.parametrize("sizes", LOGITS, ids=str)
-LOSSES, IGNORE = "loss nll lse", -100
-
-
-def loss_inputs(sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    N, M, K = sizes
-    labels = whole(K, N, M, seed=1)
-    labels[:, -1:][::3] = IGNORE
-    return (3 * normal(N, M, K)).to(dtype), labels
 
 
 @each_dtype
@@ -291,45 +281,16 @@ def test_logits_that_are_large() -> None:
 
 # B, M, K: tiles of many rows and of one, members that are no power of two, rows of several tiles
 ENSEMBLES = [(5, 3, 7), (20, 4, 16), (3, 2, 65), (1, 3, 700), (2, 1, 2500), (1, 9, 1)]
-FIGURES = "probability confidence disagreement nll brier"
-
-
-def ensemble(sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    B, M, K = sizes
-    labels = whole(K, B, seed=1)
-    labels[1::4] = IGNORE
-    return (2 * normal(B, M, K) + normal(B, 1, K, seed=2)).to(dtype), labels
-
-
-def over_rows(found: Sequence[Tensor], labels: Tensor | None, K: int, bins: int, ignore: int) -> list[Tensor]:
-    """Histogram and totals by definition, of results of rows as they were found."""
-    _, prediction, confidence, members, disagreement, nll, brier = found[:7]
-    given = torch.zeros_like(prediction, dtype=torch.bool)
-    right, of_members = given, torch.zeros_like(members, dtype=torch.bool)
-    if labels is not None:
-        given = (labels != ignore) & (labels >= 0) & (labels < K)
-        right, of_members = given & (prediction == labels), given[:, None] & (members == labels[:, None])
-    place = (confidence * bins).long().clamp(0, bins - 1)
-    each = torch.stack([torch.ones_like(confidence), confidence, right.float()]).double()
-    histogram = torch.zeros(3, bins, dtype=torch.float64).index_add(1, place[given], each[:, given])
-    counted = given if labels is not None else torch.ones_like(given)
-    sums = [v.double().sum() for v in (counted, nll, brier, right, disagreement[counted])]
-    return [histogram, torch.cat((torch.stack(sums), of_members.double().sum(0)))]
 
 
 def check(logits: Tensor, labels: Tensor | None, bins: int = 15, ignore: int = IGNORE) -> tuple[Tensor, ...]:
     """All results; whole ones and sums exactly, the sums up to the order of float64."""
     found = run("ensemble_stats", logits, labels, bins, ignore, True)
     wide, K = logits.float(), logits.shape[2]
-    places = (0, 2, 4, 5, 6)
-
-    def figures(*args: Any) -> list[Tensor]:
-        return [reference.ensemble_stats(*args)[n] for n in places]
-
     safe = labels
     if labels is not None:
         safe = torch.where((labels >= 0) & (labels < K), labels, ignore)
-    assert_within_budget(FIGURES, [found[n] for n in places], figures, (wide, safe, bins, ignore), OUTPUTS)
+    assert_within_budget(FIGURES, [found[n] for n in PLACES], figures, (wide, safe, bins, ignore), OUTPUTS)
     expected = reference.ensemble_stats(wide, safe, bins, ignore)
     same([found[1], found[3], found[4]], [expected[1], expected[3], expected[4]])
     torch.testing.assert_close(list(found[7:]), over_rows(found, safe, K, bins, ignore), rtol=1e-14, atol=1e-14)
