@@ -270,6 +270,16 @@ def test_logits_that_are_not_finite() -> None:
         torch.testing.assert_close(nll.double(), expected - picked, equal_nan=True)
 
 
+def test_the_maximum_may_be_in_any_block() -> None:
+    """What the blocks before it have added up is scaled to it."""
+    logits, labels = loss_inputs((4, 1, 5000))
+    logits[:2, :, 4500] += 12
+    logits[2, :, 40] += 12
+    got = run("mimo_nll", logits, labels, 0.0, IGNORE)
+    assert_within_budget(LOSSES, got, reference.mimo_nll, (logits, labels, 0.0, IGNORE))
+    check(logits.view(2, 2, 5000), labels[:2, 0])
+
+
 def test_logits_that_are_large() -> None:
     logits, labels = loss_inputs((4, 2, 20))
     logits = 1e4 * logits
