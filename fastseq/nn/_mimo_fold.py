@@ -78,12 +78,17 @@ class MIMOLayer(nn.Module):
             self.unfold()
         return super().train(mode)
 
+    def to_plain(self) -> nn.Module:
+        """The ensemble mode as a plain layer with folded weights, for deployment and export."""
+        raise NotImplementedError
+
     def _sources(self) -> list[nn.Parameter]:
-        """What the folded weights are computed from, parametrized ones too."""
-        ours = tuple(prefix + name for name in self._folding for prefix in ("", "parametrizations."))
-        return [
-            p for name, p in self.named_parameters() if name in ours or name.startswith(tuple(f"{o}." for o in ours))
-        ]
+        """What the folded weights are computed from."""
+        found = [self._parameters.get(name) for name in self._folding]
+        if None in found:  # parametrized
+            inside = tuple(f"parametrizations.{name}." for name in self._folding)
+            found = [p for name, p in self.named_parameters() if name in self._folding or name.startswith(inside)]
+        return [p for p in found if p is not None]
 
     def _folded(self, name: str) -> Tensor:
         """The sum over slots of one weight."""

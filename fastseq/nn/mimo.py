@@ -205,5 +205,13 @@ class MIMO(nn.Module):
         unfold(self)
         return self
 
+    def to_plain(self) -> nn.Module:
+        """The ensemble mode as a copy of the backbone with plain layers, folded weights and one head of M*K, which
+        returns [rows, M, K]: for deployment and export."""
+        plain = copy.deepcopy(self.backbone)
+        plain.set_submodule(self.report.first, self.first.to_plain())
+        plain.set_submodule(self.report.head, self.head.to_plain())
+        return plain
+
     def extra_repr(self) -> str:
         return f"M={self.M}, K={self.K}, {self.report}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fastseq.nn import MIMOConv1d, MIMOConv2d, MIMOEmbedding, MIMOIndex, MIMOLinear
+from fastseq.nn._mimo_fold import MIMOLayer
 from tests.tolerance import GRADIENTS, assert_within_budget
 
 M, B, R = 3, 6, 4
@@ -72,18 +74,44 @@ def slots_last(x: Tensor, channel: int) -> Tensor:
 
 def compare(layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, plain: Callable[..., Tensor]) -> None:
     """Output and all gradients of ``call`` against ``plain(parameters by name, x)``."""
-    names = [name for name, _ in layer.named_parameters()]
-    x = x.clone().requires_grad_()
+    names, dx = [name for name, _ in layer.named_parameters()], x.is_floating_point()
+    x = x.clone().requires_grad_(dx)
     out = call(x)
     upstream = torch.randn_like(out)
-    grads = torch.autograd.grad(out, [x, *layer.parameters()], upstream)
+    grads = torch.autograd.grad(out, [*([x] if dx else []), *layer.parameters()], upstream)
 
     def reference(x: Tensor, upstream: Tensor, *parameters: Tensor) -> list[Tensor]:
         out = plain(dict(zip(names, parameters, strict=True)), x)
-        return [out, *torch.autograd.grad(out, [x, *parameters], upstream)]
+        return [out, *torch.autograd.grad(out, [*([x] if dx else []), *parameters], upstream)]
 
     given = [x, upstream, *layer.parameters()]
-    assert_within_budget(["out", "dx", *(f"d{n}" for n in names)], [out, *grads], reference, given, GRADIENTS)
+    named = ["out", *(["dx"] if dx else []), *(f"d{n}" for n in names)]
+    assert_within_budget(named, [out, *grads], reference, given, GRADIENTS)
+
+
+def first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+
+def all_of_lstm(out: Any) -> list[Tensor]:
+    """Output, h and c."""
+    return [out[0], out[1][0], out[1][1]]
+
+
+def assert_agrees(
+    names: str, got: Any, module: nn.Module, *args: Any, pick: Callable[[Any], Any] = first, **options: Any
+) -> None:
+    """``got`` is what ``module(*args, **options)`` gives where nothing is folded, to the budget of its dtype."""
+    module = copy.deepcopy(module)
+    for layer in module.modules():
+        if isinstance(layer, MIMOLayer):
+            layer.unfold()
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def reference(args: tuple[Any, ...], *values: Tensor) -> Any:
+        return pick(functional_call(module, dict(zip(state, values, strict=True)), args, options))
+
+    assert_within_budget(names, got, reference, [args, *state.values()])
 
 
 def by(plain: nn.Module, prepare: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

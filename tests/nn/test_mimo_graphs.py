@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.nn import MIMO, MIMOLSTM, MIMOEmbedding, MIMOHead
-from tests.nn.mimo_cases import CASES, B, M, draw
-from tests.tolerance import assert_same_bits, assert_within_budget
+from tests.nn.mimo_cases import CASES, B, M, assert_agrees, compare, draw, first
+from tests.tolerance import GRADIENTS, assert_same_bits, assert_within_budget
 
 
 def _wrapped() -> nn.Module:
@@ -29,10 +29,6 @@ def given(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randint(0, 9, shape) if name == "embedding" else torch.randn(shape)
 
 
-def first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("mode", ["train", "ensemble", "folded"])
 @pytest.mark.parametrize("name", MODELS)
 def test_compile(name: str, mode: str) -> None:
@@ -41,14 +37,14 @@ def test_compile(name: str, mode: str) -> None:
     if mode == "folded":
         model.eval().fold()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got, want = first(compiled(x, *index)), first(model(x, *index))
-    assert_within_budget("out", got, lambda v: v, [want.detach()])
-    if mode != "folded":
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        upstream = torch.randn_like(got)
-        grads = [torch.autograd.grad(out, parameters, upstream) for out in (got, want)]
-        for (n, _), g, w in zip(model.named_parameters(), *grads, strict=True):
-            assert_within_budget(n, g, lambda v: v, [w])
+    if mode == "folded":
+        assert_agrees("out", first(compiled(x)), model, x)
+        return
+
+    def plain(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return first(torch.func.functional_call(model, parameters, (x, *index)))
+
+    compare(model, lambda x: first(compiled(x, *index)), x, plain)
 
 
 @pytest.mark.parametrize("mode", ["train", "ensemble", "folded"])
@@ -60,7 +56,7 @@ def test_export(name: str, mode: str) -> None:
         model.fold()
     program = torch.export.export(model, (x, *index))
     x = given(name, shape)
-    assert_within_budget("out", first(program.module()(x, *index)), lambda v: v, [first(model(x, *index)).detach()])
+    assert_agrees("out", first(program.module()(x, *index)), model, x, *index)
 
 
 def test_export_of_any_number_of_rows() -> None:
@@ -70,7 +66,7 @@ def test_export_of_any_number_of_rows() -> None:
     shapes = {"x": {0: batch}, "index": {1: rows}}
     program = torch.export.export(model, (torch.randn(B, 5), draw()), dynamic_shapes=shapes)
     x, index = torch.randn(9, 5), draw(9, 2)
-    assert_within_budget("out", program.module()(x, index), lambda v: v, [model(x, index).detach()])
+    assert_agrees("out", program.module()(x, index), model, x, index)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -126,12 +122,16 @@ def test_float64_is_left_alone_by_autocast() -> None:
 def test_functional_call_and_grad(name: str, mode: str) -> None:
     make, shape = MODELS[name]
     model, x, index = make().double(), given(name, shape).double(), (draw(),) if mode == "train" else ()
-    parameters = dict(model.named_parameters())
+    upstream = torch.randn_like(first(model(x, *index)))
 
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        return first(torch.func.functional_call(model, parameters, (x, *index))).square().sum()
+    def run(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return first(torch.func.functional_call(model, parameters, (x, *index)))
 
-    got = torch.func.grad(loss)({n: p.detach() for n, p in parameters.items()})
-    first(model(x, *index)).square().sum().backward()
-    for n, p in parameters.items():
-        assert_within_budget(n, got[n], lambda v: v, [p.grad])
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    got = torch.func.grad(lambda parameters: (run(parameters, x) * upstream).sum())(parameters)
+
+    def reference(x: Tensor, upstream: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        out = run(dict(zip(parameters, values, strict=True)), x)
+        return torch.autograd.grad(out, values, upstream)
+
+    assert_within_budget(list(parameters), list(got.values()), reference, [x, upstream, *model.parameters()], GRADIENTS)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastseq.nn import LSTM, MIMOLSTM, MIMOHead, MIMOState
-from tests.nn.mimo_cases import B, M, R, by, compare, draw, gathered, slots_last
+from tests.nn.mimo_cases import B, M, R, all_of_lstm, assert_agrees, by, compare, draw, gathered, slots_last
 from tests.tolerance import assert_same_bits, assert_within_budget
 
 T, C, H, N = 7, 3, 5, R * B
@@ -106,16 +106,19 @@ def test_packed_is_as_lengths(config: dict[str, Any], mode: str) -> None:
     given = {"index": draw()} if mode == "train" else {"mode": mode}
     packed = pack_padded_sequence(x, LENGTHS, ours.batch_first, enforce_sorted=False)
     lengths = LENGTHS[:, None].expand(-1, M) if mode == "multiplex" else LENGTHS
-    out, state, gates = ours(x, lengths=lengths, return_gates=True, **given)
+    state = ours(x, lengths=lengths, **given)[1]
     got, packed_state, packed_gates = ours(packed, return_gates=True, **given)
     assert isinstance(got, PackedSequence)
     unpacked = [pad_packed_sequence(v, ours.batch_first, total_length=T)[0] for v in (got, packed_gates[-1].i)]
     rows = got.batch_sizes[0]
     assert rows == (N if mode == "train" else B)
     keep = lay((torch.arange(T)[:, None] < pad_packed_sequence(got)[1])[..., None], ours)  # gates beyond a row's end
-    want = [out, torch.where(keep, gates[-1].i, 0)]
-    for name, g, w in zip("out i h c".split(), [*unpacked, *packed_state[:2]], [*want, *state[:2]], strict=True):
-        assert_within_budget(name, g, lambda v: v, [w.detach()])
+
+    def pick(out: Any) -> list[Tensor]:
+        return [out[0], torch.where(keep, out[2][-1].i, 0), *out[1][:2]]
+
+    args, given = (x,), given | {"lengths": lengths, "return_gates": True}
+    assert_agrees("out i h c", [*unpacked, *packed_state[:2]], ours, *args, pick=pick, **given)
     assert type(packed_state) is type(state) is (MIMOState if mode == "train" else tuple)
 
 
@@ -125,13 +128,15 @@ def test_multiplex_takes_the_length_of_each_slot() -> None:
     lengths = LENGTHS.view(2, M)
     filled = torch.where((torch.arange(T)[:, None, None] < lengths)[..., None], x, torch.nan)
     out, (h, c) = ours(filled, mode="multiplex", lengths=lengths)
-    wide = nn.LSTM(M * C, H, bidirectional=True, dtype=torch.float64)
-    wide.load_state_dict(ours.state_dict())
-    packed = pack_padded_sequence(filled.nan_to_num().flatten(2), lengths.amax(1), enforce_sorted=False)
-    want, (h_n, c_n) = wide(packed)
-    want = pad_packed_sequence(want, total_length=T)[0]
-    for name, g, w in zip("out h c".split(), [out, h, c], [want, h_n, c_n], strict=True):
-        assert_within_budget(name, g, lambda v: v, [w.detach()])
+    wide = nn.LSTM(M * C, H, bidirectional=True)
+    names = [name for name, _ in ours.named_parameters()]
+
+    def reference(x: Tensor, *parameters: Tensor) -> list[Tensor]:
+        packed = pack_padded_sequence(x.nan_to_num().flatten(2), lengths.amax(1), enforce_sorted=False)
+        out, (h, c) = functional_call(wide, dict(zip(names, parameters, strict=True)), (packed,))
+        return [pad_packed_sequence(out, total_length=T)[0], h, c]
+
+    assert_within_budget("out h c", [out, h, c], reference, [filled, *ours.parameters()])
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
@@ -176,17 +181,12 @@ def test_last_of_slots_of_packed_output_and_of_the_ensemble() -> None:
 def test_carried_state_keeps_the_slots() -> None:
     ours, index = MIMOLSTM(C, H, 2, M=M, dtype=torch.float64), draw()
     x = torch.randn(T, B, C, dtype=torch.float64)
-    whole, end = ours(x, index)
     first, state = ours(x[:3], index)
     assert isinstance(state, MIMOState) and state.index is index
     for given in ({}, {"index": index}, {"index": index.long().clone()}):
         second, final = ours(x[3:], state, **given)
-        assert_within_budget(
-            "out h c",
-            [torch.cat([first, second]), final.h, final.c],
-            lambda *v: v,
-            [whole.detach(), end.h.detach(), end.c.detach()],
-        )
+        whole = [torch.cat([first, second]), final.h, final.c]
+        assert_agrees("out h c", whole, ours, x, index, pick=all_of_lstm)
         assert final.index is index
     detached = state.detach()
     assert not detached.h.requires_grad and not detached.c.requires_grad and detached.index is index
@@ -256,7 +256,7 @@ def test_options_of_the_base(option: str, training: bool) -> None:
     if not training:
         folded = ours.to_plain()
         assert isinstance(folded, LSTM) and not isinstance(folded, MIMOLSTM) and folded.input_size == C
-        assert_within_budget("out", folded(x)[0], lambda v: v, [ours(x)[0].detach()])
+        assert_agrees("out", folded(x)[0], ours, x)
         assert {n: getattr(folded, n) for n in ("gates", "tau", "rank", "hard_eval", "learnable_state")} == {
             n: getattr(ours, n) for n in ("gates", "tau", "rank", "hard_eval", "learnable_state")
         }
