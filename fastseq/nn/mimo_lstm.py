@@ -82,7 +82,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
             if index is not None:
                 raise TypeError("MIMOLSTM: hx must be a MIMOState beside index, got a tensor")
             hx, index = None, hx
-        packed, inside = isinstance(input, PackedSequence), self._call_given is not None
+        inside = self._call_given is not None
         if isinstance(hx, MIMOState):
             hx, index = self._state_of(hx, index, mode)
         elif index is not None and hx is not None:
@@ -93,9 +93,8 @@ class MIMOLSTM(MIMOLayer, LSTM):
             index = examples.view(-1, self.M).T
         if index is not None:
             if mode == "train":
-                index = self._check_index(
-                    index, input.shape[self.batch_dim] if isinstance(input, Tensor) else _rows(input)
-                )
+                batch = _rows(input) if isinstance(input, PackedSequence) else input.shape[self.batch_dim]
+                index = self._check_index(index, batch)
             found = self._train_rows(input, hx, index, lengths, reset, return_gates)
             h, c = found[1]
             return found if inside else (found[0], MIMOState(h, c, index), *found[2:])
@@ -105,8 +104,6 @@ class MIMOLSTM(MIMOLayer, LSTM):
                 input = input._replace(data=input.data.flatten(-2))
             else:
                 input, lengths = self._side_by_side(self._slots_of_rows(input), lengths)
-        elif lengths is not None and not packed:
-            _check_lengths(lengths, *self._sizes(input))
         return self._forward(input, hx, self._weights_of(mode), lengths, reset, return_gates)
 
     def _state_of(self, state: MIMOState, index: Tensor | None, mode: str | None) -> tuple[State, Tensor]:
