@@ -121,6 +121,9 @@ class MIMOLSTM(MIMOLayer, LSTM):
             weights[n] = weights[n]._replace(weight_ih=self._folded(name))
         return weights
 
+    def _check_input(self, x: Tensor, weights: list[Weights], dims: int) -> None:
+        _arguments.check_input(x, weights[0].weight_ih.shape[1], weights[0].weight_ih, dims)  # folded or not
+
     def _train_rows(
         self,
         input: Tensor | PackedSequence,
@@ -143,7 +146,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
             kept = [Gates(*packed[n : n + 3]) for n in range(1, len(packed), 3)]
             return (packed[0], state, kept) if return_gates else (packed[0], state)
         weights = self._weights()
-        _arguments.check_input(input, weights[0].weight_ih[:, : self.channels], 3)
+        _arguments.check_input(input, self.channels, weights[0].weight_ih, 3)
         x = input.transpose(0, 1) if self.batch_first else input
         if lengths is not None:
             _check_lengths(lengths, *self._sizes(input))
