@@ -181,8 +181,6 @@ def _check_module(name: str, module: nn.Module, form: Form) -> None:
         _check.fail("compress", told, "without parametrizations (remove them first)", "a parametrized module")
     if getattr(module, "rank", None) is not None and (form.step is not None or type(module) is not LSTM):
         _check.fail("compress", told, "without rank (load its dense_state_dict() into one)", "one that holds factors")
-    if getattr(module, "is_folded", False):
-        _check.fail("compress", told, "unfolded (call unfold(), or take to_plain())", "a folded MIMO layer")
     for parameter, value in module.named_parameters(recurse=False):
         if not value.is_floating_point():
             _check.fail("compress", f"{told}.{parameter}", "of a floating-point dtype", value.dtype)

@@ -85,7 +85,7 @@ class MIMOLayer(nn.Module):
     def _sources(self) -> list[nn.Parameter]:
         """What the folded weights are computed from."""
         found = [self._parameters.get(name) for name in self._folding]
-        if None in found:  # parametrized
+        if any(p is None for p in found):  # parametrized
             inside = tuple(f"parametrizations.{name}." for name in self._folding)
             found = [p for name, p in self.named_parameters() if name in self._folding or name.startswith(inside)]
         return [p for p in found if p is not None]
@@ -103,7 +103,9 @@ class MIMOLayer(nn.Module):
                     f"{type(self).__name__}: a weight has changed or was loaded since fold(): "
                     "call fold() again, or unfold()"
                 )
-        return self.get_buffer(f"folded_{name}")
+        folded = self._buffers[f"folded_{name}"]
+        assert folded is not None
+        return folded
 
     def _mode_of(self, index: Tensor | None, mode: str | None) -> tuple[str, Tensor | None]:
         """The mode of a call and its index, from its arguments or else from the wrapper."""

@@ -82,7 +82,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
             if index is not None:
                 raise TypeError("MIMOLSTM: hx must be a MIMOState beside index, got a tensor")
             hx, index = None, hx
-        packed, inside = isinstance(input, PackedSequence), self._call_given is not None
+        inside = self._call_given is not None
         if isinstance(hx, MIMOState):
             hx, index = self._state_of(hx, index, mode)
         elif index is not None and hx is not None:
@@ -93,9 +93,8 @@ class MIMOLSTM(MIMOLayer, LSTM):
             index = examples.view(-1, self.M).T
         if index is not None:
             if mode == "train":
-                index = self._check_index(
-                    index, input.shape[self.batch_dim] if isinstance(input, Tensor) else _rows(input)
-                )
+                batch = _rows(input) if isinstance(input, PackedSequence) else input.shape[self.batch_dim]
+                index = self._check_index(index, batch)
             found = self._train_rows(input, hx, index, lengths, reset, return_gates)
             h, c = found[1]
             return found if inside else (found[0], MIMOState(h, c, index), *found[2:])
@@ -105,8 +104,6 @@ class MIMOLSTM(MIMOLayer, LSTM):
                 input = input._replace(data=input.data.flatten(-2))
             else:
                 input, lengths = self._side_by_side(self._slots_of_rows(input), lengths)
-        elif lengths is not None and not packed:
-            _check_lengths(lengths, *self._sizes(input))
         return self._forward(input, hx, self._weights_of(mode), lengths, reset, return_gates)
 
     def _state_of(self, state: MIMOState, index: Tensor | None, mode: str | None) -> tuple[State, Tensor]:
@@ -123,6 +120,9 @@ class MIMOLSTM(MIMOLayer, LSTM):
         for n, name in enumerate(self._folding if mode == "ensemble" else ()):
             weights[n] = weights[n]._replace(weight_ih=self._folded(name))
         return weights
+
+    def _check_input(self, x: Tensor, weights: list[Weights], dims: int) -> None:
+        _arguments.check_input(x, weights[0].weight_ih.shape[1], weights[0].weight_ih, dims)  # folded or not
 
     def _train_rows(
         self,
@@ -146,7 +146,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
             kept = [Gates(*packed[n : n + 3]) for n in range(1, len(packed), 3)]
             return (packed[0], state, kept) if return_gates else (packed[0], state)
         weights = self._weights()
-        _arguments.check_input(input, weights[0].weight_ih[:, : self.channels], 3)
+        _arguments.check_input(input, self.channels, weights[0].weight_ih, 3)
         x = input.transpose(0, 1) if self.batch_first else input
         if lengths is not None:
             _check_lengths(lengths, *self._sizes(input))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-import fastseq
 from fastseq.nn import LSTM, MIMOLSTM, MIMOEmbedding, MIMOHead, MIMOLinear, fold, unfold
 from tests.nn.mimo_cases import CASES, M, assert_agrees, draw, first
 from tests.tolerance import assert_same_bits, assert_within_budget
@@ -173,15 +172,6 @@ def test_parametrized_weights() -> None:
     nn.init.zeros_(layer.parametrizations.weight.original0)
     with pytest.raises(ValueError, match="since fold"):
         layer(x)
-
-
-def test_compression_asks_for_unfolded_weights() -> None:
-    layer, x = make("lstm")
-    layer.eval().fold()
-    with pytest.raises(ValueError, match=r"compress: model must be unfolded .*, got a folded MIMO layer"):
-        fastseq.compress(layer, step=16)
-    small = fastseq.compress(layer.unfold(), step=16).model
-    assert type(small) is MIMOLSTM and not torch.equal(run(small, x), run(layer, x))
 
 
 def test_whole_models() -> None:
