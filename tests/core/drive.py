@@ -1,6 +1,6 @@
 """Drives the numpy door over every layout, option and odd size, without torch, and tells what came out.
 
-    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq|packed|mimo] [--threads N] [--fresh]
+    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq|packed|mimo|labelled] [--threads N] [--fresh]
 
 prints one line per result: its name and a hash of its bits. Two runs with other instruction sets, threads or builds can
 be compared line by line. Every result must be finite, so memory that was never written shows where fresh memory is NaN.
