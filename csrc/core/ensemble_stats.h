@@ -1,6 +1,7 @@
 // What an ensemble says: B rows, M members, K classes (M, K at least 1), rightmost dimension contiguous. A row is read
 // by one thread in one order, and the totals are summed in the order of rows: equal bits for any team, and for a row in
-// any batch. Meaning, of NaN and infinite logits too: fastseq.reference.ensemble_stats.
+// any batch. Meaning, of NaN and infinite logits too: fastseq.reference.ensemble_stats. Denormal numbers count as
+// zeros.
 #pragma once
 
 #include <cstddef>
