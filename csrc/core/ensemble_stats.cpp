@@ -16,9 +16,19 @@ struct Call {
   R* scratch;
 };
 
+// Elements from one member's exponentials to the next: whole vectors of any width.
+int64_t row_of(int64_t K) { return round_up(K) + 16; }
+
 template <class R>
 int64_t own_scratch(const EnsembleStats<R>& a) {
-  return (a.M + 1) * ensemble_stats_row(a.K) + 2 * round_up(a.M) + 2 * a.M * kStatsRows;
+  return (a.M + 1) * row_of(a.K) + 2 * round_up(a.M) + 2 * a.M * kStatsRows;
+}
+
+template <class R>
+StatsScratch<R> cut(const EnsembleStats<R>& a, R* own) {
+  const int64_t row = row_of(a.K), members = round_up(a.M);
+  R *const mean = own + a.M * row, *const top = mean + row, *const gap = top + 2 * members;
+  return {row, own, mean, top, top + members, gap, gap + a.M * kStatsRows};
 }
 
 // No thread without a row: each has scratch.
@@ -34,7 +44,7 @@ void body(const void* context, int rank, int size, Barrier&) {
   const EnsembleStats<R>& a = *call.args;
   const FlushDenormals flush;
   const Range mine = share(a.B, rank, size);
-  table_of<R>(kernels()).ensemble_stats(a, mine.begin, mine.end, call.scratch + rank * own_scratch(a));
+  table_of<R>(kernels()).ensemble_stats(a, mine.begin, mine.end, cut(a, call.scratch + rank * own_scratch(a)));
 }
 
 template <class R>

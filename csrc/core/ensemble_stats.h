@@ -1,6 +1,7 @@
 // What an ensemble says: B rows, M members, K classes (M, K at least 1), rightmost dimension contiguous. A row is read
 // by one thread in one order, and the totals are summed in the order of rows: equal bits for any team, and for a row in
-// any batch. Meaning, of NaN and infinite logits too: fastseq.reference.ensemble_stats.
+// any batch. Meaning, of NaN and infinite logits too: fastseq.reference.ensemble_stats. Denormal numbers count as
+// zeros.
 #pragma once
 
 #include <cstddef>
@@ -32,13 +33,25 @@ struct EnsembleStats {
   double *histogram, *totals;
 };
 
-constexpr int64_t kStatsRows = 32;  // whose logarithms are computed together
-// Elements of scratch for the exponentials of one member, in whole vectors.
-inline int64_t ensemble_stats_row(int64_t K) { return round_up(K) + 16; }
 // Elements of scratch for a team of at most `most`; uninitialised, 64-byte aligned.
 template <class R>
 size_t ensemble_stats_scratch(const EnsembleStats<R>& args, int most);
 template <class R>
 void ensemble_stats(const EnsembleStats<R>& args, R* scratch, const Team& team) noexcept;
+
+// ---- what an instruction set provides; see isa.h ----
+
+constexpr int64_t kStatsRows = 32;  // whose logarithms are computed together
+// Of one thread; uninitialised.
+template <class R>
+struct StatsScratch {
+  int64_t row;  // elements from one member's to the next, whole vectors
+  R* e;         // [M, row]         exponentials
+  R* mean;      // [row]            probabilities that nobody asked for
+  R* top;       // [M]              largest logits
+  R* share;     // [M]              1 / (M * sum of exponentials)
+  R* gap;       // [M, kStatsRows]  the label's logit less the largest
+  R* sum;       // [M, kStatsRows]  of exponentials
+};
 
 }  // namespace fastseq::core

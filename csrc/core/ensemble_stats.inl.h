@@ -70,19 +70,12 @@ inline void mean_nll(const R* gap, const R* sum, int64_t M, int64_t count, R* nl
   }
 }
 
-// Rows [begin, end); scratch is that of one thread.
 template <class R>
-void ensemble_stats_rows(const EnsembleStats<R>& a, int64_t begin, int64_t end, R* scratch) {
-  const int64_t M = a.M, K = a.K, row = ensemble_stats_row(K), together = rows_together<R>(K, M);
-  R* const e = scratch;
-  R* const own = e + M * row;
-  R* const share = own + row;
-  R* const tops = share + round_up(M);
-  R* const gap = tops + round_up(M);
-  R* const sum = gap + M * kStatsRows;
+void ensemble_stats_rows(const EnsembleStats<R>& a, int64_t begin, int64_t end, const StatsScratch<R>& s) {
+  const int64_t M = a.M, K = a.K, together = rows_together<R>(K, M);
   for (int64_t first = begin; first < end; first += kStatsRows) {
     const int64_t count = end - first < kStatsRows ? end - first : kStatsRows;
-    for (int64_t i = 0; i < 2 * M * kStatsRows; ++i) gap[i] = 1;  // in lanes beyond the rows too
+    for (int64_t i = 0; i < 2 * M * kStatsRows; ++i) s.gap[i] = 1;  // the sums too, in lanes beyond the rows
     for (int64_t r = 0; r < count; ++r) {
       const int64_t b = first + r, label = a.labels && a.labels[b] != a.ignore ? a.labels[b] : 0;
       int64_t* const places = a.member_prediction + b * M;
@@ -90,25 +83,25 @@ void ensemble_stats_rows(const EnsembleStats<R>& a, int64_t begin, int64_t end, 
       const R* const x = a.logits + b * M * K;
       for (int64_t m = 0, stop; m < M; m = stop) {
         stop = M - m < together ? M : m + together;
-        for (int64_t i = m; i < stop; ++i) tops[i] = row_largest(x + i * K, K);
-        for (int64_t i = m; i < stop; ++i) share[i] = row_exp_sum<R, true>(x + i * K, K, tops[i], e + i * row);
-        for (int64_t i = m; i < stop; ++i) places[i] = largest_place(x + i * K, K, tops[i], share[i]);
+        for (int64_t i = m; i < stop; ++i) s.top[i] = row_largest(x + i * K, K);
+        for (int64_t i = m; i < stop; ++i) s.share[i] = row_exp_sum<R, true>(x + i * K, K, s.top[i], s.e + i * s.row);
+        for (int64_t i = m; i < stop; ++i) places[i] = largest_place(x + i * K, K, s.top[i], s.share[i]);
       }
       for (int64_t m = 0; m < M; ++m) {
-        finite &= share[m] > 0;
-        gap[m * kStatsRows + r] = x[m * K + label] - tops[m];
-        sum[m * kStatsRows + r] = share[m];
-        share[m] = 1 / (R(M) * share[m]);
+        finite &= s.share[m] > 0;
+        s.gap[m * kStatsRows + r] = x[m * K + label] - s.top[m];
+        s.sum[m * kStatsRows + r] = s.share[m];
+        s.share[m] = 1 / (R(M) * s.share[m]);
       }
       R squares;
-      R* const p = a.probability ? a.probability + b * K : own;
-      const R most = mean_row(e, row, share, M, K, p, &squares);
+      R* const p = a.probability ? a.probability + b * K : s.mean;
+      const R most = mean_row(s.e, s.row, s.share, M, K, p, &squares);
       a.confidence[b] = finite ? most : (R)NAN;
       a.prediction[b] = finite ? first_equal(p, K, most) : 0;
       a.disagreement[b] = disagreement_of<R>(places, M);
       a.brier[b] = squares - 2 * p[label] + 1;
     }
-    mean_nll(gap, sum, M, count, a.nll + first);
+    mean_nll(s.gap, s.sum, M, count, a.nll + first);
     for (int64_t b = first; b < first + count; ++b) {
       if (!a.labels || a.labels[b] == a.ignore) a.nll[b] = a.brier[b] = 0;
     }

@@ -43,8 +43,8 @@ struct Table {
   // rows begin .. end - 1 of N * M, without the loss
   void (*mimo_nll)(const MimoNll<R>& args, int64_t begin, int64_t end);
   void (*mimo_nll_backward)(const MimoNllBackward<R>& args, int64_t begin, int64_t end);
-  // rows begin .. end - 1, without histogram and totals; scratch is that of one thread
-  void (*ensemble_stats)(const EnsembleStats<R>& args, int64_t begin, int64_t end, R* scratch);
+  // rows begin .. end - 1, without histogram and totals
+  void (*ensemble_stats)(const EnsembleStats<R>& args, int64_t begin, int64_t end, const StatsScratch<R>& scratch);
 };
 
 struct Kernels {

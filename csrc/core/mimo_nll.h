@@ -1,6 +1,6 @@
 // Cross-entropy of every slot: N rows, M slots, K classes (at least 1), rightmost dimension contiguous. A row of logits
 // is read by one thread in one order, and the totals by the caller's: equal bits for any team, and for a row in any
-// batch. What NaN and infinite logits give is what fastseq.reference.mimo_nll gives.
+// batch. NaN and infinite logits give what fastseq.reference.mimo_nll says; denormal numbers count as zeros.
 #pragma once
 
 #include <cstdint>

@@ -189,7 +189,7 @@ inline int64_t first_equal(const R* x, int64_t K, R value) {
   }
   return k + __builtin_ctzll(bits) / words;
 #else
-  while (x[k] != value) ++k;
+  while (k + 1 < K && x[k] != value) ++k;
   return k;
 #endif
 }
