@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]  # float32 or float64, the same in all of one call
 Index: TypeAlias = NDArray[np.int64]
+Rows: TypeAlias = NDArray[np.int32]
 Indices: TypeAlias = NDArray[np.int16] | NDArray[np.int32] | NDArray[np.int64]  # as wide as ``bits`` says
 Mask: TypeAlias = NDArray[np.bool_]
 
@@ -240,6 +241,24 @@ def vq_quantize(
     threads: int = 1,
 ) -> tuple[Array, Index, Array, Array, Array]: ...
 def vq_sums(x: Array, index: Index, K: int, *, threads: int = 1) -> tuple[Array, Array]: ...
+def mimo_gather(
+    x: Array, index: Rows, labels: Array | None = None, *, threads: int = 1
+) -> tuple[Array, Array]: ...  # of any type
+def mimo_gather_backward(d: Array, index: Rows, B: int, *, threads: int = 1) -> Array: ...
+def mimo_combine(parts: Array, index: Rows, bias: Array | None = None, *, threads: int = 1) -> Array: ...
+def mimo_combine_backward(d: Array, index: Rows, B: int, *, threads: int = 1) -> Array: ...
+def mimo_project(x: Array, weight: Array, bias: Array | None, index: Rows, *, threads: int = 1) -> Array: ...
+def mimo_project_backward(
+    d: Array,
+    x: Array,
+    weight: Array,
+    index: Rows,
+    needs_x: bool = True,
+    needs_weight: bool = True,
+    needs_bias: bool = True,
+    *,
+    threads: int = 1,
+) -> tuple[Array, Array, Array]: ...
 def vq_residual(
     x: Array,
     codebooks: Sequence[Array],

@@ -6,6 +6,7 @@
 #include "core/gemm.h"
 #include "core/lstm_step.h"
 #include "core/matrix.h"
+#include "core/mimo.h"
 #include "core/vq.h"
 #include "core/vq_screen.h"
 
@@ -36,6 +37,7 @@ struct Table {
   // sum over the rows first + rows[i] of one code
   void (*vq_sum)(const VqSums<R>& args, int64_t first, const int64_t* rows, int64_t count, R* out);
   void (*vq_rows)(const VqRows<R>& args, int64_t begin, int64_t end);
+  void (*add_rows)(const RowSum<R>& args);
 };
 
 struct Kernels {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/column_sum.h"
 #include "core/gemm.h"
 #include "core/lstm_rows.h"
 
@@ -24,35 +25,6 @@ GemmArgs<R> product_dx(const LayerInput<R>& in, const LstmArgs<R>& a, const R* d
 template <class R>
 GemmArgs<R> product_dweight(const LayerInput<R>& in, const LstmArgs<R>& a, const R* d, R* dweight) {
   return {4 * a.H, in.I, a.N, {d, 4 * a.H, nullptr}, {in.x, in.I, nullptr}, true, false, nullptr, dweight};
-}
-
-template <class R>
-struct ColumnSum {
-  const R* data;  // [rows, columns]
-  int64_t rows, columns;
-  R* out;
-};
-
-// Each thread has its own columns and adds the rows in order, block by block to keep the error small, so the sum does
-// not depend on the number of threads.
-template <class R>
-void column_sum(const void* context, int rank, int size, Barrier&) {
-  const auto& s = *static_cast<const ColumnSum<R>*>(context);
-  const Range mine = share(s.columns, rank, size);
-  constexpr int64_t kBlock = 256, kRows = 64;
-  for (int64_t begin = mine.begin; begin < mine.end; begin += kBlock) {
-    const int64_t count = std::min(kBlock, mine.end - begin);
-    R total[kBlock] = {};
-    for (int64_t first = 0; first < s.rows; first += kRows) {
-      R sum[kBlock] = {};
-      for (int64_t row = first; row < std::min(first + kRows, s.rows); ++row) {
-        const R* const in = s.data + row * s.columns + begin;
-        for (int64_t i = 0; i < count; ++i) sum[i] += in[i];
-      }
-      for (int64_t i = 0; i < count; ++i) total[i] += sum[i];
-    }
-    std::copy(total, total + count, s.out + begin);
-  }
 }
 
 }  // namespace
@@ -101,7 +73,7 @@ void lstm_layer_backward(const LstmLayerBackward<R>& call, R* scratch, const Tea
   if (call.dx) gemm(product_dx<R>(call.input, a, d, call.dx), scratch, team);
   if (call.dweight_ih) gemm(product_dweight<R>(call.input, a, d, call.dweight_ih), scratch, team);
   if (call.dbias) {
-    const ColumnSum<R> sum{d, a.N, 4 * a.H, call.dbias};
+    const ColumnSum<R> sum{d, a.N, 4 * a.H, 4 * a.H, call.dbias};
     team.run(team_size(4.0 * a.N * a.H, team.most), column_sum<R>, &sum);
   }
 }

@@ -10,19 +10,21 @@
 
 namespace fastseq::door {
 
-enum class Type { f32, f64, bf16, i64, i8, u8, boolean, other };
+enum class Type { f32, f64, bf16, i64, i32, i8, u8, boolean, other };
 
 inline const char* name_of(Type type) {
-  constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "int64", "int8", "uint8", "bool", "another type"};
+  constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "int64",       "int32",
+                                    "int8",    "uint8",   "bool",     "another type"};
   return kNames[static_cast<int>(type)];
 }
 
 struct Array {
   const void* data = nullptr;
   Type type = Type::other;
-  int dims = -1;  // -1: not given
+  int dims = -1;      // -1: not given
   int64_t size[4] = {};
   bool contiguous = true;
+  int64_t bytes = 0;  // of an element
   bool given() const { return dims >= 0; }
   template <class T>
   const T* as() const {

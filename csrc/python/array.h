@@ -28,10 +28,12 @@ inline door::Array view(const char* op, const char* name, const py::array& array
              : py::isinstance<py::array_t<double>>(array)   ? door::Type::f64
              : py::isinstance<py::array_t<uint16_t>>(array) ? door::Type::bf16  // numpy has no such type
              : py::isinstance<py::array_t<int64_t>>(array)  ? door::Type::i64
+             : py::isinstance<py::array_t<int32_t>>(array)  ? door::Type::i32
              : py::isinstance<py::array_t<int8_t>>(array)   ? door::Type::i8
              : py::isinstance<py::array_t<uint8_t>>(array)  ? door::Type::u8
              : py::isinstance<py::array_t<bool>>(array)     ? door::Type::boolean
                                                             : door::Type::other;
+  out.bytes = array.itemsize();
   out.dims = static_cast<int>(array.ndim());
   if (out.dims > 4) door::fail(op, name, " has ", out.dims, " dimensions");
   for (int i = 0; i < out.dims; ++i) out.size[i] = array.shape(i);
@@ -66,6 +68,7 @@ inline void check_call(const char* op, int threads) {
 void bind_gemm(py::module_& m);
 void bind_lstm(py::module_& m);
 void bind_lstm_lowrank(py::module_& m);
+void bind_mimo(py::module_& m);
 void bind_packed(py::module_& m);
 void bind_deploy(py::module_& m);
 void bind_vq(py::module_& m);

@@ -30,6 +30,7 @@ PYBIND11_MODULE(_core, m) {
   door::bind_gemm(m);
   door::bind_lstm(m);
   door::bind_lstm_lowrank(m);
+  door::bind_mimo(m);
   door::bind_packed(m);
   door::bind_deploy(m);
   door::bind_vq(m);

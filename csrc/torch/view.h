@@ -30,10 +30,12 @@ inline door::Array view(const char* op, const char* name, const Tensor& tensor) 
              : type == ScalarType::Double   ? door::Type::f64
              : type == ScalarType::BFloat16 ? door::Type::bf16
              : type == ScalarType::Long     ? door::Type::i64
+             : type == ScalarType::Int      ? door::Type::i32
              : type == ScalarType::Char     ? door::Type::i8
              : type == ScalarType::Byte     ? door::Type::u8
              : type == ScalarType::Bool     ? door::Type::boolean
                                             : door::Type::other;
+  out.bytes = static_cast<int64_t>(tensor.element_size());
   out.dims = static_cast<int>(tensor.dim());
   if (out.dims > 4) door::fail(op, name, " has ", out.dims, " dimensions");
   for (int i = 0; i < out.dims; ++i) out.size[i] = tensor.size(i);

@@ -23,6 +23,7 @@ from fastseq.functional.lstm_arguments import (
 )
 from fastseq.functional.lstm_factors import factored_layer
 from fastseq.functional.lstm_stock import BACKENDS, StockCall, stock
+from fastseq.functional.mimo_arguments import checked_index
 from fastseq.ops import mimo
 from fastseq.ops._select import allowed, choose
 from fastseq.ops._triton import in_low_precision
@@ -257,10 +258,7 @@ def _checked_index(x: Tensor, batch_sizes: Tensor | None, index: Tensor) -> Tens
         _check.fail("lstm", "index", "None for packed x", list(index.shape))
     if x.dim() != 3:
         _check.fail("lstm", "x", "[T, B, C] beside index", list(x.shape))
-    if index.dim() != 2:
-        _check.fail("lstm", "index", "[M, N]", list(index.shape))
-    _check.device("lstm", "index", index, x.device)
-    return index.to(torch.int32).contiguous()
+    return checked_index("lstm", index, x.device)
 
 
 def _in_one_call(x: Tensor, prepared: Sequence[tuple[Weights, Tensor | None]]) -> bool:

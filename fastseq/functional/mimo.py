@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _check, reference
+from fastseq.functional.mimo_arguments import checked_index
 from fastseq.ops import mimo as _mimo
 from fastseq.ops import mimo_nll as _nll
 from fastseq.ops._triton import in_low_precision
@@ -59,7 +60,7 @@ def mimo_gather(x: Tensor, index: Tensor, *, batch_dim: int = 0, channel_dim: in
     batch, channel = _dims(f, x, batch_dim, channel_dim)
     size = x.shape
     folded = (math.prod(size[:batch]), size[batch], math.prod(size[batch + 1 : channel]), math.prod(size[channel:]))
-    index = _index(f, index, x)
+    index = checked_index(f, index, x.device)
     out = _mimo.gather(x.reshape(folded).contiguous(), index)
     rows = (index.shape[1], *size[batch + 1 : channel], index.shape[0] * size[channel])
     return out.view(*size[:batch], *rows, *size[channel + 1 :])
@@ -70,7 +71,7 @@ def mimo_labels(labels: Tensor, index: Tensor) -> Tensor:
     f = "mimo_labels"
     if labels.dim() < 1:
         _check.fail(f, "labels", "[B, ...]", list(labels.shape))
-    index = _index(f, index, labels)
+    index = checked_index(f, index, labels.device)
     flat = labels.reshape(1, labels.shape[0], 1, labels.shape[1:].numel()).contiguous()
     out: Tensor = torch.ops.fastseq.mimo_gather(flat, index, None)[0]
     return out.view(index.shape[1], index.shape[0], *labels.shape[1:])
@@ -91,7 +92,7 @@ def mimo_combine(
     """
     f = "mimo_combine"
     batch, channel = _dims(f, parts, batch_dim, channel_dim)
-    index, size = _index(f, index, parts), parts.shape
+    index, size = checked_index(f, index, parts.device), parts.shape
     M = index.shape[0]
     if size[channel] % M:
         _check.fail(f, "parts", f"M*G channels, a multiple of M = {M}", list(size))
@@ -125,7 +126,7 @@ def mimo_project(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, 
     """
     f = "mimo_project"
     batch, channel = _dims(f, x, batch_dim, -1)
-    index, size = _index(f, index, x), x.shape
+    index, size = checked_index(f, index, x.device), x.shape
     M, N = index.shape
     if weight.dim() != 2 or weight.shape[1] != M * size[-1]:
         _check.fail(f, "weight", f"[G, M*C] = [G, {M * size[-1]}]", list(weight.shape))
@@ -203,15 +204,6 @@ def _dims(f: str, x: Tensor, batch_dim: int, channel_dim: int) -> tuple[int, int
     if found[0] >= found[1]:
         _check.fail(f, "batch_dim", f"before the channels, dimension {found[1]} of {list(x.shape)}", batch_dim)
     return found[0], found[1]
-
-
-def _index(f: str, index: Tensor, x: Tensor) -> Tensor:
-    if index.dim() != 2 or index.shape[0] < 1:
-        _check.fail(f, "index", "[M, N] with M >= 1", list(index.shape))
-    if index.dtype not in (torch.int32, torch.int64):
-        _check.fail(f, "index", "int32 or int64", index.dtype)
-    _check.device(f, "index", index, x.device)
-    return index.to(torch.int32).contiguous()
 
 
 def _arithmetic(f: str, name: str, x: Tensor) -> torch.dtype:

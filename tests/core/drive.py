@@ -1,6 +1,6 @@
 """Drives the numpy door over every layout, option and odd size, without torch, and tells what came out.
 
-    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq|packed] [--threads N] [--fresh]
+    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq|packed|mimo] [--threads N] [--fresh]
 
 prints one line per result: its name and a hash of its bits. Two runs with other instruction sets, threads or builds can
 be compared line by line. Every result must be finite, so memory that was never written shows where fresh memory is NaN.
@@ -44,6 +44,10 @@ FORMS = {
     "bfloat16": [("bfloat16", 0, 0)],
     "mixed": [("float32", 0, 3), ("float32", 0, 17), ("bfloat16", 0, 0), ("int8", 0, 0)],
 }
+# steps, examples, rows, places, slots, channels, columns of the weight
+ROWS = [(1, 1, 1, 1, 1, 1, 1), (3, 5, 20, 1, 3, 7, 33), (2, 5, 5, 3, 2, 40, 65), (2, 7, 9, 2, 4, 200, 31)]
+ROWS += [(2, 3, 0, 2, 2, 5, 6), (2, 3, 4, 2, 2, 0, 5), (0, 3, 4, 1, 2, 5, 3)]
+LARGE_ROWS = [(11, 32, 128, 1, 3, 100, 140), (2, 250, 600, 1, 2, 60, 40)]
 LARGE_LOOKUPS = [(600, 70, 20, 1), (20, 420, 100, 1), (2, 900, 140, 1)]
 
 
@@ -227,6 +231,31 @@ def vq_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.nda
             yield f"vq {size} {np.dtype(dtype).name} {name}", value + 0.0 if name.startswith("score") else value
 
 
+def mimo_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Rows of several examples, by name: with many rows of each example and few, of either layer's way."""
+    for size, dtype in itertools.product(ROWS if few else ROWS + LARGE_ROWS, (np.float32, np.float64)):
+        A, B, N, S, M, C, G = size
+        random = np.random.default_rng(A + B + N)
+
+        def normal(*shape: int) -> np.ndarray:
+            return random.standard_normal(shape).astype(dtype)  # noqa: B023
+
+        index = random.integers(0, B, (M, N), dtype=np.int32)
+        x, weight, bias, d = normal(A, B, S, C), normal(G, M * C), normal(G), normal(A, N, S, G)
+        label = f"mimo {size} {np.dtype(dtype).name}"
+        taken = core.mimo_gather(x, index, np.arange(3 * B, dtype=np.int16).reshape(B, 3), threads=threads)
+        yield from zip((f"{label} rows", f"{label} labels"), taken, strict=True)
+        yield f"{label} gather_backward", core.mimo_gather_backward(taken[0], index, B, threads=threads)
+        yield f"{label} combine", core.mimo_combine(normal(A, B, S, M * G), index, bias, threads=threads)
+        yield f"{label} combine_backward", core.mimo_combine_backward(d, index, B, threads=threads)
+        yield f"{label} project", core.mimo_project(x, weight, bias, index, threads=threads)
+        yield f"{label} project alone", core.mimo_project(x, weight, None, index, threads=threads)
+        grads = core.mimo_project_backward(d, x, weight, index, threads=threads)
+        yield from zip((f"{label} {n}" for n in ("dx", "dweight", "dbias")), grads, strict=True)
+        alone = core.mimo_project_backward(d, x, weight, index, False, True, False, threads=threads)
+        yield f"{label} dweight alone", alone[1]
+
+
 def lstm_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
     """Everything of the LSTM and what it is made of, by name."""
     for n, (size, dtype, options) in enumerate(spread(few)):
@@ -306,7 +335,7 @@ def packed_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np
             yield from zip((f"{label} {name}" for name in ("h", "c", "gates", "h_n", "c_n")), out, strict=True)
 
 
-PARTS = {"lstm": lstm_results, "vq": vq_results, "packed": packed_results}
+PARTS = {"lstm": lstm_results, "vq": vq_results, "packed": packed_results, "mimo": mimo_results}
 
 
 def main() -> None:

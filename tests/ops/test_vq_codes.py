@@ -202,7 +202,7 @@ PACK, UNPACK = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=tor
 RAW: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "bits": ("vq_pack", (PACK, 33), "bits must lie in 1 .. 32, got 33"),
     "rank": ("vq_pack", (PACK[0], 3), r"index must be \[L, N\], got \[3\]"),
-    "dtype": ("vq_pack", (PACK.int(), 3), "index must be int64, got another type"),
+    "dtype": ("vq_pack", (PACK.int(), 3), "index must be int64, got int32"),
     "stride": ("vq_pack", (PACK.mT, 3), "index must be contiguous"),
     "range": ("vq_pack", (PACK + 8, 3), r"index must lie in 0 .. 2\*\*bits - 1 = 7, got 8 at 0"),
     "negative": ("vq_pack", (PACK - 1, 32), r"index must lie in 0 .. 2\*\*bits - 1 = 4294967295, got -1 at 0"),
