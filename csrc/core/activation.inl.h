@@ -15,7 +15,7 @@ struct Real<float> {
   static constexpr float kLeast = -87.0f, kMost = 88.0f;                      // exp stays normal and finite
   static constexpr int kMantissa = 23, kExpTerms = 7, kLogTerms = 6;
   static constexpr int32_t kOne = 0x3f800000, kSqrtHalf = 0x3f3504f3;
-  static constexpr float kLn2 = 0.693147180559945309f;
+  static constexpr float kLn2 = 0.693147180559945309f, kLowest = -3.402823466e+38f;
 };
 template <>
 struct Real<double> {
@@ -25,7 +25,7 @@ struct Real<double> {
   static constexpr double kLeast = -708.0, kMost = 709.0;
   static constexpr int kMantissa = 52, kExpTerms = 13, kLogTerms = 12;
   static constexpr int64_t kOne = 0x3ff0000000000000, kSqrtHalf = 0x3fe6a09e667f3bcd;
-  static constexpr double kLn2 = 0.693147180559945309417;
+  static constexpr double kLn2 = 0.693147180559945309417, kLowest = -1.7976931348623157e+308;
 };
 
 template <class R>

@@ -3,10 +3,12 @@
 
 #include <cstdint>
 
+#include "core/ensemble_stats.h"
 #include "core/gemm.h"
 #include "core/lstm_step.h"
 #include "core/matrix.h"
 #include "core/mimo.h"
+#include "core/mimo_nll.h"
 #include "core/vq.h"
 #include "core/vq_screen.h"
 
@@ -38,6 +40,11 @@ struct Table {
   void (*vq_sum)(const VqSums<R>& args, int64_t first, const int64_t* rows, int64_t count, R* out);
   void (*vq_rows)(const VqRows<R>& args, int64_t begin, int64_t end);
   void (*add_rows)(const RowSum<R>& args);
+  // rows begin .. end - 1 of N * M, without the loss
+  void (*mimo_nll)(const MimoNll<R>& args, int64_t begin, int64_t end);
+  void (*mimo_nll_backward)(const MimoNllBackward<R>& args, int64_t begin, int64_t end);
+  // rows begin .. end - 1, without histogram and totals; scratch is that of one thread
+  void (*ensemble_stats)(const EnsembleStats<R>& args, int64_t begin, int64_t end, R* scratch);
 };
 
 struct Kernels {

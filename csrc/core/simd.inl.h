@@ -40,16 +40,29 @@ template <class R>
 inline void store(R* p, Vec<R> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
-// The first `count` lanes; the others are zero.
+#if !defined(FASTSEQ_HAS_MASKS)
+// The first `count` lanes, the others are those of `other`; and their store.
 template <class R>
-inline Vec<R> load_part(const R* p, int64_t count) {
-  Vec<R> v = {};
-  __builtin_memcpy(&v, p, (size_t)count * sizeof(R));
-  return v;
+inline Vec<R> load_part(const R* p, int64_t count, Vec<R> other) {
+  __builtin_memcpy(&other, p, (size_t)count * sizeof(R));
+  return other;
 }
 template <class R>
 inline void store_part(R* p, Vec<R> v, int64_t count) {
   __builtin_memcpy(p, &v, (size_t)count * sizeof(R));
+}
+#endif
+#if !defined(FASTSEQ_HAS_SCALE)
+// v times a power of two.
+template <class V>
+inline V scale(V v, V power) {
+  return v * power;
+}
+#endif
+// The others are zero.
+template <class R>
+inline Vec<R> load_part(const R* p, int64_t count) {
+  return load_part(p, count, Vec<R>{});
 }
 
 #if defined(FASTSEQ_HAS_BYTES)

@@ -31,6 +31,29 @@ inline VecU32 low_words(VecU64 a, VecU64 b) {
 // 64-bit products of the even 32-bit lanes
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (VecU64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 
+// The first `count` lanes, the others are those of `other`; and their store.
+#define FASTSEQ_HAS_MASKS
+inline __m256i first_words(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first_pairs(int64_t count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline VecF load_part(const float* p, int64_t count, VecF other) {
+  const __m256i mask = first_words(count);
+  return (VecF)_mm256_blendv_ps((__m256)other, _mm256_maskload_ps(p, mask), (__m256)mask);
+}
+inline VecD load_part(const double* p, int64_t count, VecD other) {
+  const __m256i mask = first_pairs(count);
+  return (VecD)_mm256_blendv_pd((__m256d)other, _mm256_maskload_pd(p, mask), (__m256d)mask);
+}
+inline void store_part(float* p, VecF v, int64_t count) { _mm256_maskstore_ps(p, first_words(count), (__m256)v); }
+inline void store_part(double* p, VecD v, int64_t count) { _mm256_maskstore_pd(p, first_pairs(count), (__m256d)v); }
+// Past the caches, to an address that is a multiple of the vector's size.
+inline void stream(float* p, VecF v) { _mm256_stream_ps(p, (__m256)v); }
+inline void stream(double* p, VecD v) { _mm256_stream_pd(p, (__m256d)v); }
+inline void end_stream() { _mm_sfence(); }
+
 // Rounded once on every instruction set, as fma is here.
 template <class V>
 inline V fused(V a, V b, V c) {

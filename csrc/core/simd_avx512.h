@@ -51,6 +51,14 @@ inline VecD largest(VecD a, VecD b) { return a > b ? a : b; }
 inline VecF smallest(VecF a, VecF b) { return a < b ? a : b; }
 inline VecD smallest(VecD a, VecD b) { return a < b ? a : b; }
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+inline void stream(float* p, VecF v) {
+  _mm256_stream_ps(p, half<__m256>(v, 0));
+  _mm256_stream_ps(p + 8, half<__m256>(v, 1));
+}
+inline void stream(double* p, VecD v) {
+  _mm256_stream_pd(p, half<__m256d>(v, 0));
+  _mm256_stream_pd(p + 4, half<__m256d>(v, 1));
+}
 
 #else
 
@@ -65,8 +73,31 @@ inline VecF smallest(VecF a, VecF b) { return (VecF)_mm512_maskz_min_ps(0xffff, 
 inline VecD smallest(VecD a, VecD b) { return (VecD)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b); }
 // 64-bit products of the even 32-bit lanes
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (VecU64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b); }
+// The first `count` lanes, the others are those of `other`; and their store.
+#define FASTSEQ_HAS_MASKS
+inline uint32_t first_lanes(int64_t count) { return (1u << count) - 1; }
+inline VecF load_part(const float* p, int64_t count, VecF other) {
+  return (VecF)_mm512_mask_loadu_ps((__m512)other, (__mmask16)first_lanes(count), p);
+}
+inline VecD load_part(const double* p, int64_t count, VecD other) {
+  return (VecD)_mm512_mask_loadu_pd((__m512d)other, (__mmask8)first_lanes(count), p);
+}
+inline void store_part(float* p, VecF v, int64_t count) {
+  _mm512_mask_storeu_ps(p, (__mmask16)first_lanes(count), (__m512)v);
+}
+inline void store_part(double* p, VecD v, int64_t count) {
+  _mm512_mask_storeu_pd(p, (__mmask8)first_lanes(count), (__m512d)v);
+}
+// v times 2^n; a result below the normal numbers is 0 where denormal ones are flushed.
+#define FASTSEQ_HAS_SCALE
+inline VecF scale(VecF v, VecF n) { return (VecF)_mm512_maskz_scalef_ps(0xffff, (__m512)v, (__m512)n); }
+inline VecD scale(VecD v, VecD n) { return (VecD)_mm512_maskz_scalef_pd(0xff, (__m512d)v, (__m512d)n); }
+// Past the caches, to an address that is a multiple of the vector's size.
+inline void stream(float* p, VecF v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream(double* p, VecD v) { _mm512_stream_pd(p, (__m512d)v); }
 
 #endif
+inline void end_stream() { _mm_sfence(); }
 
 // Rounded once on every instruction set, as fma is here.
 template <class V>

@@ -65,10 +65,12 @@ inline void check_call(const char* op, int threads) {
   if (threads < 1) door::fail(op, "threads must be at least 1, got ", threads);
 }
 
+void bind_ensemble_stats(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_lstm(py::module_& m);
 void bind_lstm_lowrank(py::module_& m);
 void bind_mimo(py::module_& m);
+void bind_mimo_nll(py::module_& m);
 void bind_packed(py::module_& m);
 void bind_deploy(py::module_& m);
 void bind_vq(py::module_& m);

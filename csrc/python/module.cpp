@@ -27,10 +27,12 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The kernels of fastseq on numpy arrays.";
   m.def("isa", &door::isa, "The instruction set that runs.");
   m.def("isas", &door::isas, "The instruction sets that are built and that this machine supports, best last.");
+  door::bind_ensemble_stats(m);
   door::bind_gemm(m);
   door::bind_lstm(m);
   door::bind_lstm_lowrank(m);
   door::bind_mimo(m);
+  door::bind_mimo_nll(m);
   door::bind_packed(m);
   door::bind_deploy(m);
   door::bind_vq(m);

@@ -186,9 +186,14 @@ def mimo_nll(
         _check.fail(f, "labels", "integers", labels.dtype)
     _check.device(f, "labels", labels, logits.device)
     dtype = _arithmetic(f, "logits", logits)
-    M, K = logits.shape[-2:]
-    flat = labels.reshape(-1, M).to(torch.int64).contiguous()
-    loss, nll, _ = _nll.nll(logits.to(dtype).reshape(-1, M, K).contiguous(), flat, label_smoothing, ignore_index)
+    flat = labels
+    if logits.dim() != 3:  # a view costs as much as a small call, here and in backward
+        logits, flat = logits.reshape(-1, *logits.shape[-2:]), labels.reshape(-1, labels.shape[-1])
+    if logits.dtype != dtype:
+        logits = logits.to(dtype)
+    if flat.dtype != torch.int64:
+        flat = flat.to(torch.int64)
+    loss, nll, _ = _nll.nll(logits.contiguous(), flat.contiguous(), label_smoothing, ignore_index)
     if reduction == "mean":
         return loss
     return nll.sum() if reduction == "sum" else nll.view(labels.shape)

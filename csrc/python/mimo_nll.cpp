@@ -1,0 +1,64 @@
+#include "door/mimo_nll.h"
+
+#include "python/array.h"
+
+namespace fastseq::python_door {
+namespace {
+
+py::tuple mimo_nll(const py::array& logits, const py::array& labels, double smoothing, int64_t ignore, int threads) {
+  const char* const op = "mimo_nll";
+  check_call(op, threads);
+  const door::Array x = view(op, "logits", logits), y = view(op, "labels", labels);
+  const door::NllSizes s = door::check_nll(op, x, y, smoothing, ignore);
+  py::array loss = empty(s.type, {}), nll = empty(s.type, {s.N, s.M}), lse = empty(s.type, {s.N, s.M});
+  const auto run = [&]<class R>(R) {
+    const core::MimoNll<R> call{s.N,
+                                s.M,
+                                s.K,
+                                x.as<R>(),
+                                y.as<int64_t>(),
+                                smoothing,
+                                ignore,
+                                pointer<R>(loss),
+                                pointer<R>(nll),
+                                pointer<R>(lse)};
+    const py::gil_scoped_release release;
+    core::mimo_nll(call, team(threads));
+  };
+  s.type == door::Type::f32 ? run(float()) : run(double());
+  return py::make_tuple(loss, nll, lse);
+}
+
+py::array mimo_nll_backward(const Optional& dloss, const Optional& dnll, const py::array& logits,
+                            const py::array& labels, const py::array& lse, double smoothing, int64_t ignore,
+                            int threads) {
+  const char* const op = "mimo_nll_backward";
+  check_call(op, threads);
+  const door::Array x = view(op, "logits", logits), y = view(op, "labels", labels), z = view(op, "lse", lse);
+  const door::Array dl = view(op, "dloss", dloss), dn = view(op, "dnll", dnll);
+  const door::NllSizes s = door::check_nll_backward(dl, dn, x, y, z, smoothing, ignore);
+  py::array out = empty(s.type, {s.N, s.M, s.K});
+  const auto run = [&]<class R>(R) {
+    const door::Scratch<R> weight(s.M);
+    const core::MimoNllBackward<R> call{
+        s.N,       s.M,       s.K,    dl.as<R>(),    dn.as<R>(),     x.as<R>(), y.as<int64_t>(),
+        z.as<R>(), smoothing, ignore, weight.data(), pointer<R>(out)};
+    const py::gil_scoped_release release;
+    core::mimo_nll_backward(call, team(threads));
+  };
+  s.type == door::Type::f32 ? run(float()) : run(double());
+  return out;
+}
+
+}  // namespace
+
+void bind_mimo_nll(py::module_& m) {
+  using py::arg;
+  m.def("mimo_nll", &mimo_nll, arg("logits").noconvert(), arg("labels").noconvert(), arg("smoothing") = 0.0,
+        arg("ignore") = -100, py::kw_only(), arg("threads") = 1);
+  m.def("mimo_nll_backward", &mimo_nll_backward, arg("dloss").noconvert(), arg("dnll").noconvert(),
+        arg("logits").noconvert(), arg("labels").noconvert(), arg("lse").noconvert(), arg("smoothing") = 0.0,
+        arg("ignore") = -100, py::kw_only(), arg("threads") = 1);
+}
+
+}  // namespace fastseq::python_door
