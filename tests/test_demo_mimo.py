@@ -1,0 +1,230 @@
+"""The chapter on MIMO: its images, its training, what it says of its numbers, and a tiny run of all of it."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastseq.nn
+from fastseq import demo
+from fastseq.demo import mimo_deployed, mimo_digits, mimo_training, report
+from fastseq.demo.mimo_digits import Digits, Images
+from fastseq.demo.mimo_training import KINDS, PLAIN, Figures, Setting, predict
+from fastseq.demo.report import Chapter, Picture, Table
+from fastseq.functional import ensemble_stats
+from tests.test_demo import check_page
+from tests.tolerance import assert_same_bits, assert_within_budget
+
+TINY = Setting(H=12, steps=20, batch=16, R=2)
+HALF = "MIMO, ρ = 0.5"
+
+
+def images(count: int, generator: torch.Generator) -> Images:
+    """A bright row on black, which is the label."""
+    labels = torch.randint(8, (count,), generator=generator)
+    x = 0.2 * torch.rand(count, 8, 8, generator=generator)
+    x[torch.arange(count), labels] += 0.7
+    return Images(x, labels)
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    training, held_out, test = (images(count, generator) for count in (80, 30, 40))
+    noisy = test.x + 0.3 * torch.randn(test.x.shape, generator=generator)
+    return Digits(training, held_out, test, test._replace(x=noisy.clamp(0, 1)))
+
+
+# --- images
+
+
+def test_digits_are_split_and_only_the_shifted_ones_differ():
+    pytest.importorskip("sklearn", reason="the demo extra is not installed")
+    found, again = mimo_digits.digits(), mimo_digits.digits()
+    assert [len(part.x) for part in found] == [1000, 297, 500, 500]
+    for part, other in zip(found, again, strict=True):
+        assert torch.equal(part.x, other.x)
+        assert part.x.shape[1:] == (8, 8)
+        assert (float(part.x.min()), float(part.x.max())) == (0.0, 1.0)
+        assert set(part.labels.tolist()) == set(range(10))
+    assert torch.equal(found.test.labels, found.shifted.labels)
+    assert not torch.equal(found.test.x, found.shifted.x)
+    seen = {tuple(x.flatten().tolist()) for x in found.training.x}
+    assert not any(tuple(x.flatten().tolist()) in seen for part in found[1:3] for x in part.x)
+
+
+def test_turned_by_a_quarter():
+    x = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def quarters(x):
+        return torch.stack([x[0], x[1].rot90(1), x[2].rot90(2)])
+
+    found = mimo_digits.turned(x, torch.tensor([0.0, 90.0, 180.0]))
+    # the angles' sines are rounded, so a pixel takes as much of its neighbour as a distance of 4 * 1e-7 lets in
+    assert float((found - quarters(x)).abs().max()) < 1e-5
+
+
+# --- training
+
+
+def test_an_ensemble_begins_with_the_one_lstm(data):
+    told = []
+    runs = mimo_training.train_all([3], TINY, data, 0.0, lambda done, note: told.append((done, note)))
+    assert [(r.kind, r.seed) for r in runs] == [(kind, 3) for kind in KINDS]
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (1.0, "")
+    plain, ensemble, *mimo = runs
+    assert ensemble.networks[0] is plain.networks[0]
+    assert len(ensemble.networks) == 3
+    assert ensemble.parameters == 3 * plain.parameters
+    logits = predict(ensemble.networks, data.test.x)
+    assert logits.shape == (40, 3, 10)
+    assert_same_bits("logits", logits[:, :1], predict(plain.networks, data.test.x))
+    assert not torch.equal(logits[:, 0], logits[:, 1])
+    for r in mimo:
+        (network,) = r.networks
+        assert isinstance(network, fastseq.nn.MIMO)
+        assert network.first.is_folded
+        assert not network.training
+    assert {len(r.steps) for r in runs} == {TINY.steps}
+
+
+def test_the_folded_network_is_the_ensemble_of_its_slots(data):
+    network, _ = mimo_training.train(0.5, 0, TINY, data.training)
+    found = predict([network], data.test.x)
+    network.unfold()
+
+    def slots(double, x):
+        tiled = x[:, None].expand(-1, 3, -1, -1)
+        return network.to(double.dtype)(tiled.contiguous(), mode="multiplex")
+
+    with torch.no_grad():
+        assert_within_budget("logits", found, slots, [torch.zeros(1), data.test.x])
+
+
+def test_all_kinds_learn(data):
+    runs = mimo_training.train_all([0], Setting(H=16, steps=150, batch=32, R=2), data, 0.0, lambda done, note: None)
+    for r in runs:
+        assert r.clean.accuracy > 0.8, r.kind
+        assert r.warm_clean.nll < 2.0, r.kind  # log 10 is 2.30
+
+
+def test_seeds_that_do_not_fit_are_left_out(data):
+    told = []
+    runs = mimo_training.train_all([0, 1, 2], TINY, data, 0.0, lambda done, note: told.append(note))
+    assert {r.seed for r in runs} == {0}
+    assert told[-1] == "out of time"
+
+
+def test_figures_are_those_of_the_mean():
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.0, 3.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 3.0]]])
+    labels = torch.tensor([0, 1, 0])
+    found = Figures.of(logits, labels)
+    p = logits.double().softmax(-1).mean(1)
+    right = p[torch.arange(3), labels]
+    expected = (2 / 3, -right.log().mean(), 2 * ((1 - right) ** 2).mean(), 2 / 3, 2 / 3, p.amax(1).mean())
+    got = (found.accuracy, found.nll, found.brier, found.member_accuracy, found.disagreement, found.confidence)
+    assert got == pytest.approx([float(value) for value in expected], rel=1e-6)
+    assert float(found.histogram[0].sum()) == 3
+
+
+# --- without torch
+
+
+def test_a_process_without_torch_says_the_same(data):
+    network, _ = mimo_training.train(0.0, 1, TINY, data.training)
+    found = mimo_deployed.answers(network, data.shifted)
+
+    def by_torch(double, x):
+        stats = ensemble_stats(network.to(double.dtype)(x))
+        return stats.probability, stats.disagreement
+
+    with torch.no_grad():
+        assert_within_budget("probability disagreement", found[:2], by_torch, [torch.zeros(1), data.shifted.x])
+    assert found.bytes > 4 * 4 * 12 * (8 + 12)
+    assert found.microseconds > 0
+
+
+# --- the chapter
+
+
+@pytest.fixture
+def chapter():
+    for module in ("matplotlib", "sklearn"):
+        pytest.importorskip(module, reason="the demo extra is not installed")
+    from fastseq.demo.chapters import mimo
+
+    return mimo
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_mimo_chapter(seeds, chapter, tmp_path, monkeypatch, data):
+    monkeypatch.setattr(chapter, "digits", lambda: data)
+    stages = []
+    budget = demo.Budget(60.0 if seeds == 2 else 0.2, 5, lambda stage, done, note: stages.append((stage, done)))
+    budget.remaining = lambda: 0.1
+    sections = chapter.run(budget, chapter.Sizes(seeds=seeds, setting=TINY))
+    ended = {stage for stage, done in stages if done == 1}
+    assert ended == {"training ensembles", "timing ensembles", "drawing ensembles"}
+    out = tmp_path / "r.html"
+    report.write(out, "fastseq demo", [("seed", "5")], [Chapter(chapter.TITLE, sections)])
+    page = check_page(out.read_text(encoding="utf-8"))
+    assert page.tags.count("svg") == 8  # a row of images, two of two diagrams, a row of curves
+    words = " ".join(page.words)
+    for part in (
+        "on shifted images",
+        "not told apart",
+        "A temperature fitted on MIMO",
+        "split_ensemble",
+        "fresh weights; parameters",
+        "ECE 0.",
+    ):
+        assert part in words
+    assert ("One seed on one machine" in words) == (seeds == 1)
+    tables = [block for section in sections for block in section.blocks if isinstance(block, Table)]
+    assert not re.search(r"\bnan\b|\binf\b", str([table.rows for table in tables]))
+    assert sum(isinstance(block, Picture) for section in sections for block in section.blocks) == 4
+
+
+@pytest.mark.parametrize("seconds, count", [(7.0, 2), (40.0, 5)])
+def test_a_quick_run_has_fewer_seeds(seconds, count, chapter, monkeypatch, data):
+    class Asked(Exception):
+        pass
+
+    def train_all(seeds, *others):
+        raise Asked(seeds)
+
+    monkeypatch.setattr(chapter, "digits", lambda: data)
+    monkeypatch.setattr(chapter, "train_all", train_all)
+    with pytest.raises(Asked) as asked:
+        chapter.run(demo.Budget(seconds, 7))
+    assert asked.value.args[0] == [7 + k for k in range(count)]
+
+
+def results(accuracy, nll, ece=(0.1, 0.2, 0.3), brier=(0.1, 0.2, 0.3), temperature=1.0):
+    """Runs with these values, one per seed, of clean and shifted images alike."""
+
+    def run(*values):
+        found = Figures(*values, values[0], 0.1, values[0], torch.zeros(3, 15))
+        parts = dict.fromkeys(("clean", "shifted", "warm_clean", "warm_shifted"), found)
+        return SimpleNamespace(temperature=temperature, **parts)
+
+    return [run(*values) for values in zip(accuracy, nll, ece, brier, strict=True)]
+
+
+def test_the_verdict_follows_the_numbers(chapter):
+    mine = results([0.90, 0.91, 0.92], [0.3, 0.4, 0.6], ece=[0.2, 0.3, 0.4])
+    theirs = results([0.86, 0.87, 0.88], [0.3, 0.5, 0.5])
+    said = chapter._verdict(HALF, mine, theirs, PLAIN)
+    assert said.startswith(
+        "MIMO, ρ = 0.5 against one LSTM: on clean images better in accuracy, worse in ECE, not told "
+    )
+    assert "better in accuracy, worse in ECE, not told apart in NLL and Brier" in said
+    assert "4.0 ± 0.0 higher" in said
+    assert "0.000 ± 0.248 " in said
+    other = chapter._verdict(PLAIN, theirs, mine, HALF)
+    assert "better in ECE, worse in accuracy, not told apart in NLL and Brier" in other
+    assert "4.0 ± 0.0 lower" in other
