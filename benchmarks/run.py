@@ -1,4 +1,4 @@
-"""``python -m benchmarks.run lstm|vq|packed``: measure, print the tables beside the targets, append the rows.
+"""``python -m benchmarks.run lstm|vq|packed|mimo``: measure, print the tables beside the targets, append the rows.
 
 A ratio is our time over theirs: the median of the ratios of interleaved rounds, with the 95 % bootstrap interval of
 that median in brackets.
@@ -15,13 +15,27 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import base, harness, lstm, lstm_table, packed, packed_table, peak, table, vq, vq_table
+from benchmarks import (
+    base,
+    harness,
+    lstm,
+    lstm_table,
+    mimo,
+    mimo_table,
+    packed,
+    packed_table,
+    peak,
+    table,
+    vq,
+    vq_table,
+)
 
 # an operator's providers, and what is measured of it: cases, targets, tables
 OPERATORS: dict[str, tuple[Any, Any]] = {
     "lstm": (lstm, lstm_table),
     "vq": (vq, vq_table),
     "packed": (packed, packed_table),
+    "mimo": (mimo, mimo_table),
 }
 README = harness.ROOT / "README.md"
 QUICK_FLOPS = 1e9

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastseq import _check
-from fastseq.nn import MIMOHead, ResidualVQ, VectorQuantize
+from fastseq.calibration import Temperature
+from fastseq.nn import MIMO, MIMOConv1d, MIMOEmbedding, MIMOHead, MIMOLinear, ResidualVQ, VectorQuantize
 from fastseq.nn._exporting import array, plain_lstm_state
 from fastseq.nn._exporting_vq import vq_state
-from fastseq.nn._mimo_fold import MIMOLayer
 
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.AlphaDropout)  # at inference they do nothing
 _PLAIN: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -29,7 +31,7 @@ def export_state(model: nn.Module, order: Sequence[str] | None = None) -> dict[s
         model: ``nn.Embedding``, ``Linear``, ``Conv1d``, ``LSTM``, ours, compressed ones, ``VectorQuantize`` and
             ``ResidualVQ``, ``ReLU``, ``Tanh``, ``Sigmoid``, ``Softmax`` over the features, the layers of MIMO but
             ``MIMOConv2d``, or an ``nn.Sequential`` of these and of dropout, however deep; with ``order`` any module
-            that has these inside.
+            that has these inside. A ``MIMO`` is taken as its backbone.
         order: names of modules inside ``model``, one after the other as its forward calls them, such as ["embedding",
             "lstm", "relu", "head"]; "relu", "tanh", "sigmoid" and "softmax" are activations where no module is so
             called.
@@ -37,13 +39,16 @@ def export_state(model: nn.Module, order: Sequence[str] | None = None) -> dict[s
     Returns:
         A quantizer that comes last gives its indices, another one its codes, projected out. Layers of MIMO become plain
         ones with the weights of all slots summed, folded or not; ``MIMOHead`` gives K mean probabilities of its slots
-        and then their disagreement (``deploy.split_ensemble``), and comes last.
+        and then their disagreement (``deploy.split_ensemble``), and comes last,
+        or right before a ``calibration.Temperature``.
 
     Raises:
         ArgumentError: naming the layer that has no place in a deployed model, or the option that it has none for.
     """
     found: dict[str, Any] = {"layers": [], "tensors": {}}
+    model = model.backbone if isinstance(model, MIMO) else model
     parts = _walk("", model) if order is None else [part for name in order for part in _named(model, name)]
+    parts = _with_temperature(parts)
     names: dict[str, int] = {}
     for n, (name, layer) in enumerate(parts):
         names[name] = names.get(name, 0) + 1
@@ -64,15 +69,29 @@ def _named(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
 
 def _walk(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    if isinstance(module, MIMO):
+        return _walk(name, module.backbone)
     if type(module) is nn.Sequential:
         return [v for n, child in module.named_children() for v in _walk(f"{name}.{n}".strip("."), child)]
     return [] if isinstance(module, _SILENT) else [(name or type(module).__name__.lower(), module)]
 
 
+def _with_temperature(parts: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """A temperature behind heads becomes part of their weights."""
+    last = parts[-1][1] if len(parts) > 1 else None
+    if not isinstance(last, Temperature) or not isinstance(parts[-2][1], MIMOHead):
+        return parts
+    head = copy.deepcopy(parts[-2][1])
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.div_(last.temperature)
+    return [*parts[:-2], (parts[-2][0], head)]
+
+
 def _layer(name: str, module: nn.Module, last: bool) -> dict[str, Any]:
     if isinstance(module, (VectorQuantize, ResidualVQ)):
         return vq_state(module, name, last)
-    if isinstance(module, MIMOLayer):
+    if isinstance(module, (MIMOLinear, MIMOConv1d, MIMOEmbedding)):
         module = module.to_plain()
     if isinstance(module, MIMOHead):
         return _head(name, module, last)

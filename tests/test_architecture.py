@@ -39,7 +39,7 @@ LAYERS = {
     "fastseq.compression": {"fastseq._check", "fastseq.nn", "fastseq.reference"},
     "fastseq._core": set(),
     "fastseq.convert": {"fastseq._check"},
-    "fastseq.exporting": {"fastseq._check", "fastseq.nn"},
+    "fastseq.exporting": {"fastseq._check", "fastseq.calibration", "fastseq.nn"},
     "fastseq.deploy": {"fastseq._check", "fastseq._core"},
     "fastseq._explain": {"fastseq.ops"},
     "fastseq._config": {"fastseq", "fastseq._core", "fastseq.ops"},

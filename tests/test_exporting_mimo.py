@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fastseq
 from fastseq import deploy
-from fastseq.nn import MIMOLSTM, MIMOConv1d, MIMOConv2d, MIMOEmbedding, MIMOHead, MIMOLinear
+from fastseq.calibration import Temperature
+from fastseq.nn import MIMO, MIMOLSTM, MIMOConv1d, MIMOConv2d, MIMOEmbedding, MIMOHead, MIMOLinear
 from fastseq.reference import ensemble_stats, run_model
 from tests.test_exporting import assert_near, tensor
 from tests.tolerance import assert_same_bits, assert_within_budget
@@ -127,7 +128,7 @@ def test_convolutions(tmp_path: Path) -> None:
         return said(head.to(dtype.dtype)(made))[0]
 
     assert_within_budget("probability", y[..., :K].contiguous(), plain, [torch.zeros(1), x])
-    with pytest.raises(ValueError, match="export_state: mimoconv2d must be a layer that a deployed .*, got Conv2d"):
+    with pytest.raises(ValueError, match="export_state: mimoconv2d must be a layer that a deployed .*, got MIMOConv2d"):
         fastseq.export_state(MIMOConv2d(C, H, 3, M=M))
 
 
@@ -174,6 +175,80 @@ def test_compressed_and_reported() -> None:
         fastseq.compress(model, "int8")
     with pytest.raises(ValueError, match=r"compress: model.0 must be folded"):
         fastseq.compress(nn.Sequential(model), "int8")
+
+
+class Tagger(nn.Module):
+    """A network of one example, which knows of no slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(C, H), nn.Linear(H, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.lstm(x)[0].relu())
+        return logits
+
+
+@torch.no_grad()
+def test_the_wrapper(tmp_path: Path) -> None:
+    """By the order of its backbone, or by names inside it."""
+    plain = nn.Sequential(nn.Linear(C, H), nn.ReLU(), nn.Linear(H, K))
+    model = MIMO(plain, M).eval()
+    state = fastseq.export_state(model)
+    assert [layer["name"] for layer in state["layers"]] == ["0", "1", "2", "2.ensemble"]
+    x = torch.randn(T, B, C)
+    check(model, state, x, tmp_path)
+    inside = fastseq.export_state(nn.Sequential(nn.Dropout(0.5), model))
+    assert [layer["name"] for layer in inside["layers"]] == ["1.0", "1.1", "1.2", "1.2.ensemble"]
+    tagger = MIMO(Tagger(), M, "lstm", "head").eval()
+    check(tagger, fastseq.export_state(tagger, ["lstm", "relu", "head"]), x, tmp_path)
+
+
+@torch.no_grad()
+def test_a_temperature(tmp_path: Path) -> None:
+    """Members are as sure as it says, and disagree as before."""
+    model = nn.Sequential(MIMOLinear(C, H, M), MIMOHead(H, K, M), Temperature(0.3)).eval()
+    head = model[1].weight.clone()
+    x = torch.randn(T, B, C)
+    state = fastseq.export_state(model)
+    assert [layer["name"] for layer in state["layers"]] == ["0", "1", "1.ensemble"]
+    check(model, state, x, tmp_path)
+    assert_same_bits("weight", model[1].weight, head)
+    colder = fastseq.export_state(
+        nn.Sequential(MIMO(Tagger(), M, "lstm", "head"), Temperature(2.0)),
+        ["0.backbone.lstm", "relu", "0.backbone.head", "1"],
+    )
+    assert [layer["type"] for layer in colder["layers"]] == ["lstm", "relu", "linear", "ensemble"]
+    with pytest.raises(ValueError, match="export_state: 1 must be a layer that a deployed model can have, got Temp"):
+        fastseq.export_state(nn.Sequential(nn.Linear(2, 2), Temperature(2.0)))
+
+
+@pytest.mark.parametrize("way", ["int8", "int4", "bfloat16"])
+def test_a_trained_wrapper_compressed(way: str, tmp_path: Path) -> None:
+    """The whole way: train, fold, compress, export, and run without torch."""
+    model = MIMO(Tagger(), M, "lstm", "head")
+    index, optimizer = fastseq.nn.MIMOIndex(B, M, R=2), torch.optim.Adam(model.parameters(), 0.02)
+    x = torch.randn(T, B, C)
+    labels = (x.cumsum(0) > 0).long() @ torch.tensor([1, 1, 1, 0, 0])
+    for _ in range(20):
+        rows = index.draw()
+        optimizer.zero_grad()
+        model.loss(model(x, rows), labels, rows).backward()
+        optimizer.step()
+    small = fastseq.compress(model.eval().fold(), **WAYS[way]).model
+    deployable = deployed(fastseq.export_state(small, ["lstm", "relu", "head"]), tmp_path)
+    with torch.no_grad():
+        probability, disagreement = said(small(x))
+    got = deploy.split_ensemble(deployable.run(x.numpy())[0])
+    assert_near(torch.from_numpy(got.probability), probability)
+    assert (np.abs(got.disagreement - disagreement.numpy()) > 1e-6).mean() < 0.05  # a tie may fall either way
+    assert float(probability.amax(-1).mean()) > 1.5 / K  # it has learned something
+    with pytest.raises(
+        ValueError, match="MIMO: mode must be 'ensemble', since .* no weights of each slot, got 'train'"
+    ):
+        small(x, index.draw())
+    with pytest.raises(ValueError, match="MIMO: mode must be 'ensemble', .*, got 'multiplex'"):
+        small(x[:, :, None].expand(-1, -1, M, -1), mode="multiplex")
 
 
 def test_a_head_comes_last() -> None:

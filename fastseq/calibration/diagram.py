@@ -24,9 +24,9 @@ def reliability_diagram(stats: Any, *, title: str = "") -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("reliability_diagram needs matplotlib: pip install matplotlib") from None
-    histogram = getattr(stats, "histogram", stats)
+    histogram = stats if isinstance(stats, Tensor) else getattr(stats, "histogram", None)
     if not isinstance(histogram, Tensor) or histogram.dim() != 2 or histogram.shape[0] != 3:
-        got = list(histogram.shape) if isinstance(histogram, Tensor) else type(histogram).__name__
+        got = list(histogram.shape) if isinstance(histogram, Tensor) else type(stats).__name__
         _check.fail("reliability_diagram", "stats", "EnsembleStats, a metric or a histogram [3, bins]", got)
     rows, confidence, right = histogram.detach().double().cpu()
     bins, total = rows.shape[0], rows.sum().clamp_min(1)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq._check import ArgumentError, fail
 
 
-def check_input(x: Tensor, weight: Tensor, dims: int) -> None:
+def check_input(x: Tensor, input_size: int, weight: Tensor, dims: int) -> None:
     """Sizes and dtype of a layer's input, padded (3-D) or packed (2-D)."""
     if x.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
         raise ArgumentError(
@@ -20,9 +20,9 @@ def check_input(x: Tensor, weight: Tensor, dims: int) -> None:
         )
     if x.dim() != dims:
         raise ArgumentError(f"LSTM: input must have {dims} dimensions, got {x.dim()}")
-    if x.shape[-1] != weight.shape[1]:
+    if x.shape[-1] != input_size:
         raise ArgumentError(
-            f"LSTM: input.size(-1) must be equal to input_size. Expected {weight.shape[1]}, got {x.shape[-1]}"
+            f"LSTM: input.size(-1) must be equal to input_size. Expected {input_size}, got {x.shape[-1]}"
         )
 
 

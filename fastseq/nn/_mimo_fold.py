@@ -78,12 +78,17 @@ class MIMOLayer(nn.Module):
             self.unfold()
         return super().train(mode)
 
+    def to_plain(self) -> nn.Module:
+        """The ensemble mode as a plain layer with folded weights, for deployment and export."""
+        raise NotImplementedError
+
     def _sources(self) -> list[nn.Parameter]:
-        """What the folded weights are computed from, parametrized ones too."""
-        ours = tuple(prefix + name for name in self._folding for prefix in ("", "parametrizations."))
-        return [
-            p for name, p in self.named_parameters() if name in ours or name.startswith(tuple(f"{o}." for o in ours))
-        ]
+        """What the folded weights are computed from."""
+        found = [self._parameters.get(name) for name in self._folding]
+        if any(p is None for p in found):  # parametrized
+            inside = tuple(f"parametrizations.{name}." for name in self._folding)
+            found = [p for name, p in self.named_parameters() if name in self._folding or name.startswith(inside)]
+        return [p for p in found if p is not None]
 
     def _folded(self, name: str) -> Tensor:
         """The sum over slots of one weight."""
@@ -98,7 +103,9 @@ class MIMOLayer(nn.Module):
                     f"{type(self).__name__}: a weight has changed or was loaded since fold(): "
                     "call fold() again, or unfold()"
                 )
-        return self.get_buffer(f"folded_{name}")
+        folded = self._buffers[f"folded_{name}"]
+        assert folded is not None
+        return folded
 
     def _mode_of(self, index: Tensor | None, mode: str | None) -> tuple[str, Tensor | None]:
         """The mode of a call and its index, from its arguments or else from the wrapper."""
@@ -133,11 +140,11 @@ class MIMOLayer(nn.Module):
             _check.fail(name, "index", symbols, list(index.shape))
         return index
 
-    def _check_slots(self, x: Tensor, *sizes: int) -> None:
-        """x of the multiplex mode has these sizes from the slot axis on."""
-        if x.dim() < len(sizes) or x.shape[x.dim() - len(sizes) :] != sizes:
-            want = ", ".join(("...", "M", "C")[: len(sizes) + 1])
-            _check.fail(type(self).__name__, "input", f"[{want}] = [..., {str(list(sizes))[1:]}", list(x.shape))
+    def _check_last(self, x: Tensor, symbols: str, *sizes: int) -> None:
+        """The last sizes of x are these."""
+        if x.shape[-len(sizes) :] != sizes:
+            want = f"[..., {symbols}] = [..., {str(list(sizes))[1:]}"
+            _check.fail(type(self).__name__, "input", want, list(x.shape))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -328,7 +328,7 @@ class LSTM(GateOptions, nn.RNNBase):
         )
 
     def _check_input(self, x: Tensor, weights: list[Weights], dims: int) -> None:
-        _arguments.check_input(x, weights[0].weight_ih, dims)
+        _arguments.check_input(x, self.input_size, weights[0].weight_ih, dims)
 
     def _check_state(self, hx: State, x: Tensor, rows: int) -> None:
         lead = (self.num_layers * (2 if self.bidirectional else 1), rows)

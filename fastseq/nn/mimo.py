@@ -153,6 +153,8 @@ class MIMO(nn.Module):
         if (index is not None) != (mode == "train"):
             got = "None" if index is None else "an index"
             _check.fail("MIMO", "index", f"{'an index' if index is None else 'None'} in mode {mode!r}", got)
+        if mode != "ensemble" and not isinstance(self.first, MIMOLayer):  # compressed, as folded
+            _check.fail("MIMO", "mode", "'ensemble', since the first layer has no weights of each slot", repr(mode))
         if mode == "multiplex":
             b = self.batch_dim
             if not isinstance(x, Tensor) or x.dim() <= b + 1 or x.shape[b + 1] != self.M:
@@ -202,6 +204,14 @@ class MIMO(nn.Module):
         """``fastseq.nn.unfold`` of this model."""
         unfold(self)
         return self
+
+    def to_plain(self) -> nn.Module:
+        """The ensemble mode as a copy of the backbone with plain layers, folded weights and one head of M*K, which
+        returns [rows, M, K]: for deployment and export."""
+        plain = copy.deepcopy(self.backbone)
+        plain.set_submodule(self.report.first, self.first.to_plain())
+        plain.set_submodule(self.report.head, self.head.to_plain())
+        return plain
 
     def extra_repr(self) -> str:
         return f"M={self.M}, K={self.K}, {self.report}"

@@ -47,9 +47,9 @@ class MIMOLinear(MIMOLayer, nn.Linear):
         mode, index = self._mode_of(index, mode)
         if mode == "multiplex":
             input = self._slots_of_rows(input)
-            self._check_slots(input, self.M, self.channels)
+            self._check_last(input, "M, C", self.M, self.channels)
             return F.linear(input.flatten(-2), self.weight, self.bias)
-        self._check_slots(input, self.channels)
+        self._check_last(input, "C", self.channels)
         if index is None:
             return F.linear(input, self._folded("weight"), self.bias)
         index = self._check_index(index, input.shape[self.batch_dim])
@@ -162,7 +162,7 @@ class MIMOEmbedding(MIMOLayer, nn.Embedding):
         mode, index = self._mode_of(index, mode)
         if mode == "multiplex":
             input = self._slots_of_rows(input)
-            self._check_slots(input, self.M)
+            self._check_last(input, "M", self.M)
             tables = self._look_up(input).unflatten(-1, (self.M, self.channels))  # [..., M, M, E]
             own = tables.diagonal(0, -3, -2)  # [..., E, M]
             return sum_slots(own, -1)

@@ -82,27 +82,28 @@ class MIMOLSTM(MIMOLayer, LSTM):
             if index is not None:
                 raise TypeError("MIMOLSTM: hx must be a MIMOState beside index, got a tensor")
             hx, index = None, hx
-        packed, inside = isinstance(input, PackedSequence), self._call_given is not None
+        inside = self._call_given is not None
         if isinstance(hx, MIMOState):
             hx, index = self._state_of(hx, index, mode)
         elif index is not None and hx is not None:
             _check.fail("MIMOLSTM", "hx", "a MIMOState in mode 'train'", type(hx).__name__)
         mode, index = self._mode_of(index, mode)
         if mode == "multiplex" and inside and isinstance(input, PackedSequence):
-            rows = _packed_rows(input)  # examples of different lengths: M of them after another are a row
-            index = torch.arange(rows, device=input.data.device).view(-1, self.M).T
+            examples = torch.arange(_rows(input), device=input.data.device)  # of different lengths, M in each row
+            index = examples.view(-1, self.M).T
         if index is not None:
+            if mode == "train":
+                batch = _rows(input) if isinstance(input, PackedSequence) else input.shape[self.batch_dim]
+                index = self._check_index(index, batch)
             found = self._train_rows(input, hx, index, lengths, reset, return_gates)
             h, c = found[1]
             return found if inside else (found[0], MIMOState(h, c, index), *found[2:])
         if mode == "multiplex":
             if isinstance(input, PackedSequence):
-                self._check_slots(input.data, self.M, self.channels)
+                self._check_last(input.data, "M, C", self.M, self.channels)
                 input = input._replace(data=input.data.flatten(-2))
             else:
                 input, lengths = self._side_by_side(self._slots_of_rows(input), lengths)
-        elif lengths is not None and not packed:
-            _check_lengths(lengths, *self._sizes(input))
         return self._forward(input, hx, self._weights_of(mode), lengths, reset, return_gates)
 
     def _state_of(self, state: MIMOState, index: Tensor | None, mode: str | None) -> tuple[State, Tensor]:
@@ -119,6 +120,9 @@ class MIMOLSTM(MIMOLayer, LSTM):
         for n, name in enumerate(self._folding if mode == "ensemble" else ()):
             weights[n] = weights[n]._replace(weight_ih=self._folded(name))
         return weights
+
+    def _check_input(self, x: Tensor, weights: list[Weights], dims: int) -> None:
+        _arguments.check_input(x, weights[0].weight_ih.shape[1], weights[0].weight_ih, dims)  # folded or not
 
     def _train_rows(
         self,
@@ -142,8 +146,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
             kept = [Gates(*packed[n : n + 3]) for n in range(1, len(packed), 3)]
             return (packed[0], state, kept) if return_gates else (packed[0], state)
         weights = self._weights()
-        _arguments.check_input(input, weights[0].weight_ih[:, : self.channels], 3)
-        index = self._check_index(index, input.shape[self.batch_dim])
+        _arguments.check_input(input, self.channels, weights[0].weight_ih, 3)
         x = input.transpose(0, 1) if self.batch_first else input
         if lengths is not None:
             _check_lengths(lengths, *self._sizes(input))
@@ -174,7 +177,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
 
     def _side_by_side(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The input of the multiplex mode as rows of M*C channels, and how long these are."""
-        self._check_slots(x, self.M, self.channels)
+        self._check_last(x, "M, C", self.M, self.channels)
         if lengths is None:
             return x.flatten(-2), None
         T, B = self._sizes(x)
@@ -257,7 +260,7 @@ def _check_lengths(lengths: Tensor, T: int, B: int) -> None:
             _check.fail("MIMOLSTM", "lengths", f"in 0..T = 0..{T}", f"{least}..{most}")
 
 
-def _packed_rows(packed: PackedSequence) -> int:
+def _rows(packed: PackedSequence) -> int:
     return int(packed.batch_sizes[0]) if packed.sorted_indices is None else packed.sorted_indices.shape[0]
 
 

@@ -51,4 +51,4 @@ def call(module: str, op: str, variant: str, make: Callable[..., tuple[Any, ...]
 
 
 def new(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="cuda")
+    return torch.empty(shape, dtype=dtype, device="cuda")

@@ -159,12 +159,62 @@ def residual(n: int) -> tuple[Any, ...]:
     return (at_end(normal(FEW, 16, seed=11), n), [CODES[0], -CODES[0]], None, None, False, False)
 
 
+def index(n: int) -> Tensor:
+    """int32 [2, n]: the last rows hold the last examples, in another order in each slot."""
+    places = torch.stack([torch.arange(FEW), torch.arange(FEW).flip(0)]).to(torch.int32)
+    return at_end(places + (n - FEW), n, 1)
+
+
+HALF = (1 << 27) + FEW  # of two slots of 16 numbers
+
+
+@wide("mimo", "mimo_gather", HALF, 1, None)
+def mimo_gather(n: int) -> tuple[Any, ...]:
+    return (at_end(normal(1, FEW, 1, 16, seed=30), n, 1), index(n), None)
+
+
+@wide("mimo", "mimo_combine", HALF, 1)
+def mimo_combine(n: int) -> tuple[Any, ...]:
+    return (at_end(normal(1, FEW, 1, 32, seed=31), n, 1), index(n), normal(16, seed=32))
+
+
+@wide("mimo", "mimo_gather_backward", HALF, 2)
+def mimo_gather_backward(n: int) -> tuple[Any, ...]:
+    """Of steps between rows and channels."""
+    return (at_end(normal(1, 3, FEW, 32, seed=37), n, 2), torch.zeros(2, 3, dtype=torch.int32), 1)
+
+
+@wide("mimo", "mimo_combine_backward", HALF, 2)
+def mimo_combine_backward(n: int) -> tuple[Any, ...]:
+    return (at_end(normal(1, 3, FEW, 16, seed=38), n, 2), torch.zeros(2, 3, dtype=torch.int32), 1)
+
+
+@wide("mimo_nll", "mimo_nll", N, None, 0, 0)
+def mimo_nll(n: int) -> tuple[Any, ...]:
+    labels = at_end(torch.arange(2 * FEW).view(FEW, 2) % 9, n)
+    return (at_end(normal(FEW, 2, 9, seed=33), n), labels, 0.1, -100)
+
+
+@wide("mimo_nll", "mimo_nll_backward", N, 0)
+def mimo_nll_backward(n: int) -> tuple[Any, ...]:
+    labels = at_end(torch.arange(2 * FEW).view(FEW, 2) % 9, n)
+    grads = (None, at_end(normal(FEW, 2, seed=34), n))
+    return (*grads, at_end(normal(FEW, 2, 9, seed=33), n), labels, at_end(normal(FEW, 2, seed=35) + 2, n), 0.1, -100)
+
+
+@wide("ensemble_stats", "ensemble_stats", N, 0, 0, 0, 0, 0, 0, 0, None, None)
+def ensemble_stats(n: int) -> tuple[Any, ...]:
+    return (at_end(normal(FEW, 2, 9, seed=36), n), at_end(torch.arange(FEW), n), 15, -100, True)
+
+
 @pytest.mark.parametrize("name", WIDE)
-def test_the_last_rows(name: str) -> None:
+def test_the_last_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, op, n, make, dims = WIDE[name]
-    run = getattr(importlib.import_module(f"fastseq_kernels.{module}"), op, None)
+    kernels = importlib.import_module(f"fastseq_kernels.{module}")
+    run = getattr(kernels, op, None)
     if run is None:
         pytest.skip(f"fastseq_kernels.{module} has no {op}")
+    monkeypatch.setattr(kernels, "_MOST_CHUNKS", 1 << 40, raising=False)  # sums of all rows: only the last chunk
     with some_programs():
         got = run(*make(n))
     expected = run(*make(FEW))
