@@ -22,7 +22,7 @@ from fastseq.demo.mimo_training import predict
 from fastseq.demo.report import Sample, Section, Table, Text
 from fastseq.functional import ensemble_stats
 
-ORDER = ["backbone.lstm", "backbone.head"]
+ORDER = ["lstm", "head"]
 SHOWN = 6  # images whose answers are in the table
 SCRIPT = """\
 import sys
