@@ -17,12 +17,13 @@ from torch import nn
 
 import fastseq
 from fastseq import deploy
+from fastseq.calibration import Temperature
 from fastseq.demo.mimo_digits import Images
-from fastseq.demo.mimo_training import predict
+from fastseq.demo.mimo_training import Run, predict
 from fastseq.demo.report import Sample, Section, Table, Text
 from fastseq.functional import ensemble_stats
 
-ORDER = ["lstm", "head"]
+ORDER = ["mimo.backbone.lstm", "mimo.backbone.head", "temperature"]
 SHOWN = 6  # images whose answers are in the table
 SCRIPT = """\
 import sys
@@ -31,7 +32,7 @@ from fastseq import deploy
 
 file, images, answers = sys.argv[1:]
 model = deploy.Model.load(file)
-y, _ = model.run(np.load(images))  # [8 rows, images, 8 pixels], a row of pixels at a time
+y, _ = model.run(np.load(images))  # [8 rows, images, 8 pixels]
 probability, disagreement = deploy.split_ensemble(y[-1])  # after the last row
 assert "torch" not in sys.modules
 np.savez(answers, probability=probability, disagreement=disagreement)
@@ -47,29 +48,31 @@ class Answers(NamedTuple):
     microseconds: float  # for one image
 
 
-def section(network: nn.Module, kind: str, images: Images) -> Section:
+def section(run: Run, images: Images) -> Section:
     """The script, how close its answers are to torch's, and some of them."""
-    found = answers(network, images)
-    expected = ensemble_stats(predict([network], images.x), images.labels)
+    (network,), kind = run.networks, run.kind
+    found = answers(network, run.temperature, images)
+    expected = ensemble_stats(predict([network], images.x) / run.temperature, images.labels)
     assert expected.probability is not None
     apart = float((found.probability - expected.probability).abs().max())
     same = float((found.probability.argmax(1) == expected.prediction).double().mean())
     right = float((found.probability.argmax(1) == images.labels).double().mean())
     story = (
-        f"fastseq.export_state folds {kind} and fastseq.deploy.save writes it as one file of {found.bytes / 1e3:.0f} "
-        "kB. The script below read it in a process of its own, which has numpy and never imports torch, and answered "
-        f"the {len(images.x)} shifted images: {right:.1%} right, the digit that torch says for {same:.1%} of them, "
-        f"probabilities at most {apart:.1e} away from torch's. One image takes {found.microseconds:.0f} µs from "
-        "Python, all members, their mean and their disagreement in it."
+        f"fastseq.export_state folds {kind} with its temperature, and fastseq.deploy.save writes one file of "
+        f"{found.bytes / 1e3:.0f} kB. The script below read it in a process of its own, which has numpy and never "
+        f"imports torch, and answered the {len(images.x)} shifted images: {right:.1%} right, the digit that torch says "
+        f"for {same:.1%} of them, probabilities at most {apart:.1e} away from torch's. One image takes "
+        f"{found.microseconds:.0f} µs from Python, all members, their mean and their disagreement in it."
     )
     return Section("The same ensemble without torch", [Text(story), Sample(SCRIPT, ""), _table(found, images)])
 
 
-def answers(network: nn.Module, images: Images) -> Answers:
+def answers(network: nn.Module, temperature: float, images: Images) -> Answers:
     """What the script says in a process of its own, and the time that one image takes in this one."""
     with tempfile.TemporaryDirectory() as folder:
         file, asked, told = (str(Path(folder) / name) for name in ("mimo.fastseq", "images.npy", "answers.npz"))
-        deploy.save(fastseq.export_state(network, ORDER), file)
+        whole = nn.ModuleDict({"mimo": network, "temperature": Temperature(temperature)})
+        deploy.save(fastseq.export_state(whole, ORDER), file)
         rows = np.ascontiguousarray(images.x.numpy().swapaxes(0, 1))
         np.save(asked, rows)
         paths = (str(Path(fastseq.__file__).parents[1]), os.environ.get("PYTHONPATH", ""))

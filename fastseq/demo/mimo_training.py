@@ -80,6 +80,7 @@ class Run:
     networks: Sequence[nn.Module]
     steps: Sequence[float]
     temperature: float
+    held_out: Figures
     clean: Figures
     shifted: Figures
     warm_clean: Figures  # with the temperature
@@ -141,10 +142,12 @@ def train(rho: float | None, seed: int, setting: Setting, data: Images) -> tuple
 
 def judge(kind: str, seed: int, networks: Sequence[nn.Module], steps: Sequence[float], data: Digits) -> Run:
     """All figures of a kind."""
-    temperature = fit_temperature(predict(networks, data.held_out.x), data.held_out.labels)
+    held_out = predict(networks, data.held_out.x)
+    temperature = fit_temperature(held_out, data.held_out.labels)
     clean, shifted = (predict(networks, part.x) for part in (data.test, data.shifted))
     labels, count = data.test.labels, len(data.test.x)
-    found = [Figures.of(logits / t, labels) for t in (1.0, temperature) for logits in (clean, shifted)]
+    found = [Figures.of(held_out, data.held_out.labels)]
+    found += [Figures.of(logits / t, labels) for t in (1.0, temperature) for logits in (clean, shifted)]
     at_angles = [
         Figures.of(predict(networks, turned(data.test.x, torch.full((count,), float(angle)))), labels)
         for angle in ANGLES

@@ -18,7 +18,7 @@ from fastseq.demo.mimo_digits import DEGREES, NOISE, Digits, digits, turned
 from fastseq.demo.mimo_training import ANGLES, ENSEMBLE, KINDS, PLAIN, RHO, Figures, M, Run, Setting, predict, train_all
 from fastseq.demo.race import time_in_turns
 from fastseq.demo.report import Block, Picture, Section, Table, Text
-from fastseq.demo.vq_spread import Spread, difference
+from fastseq.demo.vq_spread import Spread
 
 TITLE = "An ensemble inside one LSTM reads digits"
 FULL_SECONDS, QUICK_SECONDS = 40.0, 7.0
@@ -81,18 +81,18 @@ def _run(budget: Budget, sizes: Sizes) -> list[Section]:
     data, seeds = digits(), [budget.seed + k for k in range(sizes.seeds)]
     found = train_all(seeds, sizes.setting, data, 0.8 * budget.seconds, _told(budget, "training ensembles"))
     runs = {kind: [r for r in found if r.kind == kind] for kind in KINDS}
-    times = _timing(runs, data, min(0.08 * budget.seconds, budget.remaining()), _told(budget, "timing ensembles"))
+    times = _timing(runs, data, 0.08 * budget.seconds, _told(budget, "timing ensembles"))
     budget.progress("drawing ensembles", 0.0, "")
-    best = min(RHO, key=lambda kind: statistics.fmean(r.shifted.nll for r in runs[kind]))
+    best = min(RHO, key=lambda kind: statistics.fmean(r.held_out.nll for r in runs[kind]))
     sections = [
         _in_short(runs, best, times),
-        _setting(data, runs, sizes),
+        _setting(data, runs, sizes, best),
         _figures(runs),
         _temperature(runs),
         _diagrams(runs),
         _rotation(runs),
         _speed(times, runs, data),
-        mimo_deployed.section(runs[best][0].networks[0], best, data.shifted),
+        mimo_deployed.section(runs[best][0], data.shifted),
     ]
     budget.progress("drawing ensembles", 1.0, "")
     return sections
@@ -137,39 +137,57 @@ def _standing(mine: Sequence[float], theirs: Sequence[float], better: int) -> st
     return "better" if found.mean > 0 else "worse"
 
 
-def _standings(mine: Sequence[Run], theirs: Sequence[Run], part: str) -> str:
-    """ "better in NLL and Brier, worse in ECE, not told apart in accuracy"."""
+def _standings(mine: Sequence[Run], theirs: Sequence[Run], part: str) -> dict[str, list[str]]:
+    """Names of the figures by how they stand."""
     names: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
     for figure in _JUDGED:
         word = _standing(_values(mine, part, figure), _values(theirs, part, figure), figure.better)
         names[word].append(figure.name.removesuffix(", %"))
-    return ", ".join(f"{word} in {_listed(found)}" for word, found in names.items() if found)
+    return names
+
+
+def _said(standings: Mapping[str, Sequence[str]]) -> str:
+    """ "better in NLL and Brier, worse in ECE, not told apart in accuracy"."""
+    return ", ".join(f"{word} in {_listed(found)}" for word, found in standings.items() if found)
 
 
 def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def _apart(mine: Sequence[Run], theirs: Sequence[Run], part: str, figure: Figure) -> str:
+    """ "68.0 to 70.1" of the means, theirs first."""
+    values = (statistics.fmean(_values(runs, part, figure)) for runs in (theirs, mine))
+    return " to ".join(f"{value:.{figure.digits}f}" for value in values)
+
+
 def _verdict(kind: str, mine: Sequence[Run], theirs: Sequence[Run], other: str) -> str:
     """From the measured values, whichever way they point."""
-    said = [f"{kind} against {other}:"]
+    parts, counts = [], {"better": 0, "worse": 0, "not told apart": 0}
     for part, where in _PARTS.items():
-        accuracy, likelihood = (
-            difference(_values(mine, part, figure), _values(theirs, part, figure), figure.digits)
-            for figure in (_ACCURACY, _NLL)
-        )
-        said.append(
-            f"{where} {_standings(mine, theirs, part)} (accuracy {accuracy} points, NLL {likelihood})"
-            + (";" if part == "clean" else ".")
-        )
-    return " ".join(said)
+        found = _standings(mine, theirs, part)
+        counts = {word: count + len(found[word]) for word, count in counts.items()}
+        changes = (_apart(mine, theirs, part, figure) for figure in (_ACCURACY, _NLL))
+        accuracy, likelihood = changes
+        parts.append(f"{where} it is {_said(found)} (accuracy from {accuracy} %, NLL from {likelihood})")
+    total = " ".join(f"{count} {word}," for word, count in counts.items()).removesuffix(",")
+    text = f"{_upper(kind)} in place of {other}: {'; '.join(parts)}. Of {sum(counts.values())} figures: {total}."
+    if kind in RHO and counts["worse"] > counts["better"]:
+        text += " MIMO lost here; it needs a network with room for several, and a small one may have none."
+    return text
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _warm_verdict(kind: str, mine: Sequence[Run], theirs: Sequence[Run]) -> str:
     """What one temperature does to the comparison."""
     t = {name: statistics.fmean(r.temperature for r in runs) for name, runs in ((kind, mine), (PLAIN, theirs))}
     words = {name: "sharpens" if value < 1 else "softens" for name, value in t.items()}
-    parts = ", ".join(f"{where} {kind} is {_standings(mine, theirs, f'warm_{part}')}" for part, where in _PARTS.items())
+    parts = "; ".join(
+        f"{where} {kind} is {_said(_standings(mine, theirs, f'warm_{part}'))}" for part, where in _PARTS.items()
+    )
     return (
         f"A temperature fitted on {kind}'s held-out answers is {t[kind]:.2f}, which {words[kind]} them; that of "
         f"{PLAIN} is {t[PLAIN]:.2f}, which {words[PLAIN]} them. With their temperatures, {parts}."
@@ -195,7 +213,7 @@ def _gap(kind: str, runs: Sequence[Run]) -> str:
 # --- the sections
 
 
-def _setting(data: Digits, runs: Runs, sizes: Sizes) -> Section:
+def _setting(data: Digits, runs: Runs, sizes: Sizes, best: str) -> Section:
     s, n = sizes.setting, len(runs[PLAIN])
     images = (
         f"scikit-learn's digits (sklearn.datasets.load_digits), 8 x 8 pixels: {len(data.training.x):,} for training, "
@@ -204,16 +222,17 @@ def _setting(data: Digits, runs: Runs, sizes: Sizes) -> Section:
         "pixels of 0 to 1. No training image is turned or noisy."
     )
     model = (
-        f"An image is a sequence of its 8 rows. {PLAIN}: fastseq.nn.LSTM of {s.H} units and a linear layer on its last "
-        f"state. {ENSEMBLE}: that one and two more from other first weights, probabilities averaged. MIMO: the same "
-        f"network given to fastseq.nn.MIMO, which makes its first layer take {M} images side by side and its last one "
-        f"answer for each; {runs[next(iter(RHO))][0].networks[0].report}. To predict, the same image is in all "
+        f"An image is a sequence of its 8 rows. {_upper(PLAIN)}: fastseq.nn.LSTM of {s.H} units and a linear layer on "
+        f"its last state. {_upper(ENSEMBLE)}: that one and two more from other first weights, probabilities averaged. "
+        f"MIMO: the same network given to fastseq.nn.MIMO, which makes its first layer take {M} images side by side "
+        f"and its last one answer for each; {runs[best][0].networks[0].report}. To predict, the same image is in all "
         f"slots, so the weights of the slots are summed once (folded), and the {M} answers are averaged."
     )
     rules = (
         f"All train for {s.steps} steps of Adam on {s.batch} distinct images each, one-cycle learning rate up to "
         f"{s.rate:g}. With MIMO each image lies in R = {s.R} rows of every slot; ρ is the share of rows that hold one "
-        f"image in all slots. Seeds: {n}{_why(n, sizes)} Split and shift are the same for all."
+        f"image in all slots. Seeds: {n}{_why(n, sizes)} Split and shift are the same for all. "
+        f"Where one of the two ρ is picked, it is the one with the lower NLL on held-out images: {best}."
     )
     rows = [
         (kind, f"{found[0].parameters:,}", f"{statistics.median(r.milliseconds for r in found):.1f}")
@@ -256,6 +275,10 @@ def _table(runs: Runs, part: str, figures: Sequence[Figure], caption: str) -> Ta
     return Table(("model", *(figure.name for figure in figures)), rows, caption)
 
 
+def _over(runs: Runs) -> str:
+    return ": mean ± 95 % interval over seeds" if len(runs[PLAIN]) > 1 else ", one seed"
+
+
 def _figures(runs: Runs) -> Section:
     told = (
         "Of the mean of the members' probabilities: accuracy; NLL, the negative log-likelihood of the right digit; "
@@ -264,7 +287,7 @@ def _figures(runs: Runs) -> Section:
         "name different digits. All by fastseq.functional.ensemble_stats."
     )
     tables = [
-        _table(runs, part, (*_JUDGED, *_MEMBERS), f"{where.capitalize()}: mean ± 95 % interval over seeds.")
+        _table(runs, part, (*_JUDGED, *_MEMBERS), f"{where.capitalize()}{_over(runs)}.")
         for part, where in _PARTS.items()
     ]
     return Section("Clean and shifted images", [Text(told), *tables])
@@ -278,19 +301,22 @@ def _temperature(runs: Runs) -> Section:
     )
     rows = [(kind, Spread.of([r.temperature for r in found]).text(2)) for kind, found in runs.items()]
     tables = [
-        _table(runs, f"warm_{part}", _JUDGED, f"{where.capitalize()}, with the temperature.")
+        _table(runs, f"warm_{part}", _JUDGED, f"{where.capitalize()}, with the temperature{_over(runs)}.")
         for part, where in _PARTS.items()
     ]
     return Section("With a temperature", [Text(told), Table(("model", "temperature"), rows), *tables])
 
 
 def _diagrams(runs: Runs) -> Section:
-    said = []
-    for kind, found in runs.items():
-        gap = Spread.of([100 * (r.shifted.confidence - r.shifted.accuracy) for r in found]).mean
-        word = "over" if gap > 0 else "under"
-        said.append(f"{kind} is {word}-confident by {abs(gap):.1f} points on average")
-    blocks: list[Block] = [Text(f"On shifted images without a temperature {_listed(said)}.")]
+    gaps = {
+        kind: 100 * statistics.fmean(r.shifted.confidence - r.shifted.accuracy for r in found)
+        for kind, found in runs.items()
+    }
+    told = (
+        "Mean confidence less accuracy on shifted images without a temperature, in points: "
+        f"{_listed([f'{kind} {gap:+.1f}' for kind, gap in gaps.items()])}. Above 0 a model is surer than it is right."
+    )
+    blocks: list[Block] = [Text(told)]
     for pair in (KINDS[:2], KINDS[2:]):
         svg = pictures.beside(lambda pair=pair: [_diagram(runs[kind], kind) for kind in pair])  # type: ignore[misc]
         blocks.append(
@@ -345,7 +371,7 @@ def _turn(kind: str, runs: Sequence[Run]) -> str:
     )
     members = f", disagreement from {apart[0]:.2f} to {apart[1]:.2f}" if kind != PLAIN else ""
     return (
-        f"{kind}: from 0 to {ANGLES[-1]} degrees accuracy goes from {accuracy[0]:.0f} to {accuracy[1]:.0f} %, "
+        f"{_upper(kind)}: from 0 to {ANGLES[-1]} degrees accuracy goes from {accuracy[0]:.0f} to {accuracy[1]:.0f} %, "
         f"confidence from {confidence[0]:.0f} to {confidence[1]:.0f} %{members}."
     )
 
