@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import NamedTuple
 
@@ -31,9 +32,9 @@ class Digits(NamedTuple):
 
 def digits() -> Digits:
     """The 1,797 digits that scikit-learn ships, split and shifted the same way each time."""
-    from sklearn.datasets import load_digits
+    load = importlib.import_module("sklearn.datasets").load_digits
 
-    found = load_digits()
+    found = load()
     x, labels = torch.from_numpy(found.images).float() / 16, torch.from_numpy(found.target).long()
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(x), generator=generator)

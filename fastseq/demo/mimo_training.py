@@ -66,9 +66,16 @@ class Figures:
     def of(cls, logits: Tensor, labels: Tensor) -> Figures:
         """Of logits [N, M, K] and labels [N]."""
         found = ensemble_stats(logits, labels)
-        values = (found.accuracy, found.mean_nll, found.ece, found.mean_brier, found.member_accuracy.mean())
-        rest = (found.mean_disagreement, found.confidence.mean())
-        return cls(*(float(value) for value in (*values, *rest)), found.histogram)
+        return cls(
+            accuracy=float(found.accuracy),
+            nll=float(found.mean_nll),
+            ece=float(found.ece),
+            brier=float(found.mean_brier),
+            member_accuracy=float(found.member_accuracy.mean()),
+            disagreement=float(found.mean_disagreement),
+            confidence=float(found.confidence.mean()),
+            histogram=found.histogram,
+        )
 
 
 @dataclass(frozen=True)
@@ -142,17 +149,23 @@ def train(rho: float | None, seed: int, setting: Setting, data: Images) -> tuple
 
 def judge(kind: str, seed: int, networks: Sequence[nn.Module], steps: Sequence[float], data: Digits) -> Run:
     """All figures of a kind."""
-    held_out = predict(networks, data.held_out.x)
+    held_out, clean, shifted = (predict(networks, part.x) for part in (data.held_out, data.test, data.shifted))
     temperature = fit_temperature(held_out, data.held_out.labels)
-    clean, shifted = (predict(networks, part.x) for part in (data.test, data.shifted))
-    labels, count = data.test.labels, len(data.test.x)
-    found = [Figures.of(held_out, data.held_out.labels)]
-    found += [Figures.of(logits / t, labels) for t in (1.0, temperature) for logits in (clean, shifted)]
-    at_angles = [
-        Figures.of(predict(networks, turned(data.test.x, torch.full((count,), float(angle)))), labels)
-        for angle in ANGLES
-    ]
-    return Run(kind, seed, networks, steps, temperature, *found, at_angles)
+    labels = data.test.labels
+    every = (turned(data.test.x, torch.full((len(labels),), float(angle))) for angle in ANGLES)
+    return Run(
+        kind,
+        seed,
+        networks,
+        steps,
+        temperature,
+        held_out=Figures.of(held_out, data.held_out.labels),
+        clean=Figures.of(clean, labels),
+        shifted=Figures.of(shifted, labels),
+        warm_clean=Figures.of(clean / temperature, labels),
+        warm_shifted=Figures.of(shifted / temperature, labels),
+        at_angles=[Figures.of(predict(networks, x), labels) for x in every],
+    )
 
 
 def train_all(seeds: Sequence[int], setting: Setting, data: Digits, seconds: float, report: Report) -> list[Run]:

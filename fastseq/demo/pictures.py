@@ -23,6 +23,7 @@ Bands = Mapping[str, tuple[str, Sequence[float], Sequence[float], Sequence[float
 HeatRow = tuple[str, NDArray[np.float32]]  # label, [rows, characters] in [0, 1]
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
+_GROUND = "#010204"  # and this for that of its background
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 _SETTINGS: dict[Any, Any] = {
@@ -70,7 +71,7 @@ def _inline(figure: Figure) -> str:
             elif name == f"{{{_XLINK}}}href" and value.startswith("#"):
                 value = f"#{prefix}{value[1:]}"
             value = re.sub(r"url\(#", f"url(#{prefix}", value)
-            element.set(name, value.replace(_INK, "currentColor"))
+            element.set(name, value.replace(_INK, "currentColor").replace(_GROUND, "var(--ground)"))
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -121,7 +122,8 @@ def beside(figures: Callable[[], Sequence[Figure]]) -> str:
     Args:
         figures: called where the colours are set.
     """
-    with matplotlib.rc_context(_SETTINGS):
+    legend = {"legend.frameon": True, "legend.facecolor": _GROUND, "legend.edgecolor": "none"}
+    with matplotlib.rc_context(_SETTINGS | legend):
         parts = [ElementTree.fromstring(_inline(figure)) for figure in figures()]
     sizes = [[float(size) for size in part.attrib["viewBox"].split()[2:]] for part in parts]
     width, height = sum(size[0] for size in sizes), max(size[1] for size in sizes)

@@ -113,7 +113,7 @@ def _values(runs: Sequence[Run], part: str, figure: Figure) -> list[float]:
 def _in_short(runs: Runs, best: str, times: Mapping[str, Mapping[str, Sequence[float]]]) -> Section:
     lines = [_verdict(kind, runs[kind], runs[PLAIN], PLAIN) for kind in (*RHO, ENSEMBLE)]
     lines.append(_warm_verdict(best, runs[best], runs[PLAIN]))
-    lines.append(_gap(best, runs[best]))
+    lines += [_gap(best, runs[best]), _far(runs)]
     one = {name: statistics.median(values) for name, values in times["one image"].items()}
     lines.append(
         f"One image takes {1e3 * one[PLAIN]:.0f} µs of {PLAIN}, {1e3 * one[best]:.0f} µs of {best} folded "
@@ -173,7 +173,9 @@ def _verdict(kind: str, mine: Sequence[Run], theirs: Sequence[Run], other: str) 
     total = " ".join(f"{count} {word}," for word, count in counts.items()).removesuffix(",")
     text = f"{_upper(kind)} in place of {other}: {'; '.join(parts)}. Of {sum(counts.values())} figures: {total}."
     if kind in RHO and counts["worse"] > counts["better"]:
-        text += " MIMO lost here; it needs a network with room for several, and a small one may have none."
+        text += (
+            " It loses more than it wins: MIMO needs a network with room for several, and a small one may have none."
+        )
     return text
 
 
@@ -208,6 +210,20 @@ def _gap(kind: str, runs: Sequence[Run]) -> str:
         f"{'more' if apart[1] > apart[0] else 'no more'} where images are shifted: {apart[1]:.1f} % of their pairs "
         f"against {apart[0]:.1f} %."
     )
+
+
+def _far(runs: Runs) -> str:
+    """What the models make of images that none of them can read, as turned by the last angle they are."""
+
+    def percent(kind: str, value: Callable[[Figures], float]) -> float:
+        return 100 * statistics.fmean(value(r.at_angles[-1]) for r in runs[kind])
+
+    sure = [
+        f"{kind} is right on {percent(kind, lambda f: f.accuracy):.0f} % and sure by "
+        f"{percent(kind, lambda f: f.confidence):.0f} %"
+        for kind in sorted(runs, key=lambda kind: abs(percent(kind, lambda f: f.confidence - f.accuracy)))
+    ]
+    return f"With images turned by {ANGLES[-1]} degrees, from the most to the least honest: {_listed(sure)}."
 
 
 # --- the sections
