@@ -104,7 +104,9 @@ def _uncertainty(M: int, rho: float) -> Callable[[Task], Model]:
         format_batch = _batch_format()(M, rho, R)
         network: Any = task.network()
         first, last = network[0], network[-1]
-        network[0] = nn.Conv2d(M * first.in_channels, first.out_channels, first.kernel_size, padding=first.padding)
+        network[0] = nn.Conv2d(
+            M * first.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding
+        )
         network[-1] = nn.Linear(last.in_features, M * last.out_features)
 
         def logits(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 All models of a task are trained for the same number of steps on the same number of distinct examples a step; those with
 M slots see each of them R = 4 times in every slot, as in the paper. Each is judged on clean and on shifted examples, as
 it is and with a temperature that was fitted on examples held out. Rows are appended as they come, and what there is a
-row for is not done again. Half an hour on one thread.
+row for is not done again. Times are of the processor, which others that use the machine do not change much. An hour on
+one thread.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def say(text: str) -> None:
 
 
 def train(task: Task, kind: Kind, seed: int, data: Data) -> tuple[Model, float]:
-    """A trained model, ready to predict, and the seconds of a step."""
+    """A trained model, ready to predict, and the processor's seconds of a step."""
     from fastseq.nn import fold
 
     torch.manual_seed(seed)
@@ -39,7 +40,7 @@ def train(task: Task, kind: Kind, seed: int, data: Data) -> tuple[Model, float]:
     optimizer = torch.optim.AdamW(model.network.parameters(), lr=task.lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.lr, total_steps=task.steps)
     model.network.train()
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(task.steps):
         which = torch.randint(len(data.x), (task.batch,), generator=generator)
         part = Data(data.x[which], data.labels[which], None if data.lengths is None else data.lengths[which])
@@ -48,7 +49,7 @@ def train(task: Task, kind: Kind, seed: int, data: Data) -> tuple[Model, float]:
         nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    seconds = (time.perf_counter() - begin) / task.steps
+    seconds = (time.process_time() - begin) / task.steps
     model.network.eval()
     if kind.name.startswith("MIMO"):
         fold(model.network)
@@ -84,9 +85,9 @@ def rows(
     def predict(data: Data) -> Tensor:
         return torch.cat([model.predict(data) for model in models], 1)
 
-    begin = time.perf_counter()
+    begin = time.process_time()
     predict(splits.test)
-    per_example = (time.perf_counter() - begin) / len(splits.test.x)
+    per_example = (time.process_time() - begin) / len(splits.test.x)
     temperature = float(fit_temperature(predict(splits.held_out), splits.held_out.labels))
     parameters = sum(p.numel() for model in models for p in model.network.parameters())
     shared = {"task": task.name, "model": kind.name, "seed": seed, "steps": task.steps, "parameters": parameters}

@@ -270,6 +270,29 @@ def vq_residual(
 ) -> tuple[Array, Index, Array, Array, Array]: ...
 def vq_pack(index: Index, bits: int) -> NDArray[np.uint8]: ...
 def vq_unpack(packed: NDArray[np.uint8], bits: int, count: int) -> Index: ...
+def mimo_nll(
+    logits: Array, labels: Index, smoothing: float = 0.0, ignore: int = -100, *, threads: int = 1
+) -> tuple[Array, Array, Array]: ...
+def mimo_nll_backward(
+    dloss: Array | None,
+    dnll: Array | None,
+    logits: Array,
+    labels: Index,
+    lse: Array,
+    smoothing: float = 0.0,
+    ignore: int = -100,
+    *,
+    threads: int = 1,
+) -> Array: ...
+def ensemble_stats(
+    logits: Array,
+    labels: Index | None = None,
+    bins: int = 15,
+    ignore: int = -100,
+    probability: bool = True,
+    *,
+    threads: int = 1,
+) -> tuple[Array, Index, Array, Index, Array, Array, Array, NDArray[np.float64], NDArray[np.float64]]: ...
 
 class Codebook:
     """Codes [G, K, D] that stay prepared for lookups of few rows. The array must not change as long as this is used."""

@@ -21,6 +21,13 @@ int64_t own_scratch(const EnsembleStats<R>& a) {
   return (a.M + 1) * ensemble_stats_row(a.K) + 2 * round_up(a.M) + 2 * a.M * kStatsRows;
 }
 
+// No thread without a row: each has scratch.
+template <class R>
+int threads(const EnsembleStats<R>& a, int most) {
+  const int size = team_size(kWork * a.B * a.M * a.K, most);
+  return static_cast<int>(std::min<int64_t>(size, std::max<int64_t>(1, a.B)));
+}
+
 template <class R>
 void body(const void* context, int rank, int size, Barrier&) {
   const auto& call = *static_cast<const Call<R>*>(context);
@@ -58,13 +65,13 @@ void add_up(const EnsembleStats<R>& a) {
 
 template <class R>
 size_t ensemble_stats_scratch(const EnsembleStats<R>& a, int most) {
-  return std::max(most, 1) * own_scratch(a);
+  return threads(a, most) * own_scratch(a);
 }
 
 template <class R>
 void ensemble_stats(const EnsembleStats<R>& args, R* scratch, const Team& team) noexcept {
   const Call<R> call{&args, scratch};
-  team.run(team_size(kWork * args.B * args.M * args.K, team.most), body<R>, &call);
+  team.run(threads(args, team.most), body<R>, &call);
   add_up(args);
 }
 

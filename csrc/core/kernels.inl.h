@@ -2,7 +2,6 @@
 // FASTSEQ_ISA is the namespace, FASTSEQ_ISA_NAME its text; simd_<set>.h came before.
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 #include "core/isa.h"
 #include "core/simd.inl.h"

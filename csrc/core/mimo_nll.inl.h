@@ -1,10 +1,10 @@
 // Cross-entropy of rows of logits, and its gradient: the exponentials are computed again, as that is cheaper than to
-// write and read them.
+// write and read them. Stores past the caches gained nothing (Emerald Rapids, 8 and 80 MB): a large gradient lies on
+// fresh pages, which the system has just cleared.
 namespace fastseq::core::FASTSEQ_ISA {
 namespace {
 
-constexpr int kNllRows = 32;                        // whose logarithms are computed together
-constexpr int64_t kStreamBytes = int64_t(4) << 20;  // of a gradient that no cache keeps until it is used
+constexpr int kNllRows = 32;  // whose logarithms are computed together
 
 // Rows [begin, end) of N*M.
 template <class R>
@@ -43,42 +43,28 @@ void mimo_nll_rows(const MimoNll<R>& a, int64_t begin, int64_t end) {
 }
 
 // out = weight * exp(x - lse) - weight * spread
-template <class R, bool Stream>
+template <class R>
 inline void gradient_row(const R* x, int64_t K, R lse, R weight, R spread, R* out) {
   constexpr int64_t L = kLanes<R>;
   const Vec<R> middle = broadcast(lse), times = broadcast(weight), less = broadcast(-weight * spread);
-  const auto part = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
-    Vec<R> v = load_part(x + k, count, middle) - middle;
-    exp_below<R, 1>(&v);
-    store_part(out + k, fma(v, times, less), count);
-  };
   int64_t k = 0;
-  if (Stream) {  // up to whole lines
-    const int64_t off = (int64_t)((uint64_t)out / sizeof(R) % L);
-    k = off ? L - off : 0;
-    if (k > K) k = K;
-    if (k) part(0, k);
-  }
   for (; k + 2 * L <= K; k += 2 * L) {
     Vec<R> v[2];
     FASTSEQ_EACH(i, 2) v[i] = load(x + k + i * L) - middle;
     exp_below<R, 2>(v);
-    FASTSEQ_EACH(i, 2) {
-      const Vec<R> d = fma(v[i], times, less);
-      if (Stream) {
-        stream(out + k + i * L, d);
-      } else {
-        store(out + k + i * L, d);
-      }
-    }
+    FASTSEQ_EACH(i, 2) store(out + k + i * L, fma(v[i], times, less));
   }
-  for (; k < K; k += L) part(k, K - k < L ? K - k : L);
+  for (; k < K; k += L) {
+    const int64_t count = K - k < L ? K - k : L;
+    Vec<R> v = load_part(x + k, count, middle) - middle;
+    exp_below<R, 1>(&v);
+    store_part(out + k, fma(v, times, less), count);
+  }
 }
 
 template <class R>
 void mimo_nll_gradient(const MimoNllBackward<R>& a, int64_t begin, int64_t end) {
   const R kept = R(1 - a.smoothing), spread = R(a.smoothing / double(a.K));
-  const bool streams = getenv("NOSTREAM") == nullptr && a.N * a.M * a.K * (int64_t)sizeof(R) > kStreamBytes;
   for (int64_t first = begin; first < end; first += kNllRows) {
     const int64_t count = end - first < kNllRows ? end - first : (int64_t)kNllRows;
     R weight[kNllRows], place[kNllRows] = {};  // of labels
@@ -97,15 +83,10 @@ void mimo_nll_gradient(const MimoNllBackward<R>& a, int64_t begin, int64_t end) 
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = first + r, label = a.labels[row];
       R* const out = a.dlogits + row * a.K;
-      if (streams) {
-        gradient_row<R, true>(a.logits + row * a.K, a.K, a.lse[row], weight[r], spread, out);
-      } else {
-        gradient_row<R, false>(a.logits + row * a.K, a.K, a.lse[row], weight[r], spread, out);
-      }
+      gradient_row(a.logits + row * a.K, a.K, a.lse[row], weight[r], spread, out);
       if (label != a.ignore) out[label] = weight[r] * (place[r] - (kept + spread));
     }
   }
-  if (streams) end_stream();
 }
 
 }  // namespace

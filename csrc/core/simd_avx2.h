@@ -49,10 +49,6 @@ inline VecD load_part(const double* p, int64_t count, VecD other) {
 }
 inline void store_part(float* p, VecF v, int64_t count) { _mm256_maskstore_ps(p, first_words(count), (__m256)v); }
 inline void store_part(double* p, VecD v, int64_t count) { _mm256_maskstore_pd(p, first_pairs(count), (__m256d)v); }
-// Past the caches, to an address that is a multiple of the vector's size.
-inline void stream(float* p, VecF v) { _mm256_stream_ps(p, (__m256)v); }
-inline void stream(double* p, VecD v) { _mm256_stream_pd(p, (__m256d)v); }
-inline void end_stream() { _mm_sfence(); }
 
 // Rounded once on every instruction set, as fma is here.
 template <class V>

@@ -51,14 +51,6 @@ inline VecD largest(VecD a, VecD b) { return a > b ? a : b; }
 inline VecF smallest(VecF a, VecF b) { return a < b ? a : b; }
 inline VecD smallest(VecD a, VecD b) { return a < b ? a : b; }
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
-inline void stream(float* p, VecF v) {
-  _mm256_stream_ps(p, half<__m256>(v, 0));
-  _mm256_stream_ps(p + 8, half<__m256>(v, 1));
-}
-inline void stream(double* p, VecD v) {
-  _mm256_stream_pd(p, half<__m256d>(v, 0));
-  _mm256_stream_pd(p + 4, half<__m256d>(v, 1));
-}
 
 #else
 
@@ -92,12 +84,8 @@ inline void store_part(double* p, VecD v, int64_t count) {
 #define FASTSEQ_HAS_SCALE
 inline VecF scale(VecF v, VecF n) { return (VecF)_mm512_maskz_scalef_ps(0xffff, (__m512)v, (__m512)n); }
 inline VecD scale(VecD v, VecD n) { return (VecD)_mm512_maskz_scalef_pd(0xff, (__m512d)v, (__m512d)n); }
-// Past the caches, to an address that is a multiple of the vector's size.
-inline void stream(float* p, VecF v) { _mm512_stream_ps(p, (__m512)v); }
-inline void stream(double* p, VecD v) { _mm512_stream_pd(p, (__m512d)v); }
 
 #endif
-inline void end_stream() { _mm_sfence(); }
 
 // Rounded once on every instruction set, as fma is here.
 template <class V>

@@ -28,12 +28,6 @@ inline VecU64 lane_numbers() { return VecU64{0, 1, 2, 3}; }
 inline VecU32 low_words(VecU64 a, VecU64 b) {
   return __builtin_shufflevector((VecU32)a, (VecU32)b, 0, 2, 4, 6, 8, 10, 12, 14);
 }
-// Past the caches where there is an instruction for it.
-template <class R, class V>
-inline void stream(R* p, V v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-inline void end_stream() {}
 // 64-bit products of the even 32-bit lanes
 inline VecU64 multiply_even(VecU64 a, VecU64 b) {
   VecU64 out;

@@ -21,7 +21,7 @@ inline const char* name_of(Type type) {
 struct Array {
   const void* data = nullptr;
   Type type = Type::other;
-  int dims = -1;      // -1: not given
+  int dims = -1;  // -1: not given
   int64_t size[4] = {};
   bool contiguous = true;
   int64_t bytes = 0;  // of an element

@@ -156,6 +156,9 @@ def ensemble_stats(
         histogram, float64 [3, bins]: rows with a label, their confidence, and how many of them are right.
         totals, float64 [5 + M], over rows with a label: how many, sums of nll and of brier, how many are right, the sum
             of disagreement, and how often each member is right. Over all rows and only disagreement without ``labels``.
+
+        Where a member has a NaN, a +inf or nothing but -inf, probability, confidence, nll and brier of the row are NaN,
+        its prediction is 0 and its bin the first. A member predicts its first NaN, as ``argmax`` does.
     """
     B, M, K = logits.shape
     logp = logits.log_softmax(2)
@@ -171,7 +174,7 @@ def ensemble_stats(
     label_probability = probability.gather(1, safe[:, None]).squeeze(1)
     brier = torch.where(given, probability.square().sum(1) - 2 * label_probability + 1, 0)
     right = (prediction == safe) & given
-    place = (confidence * bins).long().clamp(0, bins - 1)[given]
+    place = (confidence.nan_to_num() * bins).long().clamp(0, bins - 1)[given]  # NaN as an integer is anything
     rows = torch.stack([torch.ones_like(nll), confidence, right.to(nll.dtype)]).double()[:, given]
     histogram = rows.new_zeros(3, bins).index_add(1, place, rows)
     counted = given if labels is not None else torch.ones_like(given)

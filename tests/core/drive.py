@@ -1,6 +1,6 @@
 """Drives the numpy door over every layout, option and odd size, without torch, and tells what came out.
 
-    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq|packed|mimo] [--threads N] [--fresh]
+    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq|packed|mimo|labelled] [--threads N] [--fresh]
 
 prints one line per result: its name and a hash of its bits. Two runs with other instruction sets, threads or builds can
 be compared line by line. Every result must be finite, so memory that was never written shows where fresh memory is NaN.
@@ -48,6 +48,8 @@ FORMS = {
 ROWS = [(1, 1, 1, 1, 1, 1, 1), (3, 5, 20, 1, 3, 7, 33), (2, 5, 5, 3, 2, 40, 65), (2, 7, 9, 2, 4, 200, 31)]
 ROWS += [(2, 3, 0, 2, 2, 5, 6), (2, 3, 4, 2, 2, 0, 5), (0, 3, 4, 1, 2, 5, 3)]
 LARGE_ROWS = [(11, 32, 128, 1, 3, 100, 140), (2, 250, 600, 1, 2, 60, 40)]
+# rows, slots and classes
+LABELLED = [(1, 1, 1), (3, 2, 7), (35, 1, 16), (5, 3, 33), (40, 4, 100), (2, 5, 1000), (0, 2, 3), (3, 2, 9001)]
 LARGE_LOOKUPS = [(600, 70, 20, 1), (20, 420, 100, 1), (2, 900, 140, 1)]
 
 
@@ -335,7 +337,32 @@ def packed_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np
             yield from zip((f"{label} {name}" for name in ("h", "c", "gates", "h_n", "c_n")), out, strict=True)
 
 
-PARTS = {"lstm": lstm_results, "vq": vq_results, "packed": packed_results, "mimo": mimo_results}
+def labelled_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """The loss of slots and its gradient, and the figures of an ensemble, by name."""
+    figures = "probability prediction confidence members disagreement nll brier histogram totals".split()
+    for n, (size, dtype) in enumerate(itertools.product(LABELLED, (np.float32, np.float64))):
+        random, label = np.random.default_rng(n), f"labelled {size} {np.dtype(dtype).name}"
+        N, M, K = size
+        logits, dnll = (4 * random.standard_normal(shape).astype(dtype) for shape in (size, (N, M)))
+        logits[random.random(size) < 0.01] = -1000
+        labels = random.integers(-1, K, (N, M))
+        for smoothing in (0.0, 0.1):
+            out = core.mimo_nll(logits, labels, smoothing, -1, threads=threads)
+            yield from zip((f"{label} {smoothing} {name}" for name in ("loss", "nll", "lse")), out, strict=True)
+            d = core.mimo_nll_backward(out[0], dnll, logits, labels, out[2], smoothing, -1, threads=threads)
+            yield f"{label} {smoothing} dlogits", d
+        for given, mean in itertools.product((None, labels[:, 0].copy()), (False, True)):
+            out = core.ensemble_stats(logits, given, 15, -1, mean, threads=threads)
+            yield from zip((f"{label} {given is None} {mean} {f}" for f in figures), out, strict=True)
+
+
+PARTS = {
+    "lstm": lstm_results,
+    "vq": vq_results,
+    "packed": packed_results,
+    "mimo": mimo_results,
+    "labelled": labelled_results,
+}
 
 
 def main() -> None:
