@@ -123,6 +123,7 @@ def _in_short(runs: Runs, best: str, times: Mapping[str, Mapping[str, Sequence[f
     n = len(runs[PLAIN])
     lines.append(
         f"{n} seeds on one machine; a difference counts where it is larger than its 95 % interval (Student's t)."
+        + (" Two seeds tell few differences apart; where there is time there are more." if n == 2 else "")
         if n > 1
         else "One seed on one machine, so nothing is known of the spread: no difference here is certain."
     )
