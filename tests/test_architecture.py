@@ -43,7 +43,7 @@ LAYERS = {
     "fastseq.deploy": {"fastseq._check", "fastseq._core"},
     "fastseq._explain": {"fastseq.ops"},
     "fastseq._config": {"fastseq", "fastseq._core", "fastseq.ops"},
-    "fastseq.demo": {"fastseq", "fastseq.deploy", "fastseq.nn", "fastseq.functional"},
+    "fastseq.demo": {"fastseq", "fastseq.calibration", "fastseq.deploy", "fastseq.nn", "fastseq.functional"},
     "fastseq.conversion": {"fastseq._check", "fastseq.convert", "fastseq.deploy"},
     "fastseq.cli": {"fastseq", "fastseq.conversion", "fastseq.demo", "fastseq.deploy"},
 }

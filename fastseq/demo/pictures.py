@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ Bands = Mapping[str, tuple[str, Sequence[float], Sequence[float], Sequence[float
 HeatRow = tuple[str, NDArray[np.float32]]  # label, [rows, characters] in [0, 1]
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
+_GROUND = "#010204"  # and this for that of its background
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 _SETTINGS: dict[Any, Any] = {
@@ -70,7 +71,7 @@ def _inline(figure: Figure) -> str:
             elif name == f"{{{_XLINK}}}href" and value.startswith("#"):
                 value = f"#{prefix}{value[1:]}"
             value = re.sub(r"url\(#", f"url(#{prefix}", value)
-            element.set(name, value.replace(_INK, "currentColor"))
+            element.set(name, value.replace(_INK, "currentColor").replace(_GROUND, "var(--ground)"))
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -113,6 +114,25 @@ def bands(panels: Sequence[tuple[str, str, str, Bands]]) -> str:
             if k == 0:
                 axes.legend()
         return _inline(figure)
+
+
+def beside(figures: Callable[[], Sequence[Figure]]) -> str:
+    """Figures of matplotlib that other code makes, side by side in the page's colours.
+
+    Args:
+        figures: called where the colours are set.
+    """
+    legend = {"legend.frameon": True, "legend.facecolor": _GROUND, "legend.edgecolor": "none"}
+    with matplotlib.rc_context(_SETTINGS | legend):
+        parts = [ElementTree.fromstring(_inline(figure)) for figure in figures()]
+    sizes = [[float(size) for size in part.attrib["viewBox"].split()[2:]] for part in parts]
+    width, height = sum(size[0] for size in sizes), max(size[1] for size in sizes)
+    root = ElementTree.Element(f"{{{_SVG}}}svg", {"viewBox": f"0 0 {width:g} {height:g}"})
+    for k, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        place = {"x": sum(s[0] for s in sizes[:k]), "y": 0.0, "width": size[0], "height": size[1]}
+        part.attrib.update({name: f"{value:g}" for name, value in place.items()})
+        root.append(part)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def bars(x_label: str, values: Mapping[str, tuple[str, float]]) -> str:
