@@ -283,12 +283,12 @@ def test_wrong_argument(call: Callable[[], Any], says: str) -> None:
 
 RAW: dict[str, tuple[tuple[Any, ...], str]] = {
     "rank": ((X[0], Y, 15, -1, True), r"logits must be \[B, M, K\], got \[3, 5\]"),
-    "dtype": ((X.int(), Y, 15, -1, True), "logits must be float32 or float64, got another type"),
+    "dtype": ((X.int(), Y, 15, -1, True), "logits must be float32 or float64, got int32"),
     "stride": ((X.mT, Y, 15, -1, True), "logits must be contiguous"),
     "no_members": ((X[:, :0].contiguous(), Y, 15, -1, True), "logits must have M and K of at least 1"),
     "bins": ((X, Y, 0, -1, True), "bins must lie in 1 .. 4096, got 0"),
     "labels": ((X, Y[:1], 15, -1, True), r"labels must be \[B\] = \[2\], got \[1\]"),
-    "labels_dtype": ((X, Y.int(), 15, -1, True), "labels must be int64, got another type"),
+    "labels_dtype": ((X, Y.int(), 15, -1, True), "labels must be int64, got int32"),
     "range": ((X, Y + 5, 15, -1, True), r"labels must lie in 0 .. K - 1 = 4 .* got 5 at \[0\]"),
     "negative": ((X, Y - 2, 15, -1, True), r"labels must lie in 0 .. K - 1 = 4 .* got -2 at \[0\]"),
 }

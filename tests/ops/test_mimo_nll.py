@@ -315,11 +315,11 @@ def test_wrong_argument(call: Callable[[], Any], says: str) -> None:
 F2 = torch.zeros(2, 3)
 RAW: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "rank": ("mimo_nll", (X[0], Y, 0.0, -1), r"logits must be \[N, M, K\], got \[3, 5\]"),
-    "dtype": ("mimo_nll", (X.int(), Y, 0.0, -1), "logits must be float32 or float64, got another type"),
+    "dtype": ("mimo_nll", (X.int(), Y, 0.0, -1), "logits must be float32 or float64, got int32"),
     "stride": ("mimo_nll", (X.mT, Y, 0.0, -1), "logits must be contiguous"),
     "no_classes": ("mimo_nll", (X[..., :0].contiguous(), Y, 0.0, -1), "logits must have K of at least 1"),
     "labels": ("mimo_nll", (X, Y[0], 0.0, -1), r"labels must be \[N, M\] = \[2, 3\], got \[3\]"),
-    "labels_dtype": ("mimo_nll", (X, Y.int(), 0.0, -1), "labels must be int64, got another type"),
+    "labels_dtype": ("mimo_nll", (X, Y.int(), 0.0, -1), "labels must be int64, got int32"),
     "smoothing": ("mimo_nll", (X, Y, 1.5, -1), "smoothing must lie in 0 .. 1, got 1.5"),
     "smoothing_nan": ("mimo_nll", (X, Y, float("nan"), -1), "smoothing must lie in 0 .. 1, got -?nan"),
     "range": ("mimo_nll", (X, Y + 5, 0.0, -1), r"labels must lie in 0 .. K - 1 = 4 .* got 5 at \[0, 0\]"),
