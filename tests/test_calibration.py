@@ -72,6 +72,12 @@ def test_ignored_labels_and_gradients() -> None:
     assert fit_temperature(logits, labels.clamp_min(1), ignore_index=0) > 0
 
 
+def test_a_likelihood_that_no_temperature_changes_leaves_the_logits(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "fastseq"):
+        assert fit_temperature(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0])) == 1.0
+    assert not caplog.records
+
+
 def test_perfect_and_hopeless_predictions_reach_the_end(caplog: pytest.LogCaptureFixture) -> None:
     labels = torch.arange(B) % K
     logits = torch.nn.functional.one_hot(labels, K).float()

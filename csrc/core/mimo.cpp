@@ -25,11 +25,13 @@ void gather_rows(const MimoShape& s, Range rows, Copy copy) {
   }
 }
 
-template <class T>
+// Of a size that is known here, so that a copy is one load and one store; arrays need not be aligned to it.
+template <int kBytes>
 void gather_elements(const MimoGather& g, Range rows) {
-  const T* const x = static_cast<const T*>(g.x);
-  T* const out = static_cast<T*>(g.out);
-  gather_rows(g.shape, rows, [=](int64_t to, int64_t from) { out[to] = x[from]; });
+  const char* const x = static_cast<const char*>(g.x);
+  char* const out = static_cast<char*>(g.out);
+  gather_rows(g.shape, rows,
+              [=](int64_t to, int64_t from) { std::memcpy(out + to * kBytes, x + from * kBytes, kBytes); });
 }
 
 void gather_body(const void* context, int, int size, Barrier& barrier) {
@@ -38,11 +40,11 @@ void gather_body(const void* context, int, int size, Barrier& barrier) {
   for (int64_t piece; (piece = barrier.draw()) < pieces;) {
     const Range mine{rows * piece / pieces, rows * (piece + 1) / pieces};
     if (g.bytes == 8) {
-      gather_elements<uint64_t>(g, mine);
+      gather_elements<8>(g, mine);
     } else if (g.bytes == 4) {
-      gather_elements<uint32_t>(g, mine);
+      gather_elements<4>(g, mine);
     } else if (g.bytes == 1) {
-      gather_elements<uint8_t>(g, mine);
+      gather_elements<1>(g, mine);
     } else {
       const char* const x = static_cast<const char*>(g.x);
       char* const out = static_cast<char*>(g.out);

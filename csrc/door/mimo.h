@@ -12,7 +12,7 @@ inline core::MimoShape check_mimo(const char* op, const Array& index, int64_t A,
   const int64_t M = index.size[0], N = index.size[1];
   expect(op, "index", index, Type::i32, "[M, N]", {M, N});
   if (M < 1) fail(op, "index must be [M, N] with M of at least 1, got ", shape(index.size, 2));
-  if (B < 0) fail(op, "B must not be negative, got ", B);
+  if (B < 0 || B > INT32_MAX) fail(op, "B must lie in 0 .. 2**31 - 1, got ", B);
   const auto* const at = index.as<int32_t>();
   for (int64_t i = 0; i < M * N; ++i) {
     if (at[i] < 0 || at[i] >= B) {

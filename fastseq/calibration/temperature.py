@@ -61,6 +61,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, ignore_index: int = -100)
     low, high = (math.log(t) for t in _RANGE)
     grid = [low + (high - low) * n / (_GRID - 1) for n in range(_GRID)]
     scores = [nll(t) for t in grid]
+    if max(scores) - min(scores) <= 1e-12 * max(1.0, abs(max(scores))):
+        return 1.0  # all temperatures are alike, as where all logits are equal
     best = min(range(_GRID), key=scores.__getitem__)
     if best in (0, _GRID - 1):
         _logger.warning("fit_temperature: the likelihood grows beyond T = %g, the end of the range", _RANGE[best > 0])

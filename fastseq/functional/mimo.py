@@ -21,8 +21,9 @@ _REDUCTIONS = ("mean", "sum", "none")
 def mimo_index(batch: int, M: int, R: int = 1, rho: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
     """Draw which of ``batch`` examples slot m of row n holds, as the authors' code does.
 
-    The examples, each R times, are shuffled; the first ``int(batch * R * (1 - rho))`` rows are shuffled again for each
-    slot, the others hold one example in all slots. Every example lies exactly R times in every slot.
+    The examples, each R times, are shuffled; the first ``int(batch * R * (1 - rho))`` rows (in float32, as theirs) are
+    shuffled again for each slot, the others hold one example in all slots. Every example lies exactly R times in every
+    slot.
 
     Args:
         batch: examples, >= 1. M: slots, >= 2. R: batch repetition, >= 1. rho: input repetition, in [0, 1].
@@ -54,20 +55,33 @@ def mimo_gather(x: Tensor, index: Tensor, *, batch_dim: int = 0, channel_dim: in
         x with N instead of B and M*C instead of C. Differentiable where x is of floating point.
 
     Raises:
-        ArgumentError: naming the argument. An index out of range: ValueError on the CPU; on a GPU it is bounded.
+        ArgumentError: naming the argument. An index out of range: ValueError on the CPU; on a GPU it counts as an
+            example of zeros.
     """
     f = "mimo_gather"
     batch, channel = _dims(f, x, batch_dim, channel_dim)
     size = x.shape
     folded = (math.prod(size[:batch]), size[batch], math.prod(size[batch + 1 : channel]), math.prod(size[channel:]))
     index = checked_index(f, index, x.device)
-    out = _mimo.gather(x.reshape(folded).contiguous(), index)
+    # a gradient is a sum, which the CPU has no 16-bit kernel for
+    dtype = _arithmetic(f, "x", x) if x.requires_grad and torch.is_grad_enabled() else x.dtype
+    out = _mimo.gather(x.to(dtype).reshape(folded).contiguous(), index).to(x.dtype)
     rows = (index.shape[1], *size[batch + 1 : channel], index.shape[0] * size[channel])
     return out.view(*size[:batch], *rows, *size[channel + 1 :])
 
 
 def mimo_labels(labels: Tensor, index: Tensor) -> Tensor:
-    """The labels, or lengths, of every slot: labels [B, ...], index [M, N] -> [N, M, ...]."""
+    """The labels, or lengths, of every slot.
+
+    Args:
+        labels: [B, ...] of any dtype. index: int32 or int64 [M, N] in 0..B-1.
+
+    Returns:
+        [N, M, ...]. On a GPU an index out of range gives -1.
+
+    Raises:
+        ArgumentError: naming the argument. An index out of range: ValueError on the CPU.
+    """
     f = "mimo_labels"
     if labels.dim() < 1:
         _check.fail(f, "labels", "[B, ...]", list(labels.shape))
@@ -110,7 +124,8 @@ def mimo_combine(
 
 def mimo_project(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, *, batch_dim: int = 0) -> Tensor:
     """``linear(mimo_gather(x, index), weight, bias)``, computed once for each of the B examples and gathered then: a
-    layer of R-fold repeated batches for 1/R of the products. Gradients are exact.
+    layer of R-fold repeated batches for 1/R of the products. Gradients are exact. Where that is not less work (few rows
+    for each example, or few channels) the rows are multiplied after all, as gathered.
 
     Args:
         x: [..., C], B examples along ``batch_dim``, which is not the last.
@@ -122,7 +137,8 @@ def mimo_project(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, 
         computed in float32 on the CPU.
 
     Raises:
-        ArgumentError: naming the argument. An index out of range: ValueError on the CPU; on a GPU it is bounded.
+        ArgumentError: naming the argument. An index out of range: ValueError on the CPU; on a GPU it counts as an
+            example of zeros.
     """
     f = "mimo_project"
     batch, channel = _dims(f, x, batch_dim, -1)
@@ -154,7 +170,7 @@ def mimo_nll(
     ignore_index: int = -100,
 ) -> Tensor:
     """Cross-entropy of every slot, and the loss of the paper: the sum over slots of the mean over rows. Nothing of the
-    size of the logits is kept for backward but the logits.
+    size of the logits is kept for backward but the logits (a float32 copy of them, where they have 16 bits on the CPU).
 
     Args:
         logits: [..., M, K].

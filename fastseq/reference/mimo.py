@@ -13,15 +13,17 @@ from torch import Tensor
 def mimo_index(batch: int, M: int, R: int = 1, rho: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
     """Draw the examples of every slot, as the paper's own code does.
 
-    0..batch-1 repeated R times is shuffled once. The first ``int(batch * R * (1 - rho))`` rows are shuffled again for
-    each slot; the others hold one example in all slots. So each example lies R times in each slot.
+    0..batch-1 repeated R times is shuffled once. The first ``int(batch * R * (1 - rho))`` rows (in float32) are
+    shuffled again for each slot; the others hold one example in all slots. So each example lies R times in each slot.
 
     Returns:
         int32 [M, batch * R].
     """
     N = batch * R
     shuffled = torch.arange(batch).repeat(R)[torch.randperm(N, generator=generator)]
-    apart = int(N * (1 - rho))
+    apart = int(
+        torch.tensor(N, dtype=torch.float32) * torch.tensor(1 - rho, dtype=torch.float32)
+    )  # in float32, as they do
     slots = [
         torch.cat((shuffled[:apart][torch.randperm(apart, generator=generator)], shuffled[apart:])) for _ in range(M)
     ]

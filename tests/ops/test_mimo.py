@@ -162,7 +162,7 @@ def test_index_holds_every_example_exactly_R_times(batch: int, M: int, R: int, r
     assert (index.shape, index.dtype, index.is_contiguous()) == ((M, batch * R), torch.int32, True)
     for slot in index.long():
         assert torch.equal(torch.bincount(slot, minlength=batch), torch.full((batch,), R))
-    apart = int(batch * R * (1 - rho))
+    apart = int(torch.tensor(float(batch * R)) * torch.tensor(1 - rho))
     assert (index[:, apart:] == index[0, apart:]).all()  # one example in all slots
     again = functional.mimo_index(batch, M, R, rho, torch.Generator().manual_seed(batch + M + R))
     assert torch.equal(index, again)
@@ -171,6 +171,29 @@ def test_index_holds_every_example_exactly_R_times(batch: int, M: int, R: int, r
         assert (index[:, :apart] == index[0, :apart]).all(0).float().mean() < 0.2
     if batch > 50:
         assert not torch.equal(index[0], torch.arange(batch).repeat(R).int())
+
+
+def test_index_counts_the_rows_apart_in_float32() -> None:
+    index = functional.mimo_index(10, 2, 1, 0.9, torch.Generator().manual_seed(1))
+    assert int(torch.tensor(10.0) * torch.tensor(1 - 0.9)) == 1  # 10 * (1 - 0.9) is below 1 in float64
+    assert (index[0] == index[1])[1:].all()
+    index = functional.mimo_index(640, 2, 1, 0.8, torch.Generator().manual_seed(1))
+    assert (index[0] != index[1]).nonzero().max() == 127
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gather_of_16_bits_has_a_gradient(dtype: torch.dtype) -> None:
+    index = functional.mimo_index(4, 3, 2)
+    x, d = torch.randn(4, 5).to(dtype), torch.randn(8, 15).to(dtype)
+    leaf = x.clone().requires_grad_()
+    y = functional.mimo_gather(leaf, index)
+    assert_same_bits("y", y, functional.mimo_gather(x, index))
+    (got,) = torch.autograd.grad(y, leaf, d)
+
+    def definition(d: Tensor) -> Tensor:
+        return reference.mimo_gather_backward(d[None, :, None], index, 4)[0, :, 0]
+
+    assert_within_budget("dx", got, definition, (d,), tolerance.GRADIENTS)
 
 
 def test_index_draws_from_the_default_generator() -> None:

@@ -44,7 +44,8 @@ RAW: dict[str, tuple[str, tuple[Any, ...], str]] = {
         "bias must be float32, got float64",
     ),
     "combine_backward_place": ("mimo_combine_backward", (D, BAD, 4), PLACE),
-    "combine_backward_B": ("mimo_combine_backward", (D, INDEX, -1), "B must not be negative, got -1"),
+    "combine_backward_large_B": ("mimo_combine_backward", (D, INDEX, 2**61), "B must lie in 0 .. 2"),
+    "combine_backward_B": ("mimo_combine_backward", (D, INDEX, -1), r"B must lie in 0 .. 2\*\*31 - 1, got -1"),
     "combine_backward_rows": (
         "mimo_combine_backward",
         (D[:, :5].contiguous(), INDEX, 4),
