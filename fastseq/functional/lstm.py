@@ -110,7 +110,8 @@ def lstm(
         noise_probability: share of gates that get noise, in [0, 1].
         tau: temperature of the input and forget gates, > 0. hard: threshold them at 0 instead.
         dropout: probability between layers, per element; variational_dropout: one mask per row for all steps.
-        recompute: hold h and c until backward, not the gates, and rebuild these with one product.
+        recompute: hold h and c until backward, not the gates, and rebuild these with one product. With ``index`` the
+            first layer holds its pre-activations instead, which saves nothing there.
         return_gates: return i, f and all c_t; this holds the gates, whatever ``recompute`` says.
         index: int32 [M, N], see ``mimo_index``: rows of several examples. x is [T, B, C], the B examples, and the
             first weight_ih [4*H, M*C]; all else, lengths and states too, is of the N rows. Not with ``batch_sizes``.
@@ -124,7 +125,8 @@ def lstm(
     dtype, out_dtype = dtypes("lstm", x, weights[0].weight_ih if weights else x, hx)
     if index is not None:
         index = _checked_index(x, batch_sizes, index)
-    rows_of_x = x if index is None else x.new_empty(x.shape[0], index.shape[1], 0)
+    # what stands for the rows of several examples until it is known who takes them
+    rows_of_x = x if index is None else x.new_empty(()).expand(x.shape[0], index.shape[1], index.shape[0] * x.shape[2])
     B = check_input(rows_of_x, weights, hx, bidirectional, lengths, batch_sizes, reset, rows)
     check_numbers(noise_probability, tau, dropout, variational_dropout)
     if recompute and any(w.factors is not None for w in weights):
@@ -141,9 +143,8 @@ def lstm(
             "way to return all cell states": return_gates,
             "low-rank recurrent weights": any(w.factors is not None for w in weights),
         }
-        if index is not None and not any(special.values()):  # torch's own takes the rows themselves
-            x, index = mimo.gather(x.unsqueeze(2).contiguous(), index).squeeze(2), None
-        found = _by_torch(StockCall(x, weights, hx, bidirectional, batch_sizes, dropout, special), B)
+        call = StockCall(rows_of_x, weights, hx, bidirectional, batch_sizes, dropout, special)
+        found = _by_torch(call, B, None if index is None else lambda: mimo.gather(x.unsqueeze(2).contiguous(), index))
         if found is not None:
             return found
     x = (x if x.dtype is dtype else x.to(dtype)).contiguous()
@@ -189,10 +190,12 @@ def _stock_may_run(x: Tensor) -> bool:
     return (only == "torch" or (only is None and not x.is_cpu)) and not torch.compiler.is_compiling()
 
 
-def _by_torch(call: StockCall, B: int) -> Result | None:
-    """By torch's own LSTM, or None where it cannot do what is asked."""
+def _by_torch(call: StockCall, B: int, gather: Callable[[], Tensor] | None) -> Result | None:
+    """By torch's own LSTM, or None where it cannot do what is asked. gather: makes the rows, [T, B, 1, I]."""
     if choose("lstm", BACKENDS, call, operator=False).name != "torch":
         return None
+    if gather is not None:
+        call = call._replace(x=gather().squeeze(2))
     width, step = call.x.shape[-1], 2 if call.bidirectional else 1
     for n, w in enumerate(call.weights):
         check_weights("lstm", n, w, width, call.x.device)

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
-from fastseq.functional import Weights, lstm_stock
+from fastseq import reference
+from fastseq.functional import Weights, lstm, lstm_stock, mimo_index
 from fastseq.functional.lstm_stock import StockCall
 from fastseq.ops._select import choose
 from tests.tolerance import assert_same_bits
@@ -189,3 +190,17 @@ def test_ours_comes_first_where_it_was_measured_to_be_faster(
 
         monkeypatch.setattr(_verified, "doubt", doubt)
         assert choose("lstm", lstm_stock.BACKENDS, call, operator=False).name == expected
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_rows_of_several_examples_are_gathered_for_it(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastseq.ops.mimo.gather", reference.mimo_gather)  # which torch has no operator for
+    ours, theirs = fastseq.nn.LSTM(2 * I, H, **NETS[net]), nn.LSTM(2 * I, H, **NETS[net])
+    theirs.load_state_dict(ours.state_dict())
+    x, index = torch.randn(T, B, I, requires_grad=True), mimo_index(B, 2, 3)
+    rows = reference.mimo_gather(x[:, :, None], index).squeeze(2)
+    expected, (h, c) = theirs(rows)
+    got = lstm(x, ours._weights(), bidirectional=ours.bidirectional, index=index)
+    assert_same_bits("out h c", got[:3], (expected, h, c))
+    d = torch.randn_like(expected)
+    assert_same_bits("dx", torch.autograd.grad(got.output, x, d), torch.autograd.grad(expected, x, d))
