@@ -60,13 +60,17 @@ def _rows_kernel(
 
     most = tl.full([BLOCK_B, BLOCK_M], float("-inf"), tl.float32)
     total, member = tl.zeros([BLOCK_B, BLOCK_M], tl.float32), tl.zeros([BLOCK_B, BLOCK_M], tl.int32)
+    undefined = tl.full([BLOCK_B, BLOCK_M], 2147483647, tl.int32)  # where the first NaN is: a maximum may pass it over
     for k0 in range(0, K, BLOCK_K):
         k = (k0 + tl.arange(0, BLOCK_K))[None, None, :]
         x = tl.load(logits[:, :, None] + k, mask=inside[:, :, None] & (k < K), other=float("-inf")).to(tl.float32)
         here = tl.max(x, axis=2)
         member = tl.where(here > most, _first_of(x, here, k, 2), member)
+        undefined = tl.minimum(undefined, tl.min(tl.where(x != x, k, 2147483647), axis=2))
         most, total = online(most, total, x, 2)
+    member = tl.where(undefined < K, undefined, member)
     lse = tl.where(inside, finite(most) + tl.log(tl.where(inside, total, 1.0)), 0.0)
+    lse = tl.where(most == float("inf"), float("nan"), lse)  # no softmax, of any class
     tl.store(members_ptr + b[:, None] * M + m[None, :], member.to(tl.int64), mask=inside)
     differ = tl.zeros([BLOCK_B], tl.int32)  # ordered pairs
     for other in range(M):
@@ -135,7 +139,8 @@ def _histogram_kernel(
         b = b0 + tl.arange(0, BLOCK_B)
         _, given, right = _counted(labels_ptr, prediction_ptr, b, b < end, ignore, K)
         confidence = tl.load(confidence_ptr + b, mask=given, other=0.0)
-        place = tl.minimum(tl.maximum((confidence * bins).to(tl.int32), 0), bins - 1)
+        number = tl.where(confidence == confidence, confidence, 0.0)  # NaN as an integer is anything
+        place = tl.minimum(tl.maximum((number * bins).to(tl.int32), 0), bins - 1)
         mine = given[:, None] & (place[:, None] == i[None, :])
         rows += mine.to(tl.float64)
         sure += tl.where(mine, confidence[:, None], 0.0).to(tl.float64)

@@ -265,13 +265,13 @@ def assume_runs(backend: str, dtype: torch.dtype) -> None:
     assume(backend != "triton" or dtype != torch.float64)
 
 
-def backends(op: str = "lstm_forward", table: Any = BACKENDS) -> list[Any]:
+def backends(op: str = "lstm_forward", table: Any = BACKENDS, dims: int = 1) -> list[Any]:
     """Every backend of an operator as a parameter. A compiled one that cannot run here is skipped with its reason; the
-    Triton kernels have a process of their own (see tests/kernels)."""
+    Triton kernels have a process of their own (see tests/kernels). Asked with a first argument of so many ``dims``."""
     entries = table[op] if isinstance(table, dict) else table
     found = []
     for backend in entries:
-        reason = backend.why_not(torch.zeros(1))
+        reason = backend.why_not(torch.zeros([1] * dims))
         if reason is not None and backend.name in ("triton", "torch"):
             continue
         marks = [] if reason is None else [pytest.mark.skip(reason=f"{backend.name}: {reason}")]

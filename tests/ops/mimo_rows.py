@@ -84,7 +84,7 @@ def run(op: str, backend: str, *args: Any) -> Any:
 def backends(op: str) -> list[Any]:
     """Every backend with every dtype that it takes."""
     found = []
-    for param in lstm_cases.backends(op, BACKENDS):
+    for param in lstm_cases.backends(op, BACKENDS, dims=3):
         name = param.values[0]
         dtypes = {"cpu": (torch.float32, torch.float64), "triton": (torch.float32, *LOW)}.get(name)
         for dtype in dtypes or (torch.float32, torch.bfloat16):

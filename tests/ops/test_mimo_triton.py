@@ -360,6 +360,33 @@ def test_stats_of_classes_that_cannot_be() -> None:
     assert found[5][0] == torch.inf and found[5][1:].isfinite().all()
 
 
+@each_dtype
+@pytest.mark.parametrize("K", [3, 1500])
+def test_stats_of_what_is_not_finite(K: int, dtype: torch.dtype) -> None:
+    """No number of a row is plausible where a member has no softmax, and a first NaN wins, in one block and across."""
+    last, inf, nan = K - 1, torch.inf, torch.nan
+    odd = [{0: inf}, {last: inf}, {last: nan}, {1: nan, last: nan}, {0: inf, last: nan}, {0: nan, last: inf}]
+    x = normal(9, 3, K)
+    for row, values in enumerate(odd):
+        for k, value in values.items():
+            x[row, 1, k] = value
+    x[6, 2], x[7, 0] = -inf, nan
+    x, labels = x.to(dtype), torch.tensor([1, 1, 0, last, 1, IGNORE, 0, 1, 2])
+    found = run("ensemble_stats", x, labels, 15, IGNORE, True)
+    expected = reference.ensemble_stats(x.float(), labels, 15, IGNORE)
+    same([found[1], found[3], found[4]], [expected[1], expected[3], expected[4]])
+    assert found[3][:6, 1].tolist() == [0, last, last, 1, last, 0]
+    for n in PLACES:
+        assert torch.equal(found[n].isnan(), expected[n].isnan()) and not found[n].isinf().any()
+    assert found[2][:8].isnan().all() and not found[1][:8].any()
+    alone = [v[8:] for v in found]
+    assert_within_budget(FIGURES, [alone[n] for n in PLACES], figures, (x[8:].float(), labels[8:], 15, IGNORE), OUTPUTS)
+    same(found[7][::2], expected[7][::2])
+    assert found[7][0, 0] == 7 + (found[2][8] < 1 / 15) and found[7][1, 0].isnan()
+    assert torch.equal(found[8].isnan(), expected[8].isnan())
+    same([found[8][0], *found[8][3:]], [expected[8][0], *expected[8][3:]])
+
+
 def test_certain_rows_are_in_the_last_bin() -> None:
     logits = torch.tensor([0.0, 200.0]).expand(3, 2, 2).contiguous()
     histogram = check(logits, torch.tensor([1, 0, 1]), 4)[7]
