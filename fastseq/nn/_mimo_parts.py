@@ -150,6 +150,19 @@ def _check_layer(backbone: nn.Module, argument: str, name: str, kinds: tuple[typ
             _check.fail("MIMO", argument, "a layer with parameters of its own", f"{name}, tied to {other}")
 
 
+def check_time_first(backbone: nn.Module, first: str) -> None:
+    """A first layer that works along no dimension but the last does not say where the examples are; where a layer
+    behind it takes time first, the default is a guess that trains on steps of different examples, unnoticed."""
+    layer = backbone.get_submodule(first)
+    if not isinstance(layer, (nn.Linear, nn.Embedding)):
+        return
+    for name, module in backbone.named_modules():
+        if getattr(module, "batch_first", None) is False:
+            why = f"since {name or 'the backbone'} ({type(module).__name__}) takes time first"
+            want = f"given, {why}: 0 where the input of {first} ({type(layer).__name__}) is [B, T, ...], 1 where it is "
+            _check.fail("MIMO", "batch_dim", f"{want}[T, B, ...]", "None")
+
+
 def explain_output(head: str, out: Any, returned: Any) -> NoReturn:
     """The output of the network is not that of its head."""
     want = f"a network that returns the output of its head {head} as it is"

@@ -13,7 +13,7 @@ from fastseq import _check, functional
 from fastseq.functional import EnsembleStats
 from fastseq.nn import _mimo_parts as parts
 from fastseq.nn._mimo_fold import MODES, Call, MIMOLayer, check_slots, fold, unfold
-from fastseq.nn.mimo_layers import MIMOHead
+from fastseq.nn.mimo_layers import MIMOEmbedding, MIMOHead, MIMOLinear
 
 _logger = logging.getLogger("fastseq")
 
@@ -63,8 +63,8 @@ class MIMO(nn.Module):
         weights: "fresh": both layers are drawn anew. "copy": each slot has the first layer's weights / M, each head
             those of the head, so that the ensemble starts as the network was.
         inplace: change ``backbone`` itself; else a deep copy of it is changed.
-        batch_dim: dimension of the examples in x; None: 1 where the first layer is an LSTM that takes time first, else
-            0.
+        batch_dim: dimension of the examples in x and in the labels; None: 1 where the first layer is an LSTM that takes
+            time first, else 0. An LSTM as first layer finds them in its own input by its own batch_first.
 
     Attributes:
         backbone: the network, changed. report: ``MIMOReport`` of what was done, also logged.
@@ -95,11 +95,13 @@ class MIMO(nn.Module):
         self.backbone = backbone if inplace else copy.deepcopy(backbone)
         old = self.backbone.get_submodule(first_name), self.backbone.get_submodule(head_name)
         new = parts.first_layer(old[0], M, weights == "copy"), parts.head_layer(old[1], M, weights == "copy")
-        if batch_dim is not None:
+        if batch_dim is None:
+            parts.check_time_first(self.backbone, first_name)
+        elif isinstance(new[0], (MIMOLinear, MIMOEmbedding)):  # all others know where their examples are
             new[0].batch_dim = batch_dim
         for name, layer in zip((first_name, head_name), new, strict=True):
             self.backbone.set_submodule(name, layer)
-        self.M, self.K, self.batch_dim = M, new[1].K, new[0].batch_dim
+        self.M, self.K, self.batch_dim = M, new[1].K, new[0].batch_dim if batch_dim is None else batch_dim
         after = sum(p.numel() for p in self.backbone.parameters())
         was, now = (tuple(f"{type(m).__name__}({m.extra_repr()})" for m in pair) for pair in (old, new))
         self.report = MIMOReport(first_name, head_name, was, now, weights, (before, after))  # type: ignore[arg-type]
@@ -118,9 +120,12 @@ class MIMO(nn.Module):
                 out = self(x, index, *args)
         except Exception as error:
             want = f"a network that takes {B} examples before its first layer {self.report.first} and {2 * B} behind it"
-            raise _check.ArgumentError(f"MIMO: backbone must be {want}, got {type(error).__name__}: {error}") from error
-        if 2 * B not in out.shape[:-2]:
-            _check.fail("MIMO", "backbone", f"a network of {2 * B} rows of logits", list(out.shape))
+            got = f"{type(error).__name__}: {error} (examples counted along batch_dim = {self.batch_dim})"
+            raise _check.ArgumentError(f"MIMO: backbone must be {want}, got {got}") from error
+        at = self.batch_dim if out.dim() - 2 > self.batch_dim else 0
+        if out.shape[at] != 2 * B:
+            want = f"a network of {2 * B} rows of logits along {at}, with batch_dim = {self.batch_dim}"
+            _check.fail("MIMO", "backbone", want, list(out.shape))
 
     @property
     def first(self) -> MIMOLayer:

@@ -1,0 +1,88 @@
+"""MIMO, the wrapper, on networks that lay out their rows in their own way, and what it asks or refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastseq.nn import LSTM, MIMO, MIMOLSTM, MIMOEmbedding
+from tests.nn.mimo_cases import B, M, draw
+from tests.nn.test_mimo import K, N, Recurrent, T
+from tests.tolerance import assert_same_bits, assert_within_budget
+
+
+class Transposed(nn.Module):
+    """Takes examples first before an LSTM, or behind a table one, that takes time first."""
+
+    def __init__(self, tokens: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6) if tokens else None
+        self.lstm, self.head = nn.LSTM(6, 8), nn.Linear(8, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.table is None else self.table(x)
+        return self.head(self.lstm(x.transpose(0, 1))[0][-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_backbone_that_transposes(tokens: bool) -> None:
+    x = torch.randint(0, 9, (B, T)) if tokens else torch.randn(B, T, 6)
+    model, index = MIMO(Transposed(tokens), M, example=x, batch_dim=0), draw()
+    assert model.batch_dim == 0 and type(model.first) is (MIMOEmbedding if tokens else MIMOLSTM)
+    wide = nn.LSTM(6 if tokens else 6 * M, 8)
+    parameters = [*model.backbone.lstm.parameters(), model.head.weight, model.head.bias]
+    tables = [model.first.weight] if tokens else []
+
+    def by_hand(slots: list[Tensor], *given: Tensor) -> Tensor:
+        *lstm, weight, bias = given[len(tables) :]
+        if tokens:
+            looked_up = [F.embedding(s, w) for s, w in zip(slots, given[0].chunk(M, 1), strict=True)]
+            rows = torch.stack(looked_up).sum(0)
+        else:
+            rows = torch.cat(slots, -1)
+        named = dict(zip((name for name, _ in wide.named_parameters()), lstm, strict=True))
+        out = torch.func.functional_call(wide, named, (rows.transpose(0, 1),))[0][-1]
+        return F.linear(out, weight, bias).unflatten(-1, (M, K))
+
+    slots = [x[slot.long()] for slot in index]  # M of [N, T, ...]
+    given = [*tables, *parameters]
+    assert_within_budget("train", model(x, index), by_hand, [slots, *given])
+    assert_within_budget("ensemble", model(x), by_hand, [[x] * M, *given])
+    together = model(torch.stack(slots, 1), mode="multiplex")
+    assert_within_budget("multiplex", together, by_hand, [slots, *given])
+    labels = torch.randint(0, K, (B,))
+    want = model.loss(model(x, index), labels[index.long()].T)
+    assert_same_bits("loss", model.loss(model(x, index), labels, index), want)
+
+
+def test_dimension_of_examples_is_asked_for() -> None:
+    """Where a table or a linear layer lies before an LSTM that takes time first."""
+    want = r"MIMO: batch_dim must be given, since body.lstm \(LSTM\) takes time first: 0 where the input of table "
+    for kind in (nn.LSTM, LSTM, nn.GRU):
+        net = Recurrent(LSTM if kind is LSTM else nn.LSTM, False, tokens=True)
+        if kind is nn.GRU:
+            net.body["lstm"] = nn.GRU(6, 4)
+            want = want.replace("LSTM", "GRU")
+        with pytest.raises(
+            ValueError, match=want + r"\(Embedding\) is \[B, T, ...\], 1 where it is \[T, B, ...\], got"
+        ):
+            MIMO(net, M, "table", "head")
+    model = MIMO(Recurrent(LSTM, False, tokens=True), M, example=torch.randint(0, 9, (T, B)), batch_dim=1)
+    assert model(torch.randint(0, 9, (T, B)), draw()).shape == (N, M, K) and model.batch_dim == 1
+
+
+def test_rows_are_looked_for_where_the_examples_are() -> None:
+    """Not in any dimension."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, K))
+    MIMO(net, M, example=torch.randn(B, 10, 6))
+
+    class Wrong(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x).transpose(0, 1))  # type: ignore[no-any-return]
+
+    with pytest.raises(
+        ValueError, match=r"network of 12 rows of logits along 0, with batch_dim = 0, got \[10, 12, 3, 4"
+    ):
+        MIMO(Wrong(*net), M, example=torch.randn(B, 10, 6))
