@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastseq import _check, functional
 from fastseq.functional import EnsembleStats
 from fastseq.nn import _mimo_parts as parts
-from fastseq.nn._mimo_fold import MODES, Call, MIMOLayer, check_slots, fold, unfold
+from fastseq.nn._mimo_fold import MODES, Call, MIMOLayer, calls, check_slots, fold, unfold
 from fastseq.nn.mimo_layers import MIMOEmbedding, MIMOHead, MIMOLinear
 
 _logger = logging.getLogger("fastseq")
@@ -49,11 +49,11 @@ class MIMO(nn.Module):
       x [rows, M, ...]. M answers for the price of one.
 
     All give logits [rows, M, K], and taggers [rows, T, M, K] or as their network lays them out. The modes do not depend
-    on ``self.training``.
+    on ``self.training``. Several threads may call one model at a time.
 
     Args:
         backbone: any module whose head's output is what it returns. Activation checkpointing inside it may not hold the
-            first layer, which is told the index for the time of the forward only.
+            first layer, which is told the index in the thread and for the time of the forward only.
         M: slots, >= 2.
         first, head: names of the layers, such as "encoder.conv1". First: ``nn.Linear``, ``Conv1d``, ``Conv2d``,
             ``Embedding``, ``LSTM`` or ``fastseq.nn.LSTM``; head: ``nn.Linear``. None: they are found, by the order of
@@ -166,18 +166,15 @@ class MIMO(nn.Module):
                 shape: Any = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 _check.fail("MIMO", "x", f"a tensor with M = {self.M} examples along {b + 1}", shape)
             x = x.flatten(b, b + 1)
-        first, head = self.first, self.head
-        first._call_given = Call(mode, index)
-        head._listened = True
+        before = getattr(calls, "now", None)
+        calls.now = call = Call(self.first, self.head, mode, index)
         try:
             out = self.backbone(x, *args, **options)
-            returned = head._returned
         finally:
-            first._call_given = None
-            head._listened, head._returned = False, None
-        if returned is None or out is not returned:
-            parts.explain_output(self.report.head, out, returned)
-        return returned
+            calls.now = before
+        if call.returned is None or out is not call.returned:
+            parts.explain_output(self.report.head, out, call.returned)
+        return call.returned
 
     def loss(self, logits: Tensor, labels: Tensor, index: Tensor | None = None, **options: Any) -> Tensor:
         """``fastseq.functional.mimo_nll``: the sum over slots of the mean cross-entropy.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseq import _check, functional
-from fastseq.nn._mimo_fold import MIMOLayer, check_slots, sum_slots
+from fastseq.nn._mimo_fold import MIMOLayer, calls, check_slots, sum_slots
 
 _Plain = TypeVar("_Plain", bound=nn.Module)
 
@@ -201,8 +201,6 @@ class MIMOHead(nn.Linear):
         check_slots("MIMOHead", M)
         super().__init__(H, M * K, bias, device, dtype)
         self.M, self.K = M, K
-        self._listened = False  # by ``fastseq.nn.MIMO``, which compares what a network returns with this
-        self._returned: Tensor | None = None
 
     def forward(self, input: Tensor, *, per_slot: bool = False) -> Tensor:
         """
@@ -222,8 +220,9 @@ class MIMOHead(nn.Linear):
             out = out if self.bias is None else out + self.bias.to(out.dtype).unflatten(0, (M, self.K))
         else:
             out = F.linear(input, self.weight, self.bias).unflatten(-1, (M, self.K))
-        if self._listened:
-            self._returned = out
+        call = getattr(calls, "now", None)
+        if call is not None and call.head is self:  # ``fastseq.nn.MIMO`` compares what a network returns with this
+            call.returned = out
         return out
 
     def to_plain(self) -> nn.Sequential:

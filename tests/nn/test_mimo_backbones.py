@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseq.nn import LSTM, MIMO, MIMOLSTM, MIMOEmbedding
-from tests.nn.mimo_cases import B, M, draw
+from tests.nn.mimo_cases import B, M, assert_agrees, draw
 from tests.nn.test_mimo import K, N, Recurrent, T
 from tests.tolerance import assert_same_bits, assert_within_budget
 
@@ -86,3 +89,47 @@ def test_rows_are_looked_for_where_the_examples_are() -> None:
         ValueError, match=r"network of 12 rows of logits along 0, with batch_dim = 0, got \[10, 12, 3, 4"
     ):
         MIMO(Wrong(*net), M, example=torch.randn(B, 10, 6))
+
+
+def test_threads_share_a_model() -> None:
+    """Each call waits, between first layer and head, for the other to be as far."""
+    meeting: list[threading.Barrier] = []
+
+    class Meet(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for barrier in meeting:
+                barrier.wait(10)
+            return x
+
+    model = MIMO(nn.Sequential(Meet(), nn.Linear(6, 7), Meet(), nn.Linear(7, K)), M, "1", "3").eval()
+    x, index = torch.randn(2, B, 6), draw()
+    given: list[tuple[Tensor, ...]] = [(x[0], index), (x[1],)]
+    want = [model(*args) for args in given]
+    got: dict[int, Tensor] = {}
+    meeting.append(threading.Barrier(2))
+
+    def call(n: int) -> None:
+        got[n] = model(*given[n])
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same_bits("train ensemble", [got[0], got[1]], want)
+
+
+def test_a_model_inside_another_model() -> None:
+    inner = MIMO(nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, K)), M)
+    outer = MIMO(nn.Sequential(nn.Linear(5, 6), inner, nn.Flatten(), nn.Linear(M * K, 2)), 2, "0", "3")
+    x, index = torch.randn(B, 5), draw()[:2]
+    assert_same_bits("out", outer(x, index), outer.head(inner(outer.first(x, index)).flatten(1)))
+
+
+def test_a_compiled_backbone_is_told_each_index() -> None:
+    model = MIMO(nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, K)), M)
+    x, many = torch.randn(B, 6), [draw(), draw(rho=0.9)]
+    plain = copy.deepcopy(model)
+    model.backbone.compile(backend="aot_eager", fullgraph=True)
+    for args in [*((x, index) for index in many), (x,)]:
+        assert_agrees("out", model(*args), plain, *args)
