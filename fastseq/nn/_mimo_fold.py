@@ -71,8 +71,9 @@ class MIMOLayer(nn.Module):
         return self
 
     def _fold(self) -> None:
-        for name in self._folding:
-            setattr(self, f"folded_{name}", fold_weight(getattr(self, name).detach(), self.M))
+        with torch.inference_mode(False), torch.no_grad():  # what inference_mode makes, no later gradient may meet
+            for name in self._folding:
+                setattr(self, f"folded_{name}", fold_weight(getattr(self, name), self.M))
         self._folded_of = [(p, _version(p)) for p in self._sources()]
 
     def unfold(self) -> Self:
