@@ -61,7 +61,7 @@ class MIMO(nn.Module):
         example: an input of the backbone, or a tuple of its arguments; it is run once without gradients, in evaluation
             mode.
         weights: "fresh": both layers are drawn anew. "copy": each slot has the first layer's weights / M, each head
-            those of the head, so that the ensemble starts as the network was.
+            those of the head, so that the ensemble starts as the network was; what is frozen stays so.
         inplace: change ``backbone`` itself; else a deep copy of it is changed.
         batch_dim: dimension of the examples in x and in the labels; None: 1 where the first layer is an LSTM that takes
             time first, else 0. An LSTM as first layer finds them in its own input by its own batch_first.
@@ -158,7 +158,7 @@ class MIMO(nn.Module):
         if (index is not None) != (mode == "train"):
             got = "None" if index is None else "an index"
             _check.fail("MIMO", "index", f"{'an index' if index is None else 'None'} in mode {mode!r}", got)
-        if mode != "ensemble" and not isinstance(self.first, MIMOLayer):  # compressed, as folded
+        if mode != "ensemble" and self._is_compressed:
             _check.fail("MIMO", "mode", "'ensemble', since the first layer has no weights of each slot", repr(mode))
         if mode == "multiplex":
             b = self.batch_dim
@@ -195,25 +195,39 @@ class MIMO(nn.Module):
     def stats(self, logits: Tensor, labels: Tensor | None = None, **options: Any) -> EnsembleStats:
         """``fastseq.functional.ensemble_stats`` of the ensemble mode's logits [rows, ..., M, K] and labels [rows, ...],
         further dimensions flattened into rows."""
+        if logits.dim() < 3:
+            _check.fail("MIMO", "logits", "[rows, ..., M, K] of the ensemble mode", list(logits.shape))
         return functional.ensemble_stats(logits.flatten(0, -3), None if labels is None else labels.flatten(), **options)
 
     def fold(self) -> MIMO:
         """``fastseq.nn.fold`` of this model."""
+        self._refuse_compressed("fold")
         fold(self)
         return self
 
     def unfold(self) -> MIMO:
         """``fastseq.nn.unfold`` of this model."""
+        self._refuse_compressed("unfold")
         unfold(self)
         return self
 
     def to_plain(self) -> nn.Module:
         """The ensemble mode as a copy of the backbone with plain layers, folded weights and one head of M*K, which
         returns [rows, M, K]: for deployment and export."""
+        self._refuse_compressed("to_plain")
         plain = copy.deepcopy(self.backbone)
         plain.set_submodule(self.report.first, self.first.to_plain())
         plain.set_submodule(self.report.head, self.head.to_plain())
         return plain
+
+    @property
+    def _is_compressed(self) -> bool:
+        return not isinstance(self.first, MIMOLayer)
+
+    def _refuse_compressed(self, method: str) -> None:
+        if self._is_compressed:
+            why = f"this model was compressed as folded, its first layer is a {type(self.first).__name__}"
+            raise _check.ArgumentError(f"MIMO: {method}() needs the weights of each slot: {why}")
 
     def extra_repr(self) -> str:
         return f"M={self.M}, K={self.K}, {self.report}"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastseq.compression import compress
 from fastseq.nn import LSTM, MIMO, MIMOLSTM, MIMOEmbedding
 from tests.nn.mimo_cases import B, M, assert_agrees, draw
-from tests.nn.test_mimo import K, N, Recurrent, T
+from tests.nn.test_mimo import K, N, Recurrent, T, convolutional, mlp
 from tests.tolerance import assert_same_bits, assert_within_budget
+
+NAMES: dict[Any, tuple[str, str]] = {mlp: ("1", "4"), Recurrent: ("body.lstm", "head"), convolutional: ("0.0", "1")}
 
 
 class Transposed(nn.Module):
@@ -133,3 +137,47 @@ def test_a_compiled_backbone_is_told_each_index() -> None:
     model.backbone.compile(backend="aot_eager", fullgraph=True)
     for args in [*((x, index) for index in many), (x,)]:
         assert_agrees("out", model(*args), plain, *args)
+
+
+def test_compressed_as_folded() -> None:
+    model = MIMO(Recurrent(LSTM), M, example=torch.randn(B, T, 6)).eval().fold()
+    small = compress(model, "int8").model
+    assert isinstance(small, MIMO) and small(torch.randn(B, T, 6)).shape == (B, M, K)
+    for method in ("to_plain", "fold", "unfold"):
+        want = rf"MIMO: {method}\(\) needs the weights of each slot: this model was compressed as folded"
+        with pytest.raises(ValueError, match=want):
+            getattr(small, method)()
+    with pytest.raises(ValueError, match="MIMO: mode must be 'ensemble', since the first layer has no weights of each"):
+        small(torch.randn(B, M, T, 6), mode="multiplex")
+
+
+@pytest.mark.parametrize("net", [mlp, Recurrent, convolutional])
+def test_copied_weights_stay_frozen(net: Any) -> None:
+    plain = net()
+    first, head = MIMO(plain, M, *NAMES[net]).report[:2]
+    frozen = [f"{first}.{n}" for n, _ in plain.get_submodule(first).named_parameters()][:1] + [f"{head}.bias"]
+    for name in frozen:
+        plain.get_parameter(name).requires_grad_(False)
+    kept = {n: p.requires_grad for n, p in plain.named_parameters()}
+    model = MIMO(plain, M, first, head, weights="copy")
+    assert {n: p.requires_grad for n, p in model.backbone.named_parameters()} == kept
+    assert all(p.requires_grad for p in MIMO(plain, M, first, head).first.parameters())
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize("name", ["1", "4"])
+def test_hooks_of_layers_to_be_replaced(name: str, kind: str) -> None:
+    net = mlp()
+    handle = getattr(net.get_submodule(name), f"register_{kind}")(lambda *args: None)
+    argument = "first" if name == "1" else "head"
+    with pytest.raises(ValueError, match=f"MIMO: {argument} must be a layer without hooks, .*, got {name}, which has"):
+        MIMO(net, M, example=torch.randn(B, 6))
+    handle.remove()
+    MIMO(net, M)
+
+
+@pytest.mark.parametrize("shape", [(M, K), (K,)])
+def test_statistics_of_one_row(shape: tuple[int, ...]) -> None:
+    want = rf"MIMO: logits must be \[rows, ..., M, K\] of the ensemble mode, got \[{', '.join(map(str, shape))}\]"
+    with pytest.raises(ValueError, match=want):
+        MIMO(mlp(), M).stats(torch.randn(shape))
