@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import threading
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
 MODES = ("train", "ensemble", "multiplex")
 
 
-class Call(NamedTuple):
-    """How a layer is called where the network around it cannot say so: set by ``fastseq.nn.MIMO`` for one forward."""
+class Call:
+    """What the network between cannot say to first layer and head: made by ``fastseq.nn.MIMO`` for one forward."""
 
-    mode: str
-    index: Tensor | None  # type: ignore[assignment]  # in the place of tuple.index
+    def __init__(self, first: nn.Module, head: nn.Module, mode: str, index: Tensor | None) -> None:
+        self.first, self.head, self.mode, self.index = first, head, mode, index
+        self.returned: Tensor | None = None  # by the head
+
+
+calls = threading.local()  # ``now``: the Call that this thread is in; not on the modules, which threads share
 
 
 class MIMOLayer(nn.Module):
@@ -39,10 +44,15 @@ class MIMOLayer(nn.Module):
 
     def _set_slots(self, M: int, channels: int, folding: tuple[str, ...] = ("weight",)) -> None:
         self.M, self.channels, self._folding = M, channels, folding
-        self._call_given: Call | None = None
         self._folded_of: list[tuple[nn.Parameter, int]] | None = None
         for name in folding:
             self.register_buffer(f"folded_{name}", None, persistent=False)
+
+    @property
+    def _told(self) -> Call | None:
+        """The call of the wrapper, where this layer is inside one."""
+        call: Call | None = getattr(calls, "now", None)
+        return call if call is not None and call.first is self else None
 
     @property
     def is_folded(self) -> bool:
@@ -61,8 +71,9 @@ class MIMOLayer(nn.Module):
         return self
 
     def _fold(self) -> None:
-        for name in self._folding:
-            setattr(self, f"folded_{name}", fold_weight(getattr(self, name).detach(), self.M))
+        with torch.inference_mode(False), torch.no_grad():  # what inference_mode makes, no later gradient may meet
+            for name in self._folding:
+                setattr(self, f"folded_{name}", fold_weight(getattr(self, name), self.M))
         self._folded_of = [(p, _version(p)) for p in self._sources()]
 
     def unfold(self) -> Self:
@@ -109,9 +120,9 @@ class MIMOLayer(nn.Module):
 
     def _mode_of(self, index: Tensor | None, mode: str | None) -> tuple[str, Tensor | None]:
         """The mode of a call and its index, from its arguments or else from the wrapper."""
-        name = type(self).__name__
-        if index is None and mode is None and self._call_given is not None:
-            mode, index = self._call_given
+        name, told = type(self).__name__, self._told
+        if index is None and mode is None and told is not None:
+            mode, index = told.mode, told.index
         elif mode is None:
             mode = "ensemble" if index is None else "train"
         _check.one_of(name, "mode", mode, MODES)
@@ -124,7 +135,7 @@ class MIMOLayer(nn.Module):
 
     def _slots_of_rows(self, x: Tensor) -> Tensor:
         """The input of the multiplex mode, which inside a wrapper comes as M examples of a row after another."""
-        if self._call_given is None:
+        if self._told is None:
             return x
         rows: Tensor = x.unflatten(self.batch_dim, (-1, self.M))
         return rows.movedim(self.batch_dim + 1, self._slot_dim)

@@ -141,6 +141,9 @@ def _check_layer(backbone: nn.Module, argument: str, name: str, kinds: tuple[typ
         _check.fail("MIMO", argument, text, f"{name or 'the backbone itself'} ({type(layer).__name__})")
     if not name:
         _check.fail("MIMO", argument, "a layer inside the backbone", "the backbone itself")
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if any(hooks):
+        _check.fail("MIMO", argument, "a layer without hooks, which would be lost with it", f"{name}, which has some")
     places = [n for n, m in backbone.named_modules(remove_duplicate=False) if m is layer]
     if len(places) > 1:
         _check.fail("MIMO", argument, "a layer with one place", f"{' and '.join(places)}, which are one module")
@@ -148,6 +151,19 @@ def _check_layer(backbone: nn.Module, argument: str, name: str, kinds: tuple[typ
     for other, p in backbone.named_parameters(remove_duplicate=False):
         if id(p) in own and not other.startswith(f"{name}."):
             _check.fail("MIMO", argument, "a layer with parameters of its own", f"{name}, tied to {other}")
+
+
+def check_time_first(backbone: nn.Module, first: str) -> None:
+    """A first layer that works along no dimension but the last does not say where the examples are; where a layer
+    behind it takes time first, the default is a guess that trains on steps of different examples, unnoticed."""
+    layer = backbone.get_submodule(first)
+    if not isinstance(layer, (nn.Linear, nn.Embedding)):
+        return
+    for name, module in backbone.named_modules():
+        if getattr(module, "batch_first", None) is False:
+            why = f"since {name or 'the backbone'} ({type(module).__name__}) takes time first"
+            want = f"given, {why}: 0 where the input of {first} ({type(layer).__name__}) is [B, T, ...], 1 where it is "
+            _check.fail("MIMO", "batch_dim", f"{want}[T, B, ...]", "None")
 
 
 def explain_output(head: str, out: Any, returned: Any) -> NoReturn:
@@ -199,7 +215,7 @@ def head_layer(layer: nn.Module, M: int, copied: bool) -> MIMOHead:
     if copied:
         with torch.no_grad():
             for name, p in layer.named_parameters():
-                getattr(new, name).copy_(torch.cat([p] * M))
+                getattr(new, name).requires_grad_(p.requires_grad).copy_(torch.cat([p] * M))
     return new.train(layer.training)
 
 
@@ -207,5 +223,6 @@ def _take_over(new: MIMOLayer, layer: nn.Module, M: int, copied: bool, slotted: 
     if copied:
         with torch.no_grad():
             for name, p in layer.named_parameters():
-                getattr(new, name).copy_(torch.cat([p / M] * M, 1) if name in slotted else p)
+                value = torch.cat([p / M] * M, 1) if name in slotted else p
+                getattr(new, name).requires_grad_(p.requires_grad).copy_(value)
     return new.train(layer.training)

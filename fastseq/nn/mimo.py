@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastseq import _check, functional
 from fastseq.functional import EnsembleStats
 from fastseq.nn import _mimo_parts as parts
-from fastseq.nn._mimo_fold import MODES, Call, MIMOLayer, check_slots, fold, unfold
-from fastseq.nn.mimo_layers import MIMOHead
+from fastseq.nn._mimo_fold import MODES, Call, MIMOLayer, calls, check_slots, fold, unfold
+from fastseq.nn.mimo_layers import MIMOEmbedding, MIMOHead, MIMOLinear
 
 _logger = logging.getLogger("fastseq")
 
@@ -49,11 +49,11 @@ class MIMO(nn.Module):
       x [rows, M, ...]. M answers for the price of one.
 
     All give logits [rows, M, K], and taggers [rows, T, M, K] or as their network lays them out. The modes do not depend
-    on ``self.training``.
+    on ``self.training``. Several threads may call one model at a time.
 
     Args:
         backbone: any module whose head's output is what it returns. Activation checkpointing inside it may not hold the
-            first layer, which is told the index for the time of the forward only.
+            first layer, which is told the index in the thread and for the time of the forward only.
         M: slots, >= 2.
         first, head: names of the layers, such as "encoder.conv1". First: ``nn.Linear``, ``Conv1d``, ``Conv2d``,
             ``Embedding``, ``LSTM`` or ``fastseq.nn.LSTM``; head: ``nn.Linear``. None: they are found, by the order of
@@ -61,10 +61,10 @@ class MIMO(nn.Module):
         example: an input of the backbone, or a tuple of its arguments; it is run once without gradients, in evaluation
             mode.
         weights: "fresh": both layers are drawn anew. "copy": each slot has the first layer's weights / M, each head
-            those of the head, so that the ensemble starts as the network was.
+            those of the head, so that the ensemble starts as the network was; what is frozen stays so.
         inplace: change ``backbone`` itself; else a deep copy of it is changed.
-        batch_dim: dimension of the examples in x; None: 1 where the first layer is an LSTM that takes time first, else
-            0.
+        batch_dim: dimension of the examples in x and in the labels; None: 1 where the first layer is an LSTM that takes
+            time first, else 0. An LSTM as first layer finds them in its own input by its own batch_first.
 
     Attributes:
         backbone: the network, changed. report: ``MIMOReport`` of what was done, also logged.
@@ -95,11 +95,13 @@ class MIMO(nn.Module):
         self.backbone = backbone if inplace else copy.deepcopy(backbone)
         old = self.backbone.get_submodule(first_name), self.backbone.get_submodule(head_name)
         new = parts.first_layer(old[0], M, weights == "copy"), parts.head_layer(old[1], M, weights == "copy")
-        if batch_dim is not None:
+        if batch_dim is None:
+            parts.check_time_first(self.backbone, first_name)
+        elif isinstance(new[0], (MIMOLinear, MIMOEmbedding)):  # all others know where their examples are
             new[0].batch_dim = batch_dim
         for name, layer in zip((first_name, head_name), new, strict=True):
             self.backbone.set_submodule(name, layer)
-        self.M, self.K, self.batch_dim = M, new[1].K, new[0].batch_dim
+        self.M, self.K, self.batch_dim = M, new[1].K, new[0].batch_dim if batch_dim is None else batch_dim
         after = sum(p.numel() for p in self.backbone.parameters())
         was, now = (tuple(f"{type(m).__name__}({m.extra_repr()})" for m in pair) for pair in (old, new))
         self.report = MIMOReport(first_name, head_name, was, now, weights, (before, after))  # type: ignore[arg-type]
@@ -118,9 +120,12 @@ class MIMO(nn.Module):
                 out = self(x, index, *args)
         except Exception as error:
             want = f"a network that takes {B} examples before its first layer {self.report.first} and {2 * B} behind it"
-            raise _check.ArgumentError(f"MIMO: backbone must be {want}, got {type(error).__name__}: {error}") from error
-        if 2 * B not in out.shape[:-2]:
-            _check.fail("MIMO", "backbone", f"a network of {2 * B} rows of logits", list(out.shape))
+            got = f"{type(error).__name__}: {error} (examples counted along batch_dim = {self.batch_dim})"
+            raise _check.ArgumentError(f"MIMO: backbone must be {want}, got {got}") from error
+        at = self.batch_dim if out.dim() - 2 > self.batch_dim else 0
+        if out.shape[at] != 2 * B:
+            want = f"a network of {2 * B} rows of logits along {at}, with batch_dim = {self.batch_dim}"
+            _check.fail("MIMO", "backbone", want, list(out.shape))
 
     @property
     def first(self) -> MIMOLayer:
@@ -153,7 +158,7 @@ class MIMO(nn.Module):
         if (index is not None) != (mode == "train"):
             got = "None" if index is None else "an index"
             _check.fail("MIMO", "index", f"{'an index' if index is None else 'None'} in mode {mode!r}", got)
-        if mode != "ensemble" and not isinstance(self.first, MIMOLayer):  # compressed, as folded
+        if mode != "ensemble" and self._is_compressed:
             _check.fail("MIMO", "mode", "'ensemble', since the first layer has no weights of each slot", repr(mode))
         if mode == "multiplex":
             b = self.batch_dim
@@ -161,18 +166,15 @@ class MIMO(nn.Module):
                 shape: Any = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 _check.fail("MIMO", "x", f"a tensor with M = {self.M} examples along {b + 1}", shape)
             x = x.flatten(b, b + 1)
-        first, head = self.first, self.head
-        first._call_given = Call(mode, index)
-        head._listened = True
+        before = getattr(calls, "now", None)
+        calls.now = call = Call(self.first, self.head, mode, index)
         try:
             out = self.backbone(x, *args, **options)
-            returned = head._returned
         finally:
-            first._call_given = None
-            head._listened, head._returned = False, None
-        if returned is None or out is not returned:
-            parts.explain_output(self.report.head, out, returned)
-        return returned
+            calls.now = before
+        if call.returned is None or out is not call.returned:
+            parts.explain_output(self.report.head, out, call.returned)
+        return call.returned
 
     def loss(self, logits: Tensor, labels: Tensor, index: Tensor | None = None, **options: Any) -> Tensor:
         """``fastseq.functional.mimo_nll``: the sum over slots of the mean cross-entropy.
@@ -193,25 +195,39 @@ class MIMO(nn.Module):
     def stats(self, logits: Tensor, labels: Tensor | None = None, **options: Any) -> EnsembleStats:
         """``fastseq.functional.ensemble_stats`` of the ensemble mode's logits [rows, ..., M, K] and labels [rows, ...],
         further dimensions flattened into rows."""
+        if logits.dim() < 3:
+            _check.fail("MIMO", "logits", "[rows, ..., M, K] of the ensemble mode", list(logits.shape))
         return functional.ensemble_stats(logits.flatten(0, -3), None if labels is None else labels.flatten(), **options)
 
     def fold(self) -> MIMO:
         """``fastseq.nn.fold`` of this model."""
+        self._refuse_compressed("fold")
         fold(self)
         return self
 
     def unfold(self) -> MIMO:
         """``fastseq.nn.unfold`` of this model."""
+        self._refuse_compressed("unfold")
         unfold(self)
         return self
 
     def to_plain(self) -> nn.Module:
         """The ensemble mode as a copy of the backbone with plain layers, folded weights and one head of M*K, which
         returns [rows, M, K]: for deployment and export."""
+        self._refuse_compressed("to_plain")
         plain = copy.deepcopy(self.backbone)
         plain.set_submodule(self.report.first, self.first.to_plain())
         plain.set_submodule(self.report.head, self.head.to_plain())
         return plain
+
+    @property
+    def _is_compressed(self) -> bool:
+        return not isinstance(self.first, MIMOLayer)
+
+    def _refuse_compressed(self, method: str) -> None:
+        if self._is_compressed:
+            why = f"this model was compressed as folded, its first layer is a {type(self.first).__name__}"
+            raise _check.ArgumentError(f"MIMO: {method}() needs the weights of each slot: {why}")
 
     def extra_repr(self) -> str:
         return f"M={self.M}, K={self.K}, {self.report}"

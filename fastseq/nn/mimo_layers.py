@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseq import _check, functional
-from fastseq.nn._mimo_fold import MIMOLayer, check_slots, sum_slots
+from fastseq.nn._mimo_fold import MIMOLayer, calls, check_slots, sum_slots
 
 _Plain = TypeVar("_Plain", bound=nn.Module)
 
@@ -163,9 +163,7 @@ class MIMOEmbedding(MIMOLayer, nn.Embedding):
         if mode == "multiplex":
             input = self._slots_of_rows(input)
             self._check_last(input, "M", self.M)
-            tables = self._look_up(input).unflatten(-1, (self.M, self.channels))  # [..., M, M, E]
-            own = tables.diagonal(0, -3, -2)  # [..., E, M]
-            return sum_slots(own, -1)
+            return sum_slots(self._of_slots(input), -2)
         if index is not None:
             if input.dim() <= self.batch_dim:
                 _check.fail("MIMOEmbedding", "input", f"tokens with examples along {self.batch_dim}", list(input.shape))
@@ -175,6 +173,17 @@ class MIMOEmbedding(MIMOLayer, nn.Embedding):
             return self._look_up(input, self._folded("weight"))
         found = self._look_up(input)  # cheaper than the sum of whole tables
         return sum_slots(found.unflatten(-1, (self.M, self.channels)), -2)
+
+    def _of_slots(self, tokens: Tensor) -> Tensor:
+        """What each slot's table has for its token: [..., M] to [..., M, E]."""
+        M, E = self.M, self.channels
+        if self.sparse or self.scale_grad_by_freq:  # gradients of whole rows, and counts of tokens in all slots
+            return self._look_up(tokens).unflatten(-1, (M, E)).diagonal(0, -3, -2).transpose(-1, -2)
+        at = torch.add(torch.arange(M, device=tokens.device), tokens, alpha=M)  # int64, whatever tokens are
+        found = F.embedding(at, self.weight.unflatten(1, (M, E)).flatten(0, 1))
+        if self.padding_idx is None:
+            return found
+        return torch.where((tokens == self.padding_idx)[..., None], found.detach(), found)
 
     def _look_up(self, tokens: Tensor, weight: Tensor | None = None) -> Tensor:
         weight = self.weight if weight is None else weight
@@ -201,8 +210,6 @@ class MIMOHead(nn.Linear):
         check_slots("MIMOHead", M)
         super().__init__(H, M * K, bias, device, dtype)
         self.M, self.K = M, K
-        self._listened = False  # by ``fastseq.nn.MIMO``, which compares what a network returns with this
-        self._returned: Tensor | None = None
 
     def forward(self, input: Tensor, *, per_slot: bool = False) -> Tensor:
         """
@@ -222,8 +229,9 @@ class MIMOHead(nn.Linear):
             out = out if self.bias is None else out + self.bias.to(out.dtype).unflatten(0, (M, self.K))
         else:
             out = F.linear(input, self.weight, self.bias).unflatten(-1, (M, self.K))
-        if self._listened:
-            self._returned = out
+        call = getattr(calls, "now", None)
+        if call is not None and call.head is self:  # ``fastseq.nn.MIMO`` compares what a network returns with this
+            call.returned = out
         return out
 
     def to_plain(self) -> nn.Sequential:

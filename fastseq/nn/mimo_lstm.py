@@ -82,7 +82,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
             if index is not None:
                 raise TypeError("MIMOLSTM: hx must be a MIMOState beside index, got a tensor")
             hx, index = None, hx
-        inside = self._call_given is not None
+        inside = self._told is not None
         if isinstance(hx, MIMOState):
             hx, index = self._state_of(hx, index, mode)
         elif index is not None and hx is not None:
@@ -108,7 +108,7 @@ class MIMOLSTM(MIMOLayer, LSTM):
 
     def _state_of(self, state: MIMOState, index: Tensor | None, mode: str | None) -> tuple[State, Tensor]:
         """(h, c) and the index of a carried state, which no other may replace."""
-        if mode not in (None, "train") or self._call_given is not None:
+        if mode not in (None, "train") or self._told is not None:
             _check.fail("MIMOLSTM", "hx", f"(h_0, c_0) in mode {mode!r}", "a MIMOState")
         if index is not None and index is not state.index and not torch.compiler.is_compiling():
             if index.shape != state.index.shape or not torch.equal(index.to(state.index), state.index):

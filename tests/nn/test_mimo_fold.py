@@ -164,6 +164,17 @@ def test_inference_mode() -> None:
     assert_agrees("out", got.clone(), other, x.clone())
 
 
+@pytest.mark.parametrize("name", ["linear", "conv2d", "lstm"])
+def test_folded_under_inference_mode_and_called_with_gradients(name: str) -> None:
+    layer, x = make(name)
+    with torch.inference_mode():
+        layer.eval().fold()
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(run(layer, x).sum(), x)
+    (want,) = torch.autograd.grad(run(layer.unfold().fold(), x).sum(), x)
+    assert_same_bits("dx", got, want)
+
+
 def test_parametrized_weights() -> None:
     layer, x = make("linear")
     parametrizations.weight_norm(layer)

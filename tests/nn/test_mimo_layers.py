@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseq._check import ArgumentError
 from fastseq.nn import MIMOConv1d, MIMOConv2d, MIMOEmbedding, MIMOHead, MIMOLinear
@@ -106,6 +107,46 @@ def test_embedding(mode: str, dtype: torch.dtype, padding_idx: int | None) -> No
     assert_within_budget("out dweight", [out, grad], reference, [layer.weight, upstream], GRADIENTS)
     if padding_idx is not None:
         assert not grad[padding_idx].any() and not layer.weight[padding_idx].any()
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how large what torch computes is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.found += [t.numel() for t in (out,) if isinstance(t, Tensor)]
+        return out
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_multiplex_looks_up_one_vector_a_slot(kind: torch.dtype, padding_idx: int | None) -> None:
+    """As the other way, of the options that need whole rows, does."""
+    layer, whole = embedding(padding_idx), MIMOEmbedding(9, 4, M, padding_idx, sparse=True)
+    whole.load_state_dict(layer.state_dict())
+    tokens = torch.randint(0, 9, (B, 5, M)).to(kind)
+    tokens[0] = 2
+    out, want = layer(tokens, mode="multiplex"), whole(tokens, mode="multiplex")
+    assert_same_bits("out", out, want)
+    upstream = torch.randn_like(out)
+    grads = torch.autograd.grad(out, layer.weight, upstream)[0], torch.autograd.grad(want, whole.weight, upstream)[0]
+
+    def reference(weight: Tensor, upstream: Tensor) -> Tensor:
+        return torch.autograd.grad(tables(weight, tokens, padding_idx), weight, upstream)[0]
+
+    assert_within_budget("dweight", grads[0], reference, [layer.weight, upstream], GRADIENTS)
+    assert_within_budget("dweight", grads[1].to_dense(), reference, [layer.weight, upstream], GRADIENTS)
+    assert padding_idx is None or not grads[0][padding_idx].any()
+    with Sizes() as sizes:
+        layer(tokens, mode="multiplex")
+    assert max(sizes.found) == 4 * tokens.numel()
+    for token in (-1, 9):
+        with pytest.raises(IndexError):
+            layer(torch.full((1, M), token, dtype=kind), mode="multiplex")
 
 
 def test_embedding_is_drawn_as_the_wide_table() -> None:
