@@ -178,7 +178,8 @@ class MIMOEmbedding(MIMOLayer, nn.Embedding):
         """What each slot's table has for its token: [..., M] to [..., M, E]."""
         M, E = self.M, self.channels
         if self.sparse or self.scale_grad_by_freq:  # gradients of whole rows, and counts of tokens in all slots
-            return self._look_up(tokens).unflatten(-1, (M, E)).diagonal(0, -3, -2).transpose(-1, -2)
+            own: Tensor = self._look_up(tokens).unflatten(-1, (M, E)).diagonal(0, -3, -2)  # [..., E, M]
+            return own.transpose(-1, -2)
         at = torch.add(torch.arange(M, device=tokens.device), tokens, alpha=M)  # int64, whatever tokens are
         found = F.embedding(at, self.weight.unflatten(1, (M, E)).flatten(0, 1))
         if self.padding_idx is None:
