@@ -187,7 +187,7 @@ def test_gather_of_16_bits_has_a_gradient(dtype: torch.dtype) -> None:
     x, d = torch.randn(4, 5).to(dtype), torch.randn(8, 15).to(dtype)
     leaf = x.clone().requires_grad_()
     y = functional.mimo_gather(leaf, index)
-    assert_same_bits("y", y, functional.mimo_gather(x, index))
+    assert_same_bits("y", y.float(), functional.mimo_gather(x, index).float())
     (got,) = torch.autograd.grad(y, leaf, d)
 
     def definition(d: Tensor) -> Tensor:
