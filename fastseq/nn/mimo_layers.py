@@ -23,7 +23,7 @@ class MIMOLinear(MIMOLayer, nn.Linear):
     Three modes, whatever ``self.training`` is:
 
     - train, ``layer(x, index)``: x [B, ..., C] of distinct examples, index [M, N] of ``MIMOIndex``: [N, ..., G], rows
-      of several examples. It is computed once for each example, not for each row.
+      of several examples, by ``functional.mimo_project``: computed once for each example where that is less work.
     - ensemble, ``layer(x)``: x [..., C] lies in all slots.
     - multiplex, ``layer(x, mode="multiplex")``: x [..., M, C], another example in each slot.
 

@@ -33,7 +33,8 @@ class MIMOLSTM(MIMOLayer, LSTM):
     Three modes, whatever ``self.training`` is (C is ``input_size``; B and T the other way round with batch_first):
 
     - train, ``lstm(x, index)``: x [T, B, C] of distinct examples, index [M, N] of ``MIMOIndex``: N rows of several
-      examples. The input product is computed once for each example, not for each row.
+      examples. The input product is that of ``functional.mimo_project``: once for each example, not for each row,
+      where that is less work (but of the rows where torch's own LSTM runs, on a GPU).
     - ensemble, ``lstm(x)``: the same x in all slots, with folded weights.
     - multiplex, ``lstm(x, mode="multiplex")``: x [T, B, M, C], another example in each slot.
 

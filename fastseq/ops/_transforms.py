@@ -50,6 +50,11 @@ def one_by_one(run: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What distances, losses, counts and sums have where their argument has this dtype: float32 for one of 16 bits."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
 def in_float32(run: Callable[..., Any], *like: int) -> Callable[..., Any]:
     """A definition that computes 16-bit arguments in float32.
 

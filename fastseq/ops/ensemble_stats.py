@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
-from fastseq.ops.mimo_nll import wide
+from fastseq.ops._transforms import wide
 
 library.define(
     "ensemble_stats(Tensor logits, Tensor? labels, int bins, int ignore, bool probability)"

@@ -10,18 +10,13 @@ from torch.autograd import Function, forward_ad
 
 from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
-from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
+from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode, wide
 
 library.define("mimo_nll(Tensor logits, Tensor labels, float smoothing, int ignore) -> (Tensor, Tensor, Tensor)")
 library.define(
     "mimo_nll_backward(Tensor? dloss, Tensor? dnll, Tensor logits, Tensor labels, Tensor lse, float smoothing, "
     "int ignore) -> Tensor"
 )
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What losses have where logits have this dtype: float32 for one of 16 bits."""
-    return torch.float32 if dtype.itemsize == 2 else dtype
 
 
 @fake("mimo_nll")

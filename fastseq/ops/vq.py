@@ -10,7 +10,7 @@ from torch.autograd import Function, forward_ad
 
 from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
-from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
+from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode, wide
 
 GRADIENTS = ("straight", "rotation", "codes")
 SCREEN = {False: 0, True: 1, None: 2}  # never, always where it can, where it is faster
@@ -29,11 +29,6 @@ library.define(
     "vq_backward(Tensor? dquantized, Tensor? dcommitment, Tensor? dcodebook_error, Tensor x, Tensor codes, "
     "Tensor index, int K, int gradient, bool need_x, bool need_codebook) -> (Tensor, Tensor)"
 )
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What distances, scores, counts and sums have where x has this dtype: float32 for one of 16 bits."""
-    return torch.float32 if dtype.itemsize == 2 else dtype
 
 
 @fake("vq_nearest")

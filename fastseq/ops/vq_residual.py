@@ -16,8 +16,8 @@ from torch.autograd import Function, forward_ad
 
 from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
-from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
-from fastseq.ops.vq import GRADIENTS, wide
+from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode, wide
+from fastseq.ops.vq import GRADIENTS
 
 library.define(
     "vq_residual(Tensor x, Tensor[] codebooks, Tensor? mask, Tensor? levels, bool sums, bool keep)"
