@@ -272,13 +272,14 @@ def vq_pack(index: Index, bits: int) -> NDArray[np.uint8]: ...
 def vq_unpack(packed: NDArray[np.uint8], bits: int, count: int) -> Index: ...
 def mimo_nll(
     logits: Array, labels: Index, smoothing: float = 0.0, ignore: int = -100, *, threads: int = 1
-) -> tuple[Array, Array, Array]: ...
+) -> tuple[Array, Array, Array, Array]: ...
 def mimo_nll_backward(
     dloss: Array | None,
     dnll: Array | None,
     logits: Array,
     labels: Index,
-    lse: Array,
+    top: Array,
+    logsum: Array,
     smoothing: float = 0.0,
     ignore: int = -100,
     *,

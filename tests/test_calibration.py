@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import subprocess
 import sys
 
@@ -78,15 +79,28 @@ def test_a_likelihood_that_no_temperature_changes_leaves_the_logits(caplog: pyte
     assert not caplog.records
 
 
-def test_perfect_and_hopeless_predictions_reach_the_end(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("M", [1, 3])
+def test_perfect_predictions_have_smoothed_targets(M: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Where all is right the best probability of a label is its smoothed target."""
+    labels = torch.arange(B) % K
+    logits = torch.nn.functional.one_hot(labels, K).float()[:, None].expand(B, M, K)
+    with caplog.at_level(logging.WARNING, "fastseq"):
+        found = fit_temperature(logits, labels)
+    target = 1 - (1 - 1 / K) / (B + 1)
+    assert found == pytest.approx(1 / math.log(target * (K - 1) / (1 - target)), rel=1e-6)
+    [record] = caplog.records
+    assert record.message == f"fit_temperature: likelihood grows as T falls; targets smoothed by 1 / (N + 1), N = {B}"
+
+
+def test_what_asks_for_more_than_the_range_reaches_its_end(caplog: pytest.LogCaptureFixture) -> None:
     labels = torch.arange(B) % K
     logits = torch.nn.functional.one_hot(labels, K).float()
     with caplog.at_level(logging.WARNING, "fastseq"):
-        assert fit_temperature(logits, labels) == 0.01
         assert fit_temperature(logits, (labels + 1) % K) == 100.0
-    assert [r.message for r in caplog.records] == [
-        f"fit_temperature: the likelihood grows beyond T = {end}, the end of the range" for end in ("0.01", "100")
-    ]
+        assert fit_temperature(1e-4 * logits, labels) == 0.01
+    said = [r.message for r in caplog.records]
+    assert said[0] == "fit_temperature: likelihood grows beyond T = 100, the end of the range"
+    assert said[2] == "fit_temperature: likelihood grows beyond T = 0.01, the end of the range"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -78,7 +78,7 @@ def nll_backward(kernels: Kernels, name: str, smoothing: float) -> None:
     logits, labels = cases.loss_inputs(CLASSES[name], kernels.torch_dtype)
     grads = [cases.normal(1).squeeze(), cases.normal(*labels.shape, seed=2)]
     for kept in (grads, [grads[0], None], [None, grads[1]]):
-        given = [*kept, logits, labels, logits.float().logsumexp(2), smoothing, IGNORE]
+        given = [*kept, logits, labels, *reference.softmax_sums(logits.float()), smoothing, IGNORE]
         got = kernels.call("mimo_nll", "mimo_nll_backward", given)
         kernels.within_budget("dlogits", got, reference.mimo_nll_backward, given, GRADIENTS)
 

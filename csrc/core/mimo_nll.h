@@ -13,7 +13,8 @@ namespace fastseq::core {
 //   labels  [N, M]     in    each in 0 .. K - 1, or `ignore`
 //   loss    []         out   sum over slots of the mean over rows that are not ignored
 //   nll     [N, M]     out   0 where ignored
-//   lse     [N, M]     out   logsumexp
+//   top     [N, M]     out   the largest logit
+//   logsum  [N, M]     out   log of the sum of exp(logit - top)
 template <class R>
 struct MimoNll {
   int64_t N, M, K;
@@ -21,22 +22,23 @@ struct MimoNll {
   const int64_t* labels;
   double smoothing;
   int64_t ignore;
-  R *loss, *nll, *lse;
+  R *loss, *nll, *top, *logsum;
 };
 template <class R>
 void mimo_nll(const MimoNll<R>& args, const Team& team) noexcept;
 
 //   dloss    [] or null      in
 //   dnll     [N, M] or null  in
-//   lse      [N, M]          in    of these logits
+//   top      [N, M]          in    of these logits, as logsum
+//   logsum   [N, M]          in
 //   weight   [M]             scratch
-//   dlogits  [N, M, K]       out   may not alias logits
+//   dlogits  [N, M, K]       out   0 in rows whose label is ignored; may not alias logits
 template <class R>
 struct MimoNllBackward {
   int64_t N, M, K;
   const R *dloss, *dnll, *logits;
   const int64_t* labels;
-  const R* lse;
+  const R *top, *logsum;
   double smoothing;
   int64_t ignore;
   R *weight, *dlogits;

@@ -156,15 +156,17 @@ inline R row_exp_sum(const R* x, int64_t K, R shift, R* e) {
   return fold_sum<R>(sum);
 }
 
+// Sum of x - shift.
 template <class R>
-inline R row_sum(const R* x, int64_t K) {
+inline R row_sum(const R* x, int64_t K, R shift) {
+  const Vec<R> middle = broadcast(shift);
   Vec<R> sum[kSumVectors] = {};
   by_vectors<R>(
       K,
       [&](int64_t k) __attribute__((always_inline)) {
-        FASTSEQ_EACH(i, kSumVectors) sum[i] += load(x + k + i * kLanes<R>);
+        FASTSEQ_EACH(i, kSumVectors) sum[i] += load(x + k + i * kLanes<R>) - middle;
       },
-      [&](int64_t k, int i, int64_t count) __attribute__((always_inline)) { sum[i] += load_part(x + k, count); });
+      [&](int64_t k, int i, int64_t count) __attribute__((always_inline)) { sum[i] += load_part(x + k, count, middle) - middle; });
   return fold_sum<R>(sum);
 }
 

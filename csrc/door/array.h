@@ -18,6 +18,12 @@ inline const char* name_of(Type type) {
   return kNames[static_cast<int>(type)];
 }
 
+// Calls go with a zero of the type, which is float32 or float64.
+template <class F>
+void by_type(Type type, F&& go) {
+  type == Type::f32 ? go(float()) : go(double());
+}
+
 struct Array {
   const void* data = nullptr;
   Type type = Type::other;

@@ -38,10 +38,11 @@ inline NllSizes check_nll(const char* op, const Array& logits, const Array& labe
 }
 
 inline NllSizes check_nll_backward(const Array& dloss, const Array& dnll, const Array& logits, const Array& labels,
-                                   const Array& lse, double smoothing, int64_t ignore) {
+                                   const Array& top, const Array& logsum, double smoothing, int64_t ignore) {
   const char* const op = "mimo_nll_backward";
   const NllSizes s = check_nll(op, logits, labels, smoothing, ignore);
-  expect(op, "lse", lse, s.type, "[N, M]", {s.N, s.M});
+  expect(op, "top", top, s.type, "[N, M]", {s.N, s.M});
+  expect(op, "logsum", logsum, s.type, "[N, M]", {s.N, s.M});
   if (dloss.given()) expect(op, "dloss", dloss, s.type, "[]", {});
   if (dnll.given()) expect(op, "dnll", dnll, s.type, "[N, M]", {s.N, s.M});
   return s;

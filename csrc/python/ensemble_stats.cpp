@@ -37,7 +37,7 @@ py::tuple ensemble_stats(const py::array& logits, const Optional& labels, int64_
     const door::Scratch<R> scratch(core::ensemble_stats_scratch(call, threads));
     core::ensemble_stats(call, scratch.data(), team(threads));
   };
-  s.type == door::Type::f32 ? run(float()) : run(double());
+  door::by_type(s.type, run);
   return py::make_tuple(mean, prediction, confidence, members, disagreement, nll, brier, histogram, totals);
 }
 

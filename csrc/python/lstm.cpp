@@ -47,7 +47,7 @@ py::tuple lstm_forward(const py::array& x_gates, const py::array& weight_hh, con
             pointer<R>(c_n)},
            threads);
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return py::make_tuple(h, c, gates, h_n, c_n);
 }
 
@@ -70,7 +70,7 @@ py::array lstm_gates(const py::array& x_gates, const py::array& h, const py::arr
     run<R>({door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), vh.as<R>(), vc.as<R>(), pointer<R>(gates)},
            threads);
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return gates;
 }
 
@@ -101,7 +101,7 @@ py::tuple lstm_backward(const Optional& dh, const Optional& dc, const Optional& 
             pointer<R>(dc0), start ? pointer<R>(dh_start) : nullptr, start ? pointer<R>(dc_start) : nullptr},
            threads);
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return py::make_tuple(dx_gates, dweight_hh, dh0, dc0, dweight_hr, dh_start, dc_start);
 }
 

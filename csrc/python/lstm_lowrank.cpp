@@ -44,7 +44,7 @@ py::tuple forward(const char* op, const py::array& x_gates, const door::LowRankS
              save >= 2 ? pointer<R>(gates) : nullptr, pointer<R>(h_n), pointer<R>(c_n)}},
            how.threads);
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return py::make_tuple(h, c, gates, h_n, c_n);
 }
 
@@ -80,7 +80,7 @@ py::tuple backward(const char* op, const door::LstmGrads& g, const door::LowRank
     R *const up = pointer<R>(dup), *const down = pointer<R>(ddown), *const full = pointer<R>(dfull);
     run<R>(door::lowrank_backward<R>(w, recurrence, z.H, weights, up, down, full), how.threads);
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   if (w.mixed) return py::make_tuple(dx_gates, dfull, dup, ddown, dh0, dc0, dh_start, dc_start);
   return py::make_tuple(dx_gates, dup, ddown, dh0, dc0, dh_start, dc_start);
 }

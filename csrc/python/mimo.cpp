@@ -5,11 +5,6 @@
 namespace fastseq::python_door {
 namespace {
 
-template <class F>
-void by_type(door::Type type, F go) {
-  type == door::Type::f32 ? go(float()) : go(double());
-}
-
 // Of the type of `like`, whatever it is.
 py::array empty_like(const py::array& like, const std::vector<int64_t>& size) { return py::array(like.dtype(), size); }
 
@@ -53,7 +48,7 @@ py::array mimo_gather_backward(const py::array& d, const py::array& index, int64
   const door::Array vd = view(op, "d", d);
   const door::MimoSizes z = door::check_adjoint(op, vd, view(op, "index", index), B, true);
   py::array out = empty(z.type, {z.shape.A, B, z.shape.S, z.width});
-  by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_gather_backward<R>, z, vd, door::Array{}, out, threads); });
+  door::by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_gather_backward<R>, z, vd, door::Array{}, out, threads); });
   return out;
 }
 
@@ -63,7 +58,7 @@ py::array mimo_combine(const py::array& parts, const py::array& index, const Opt
   const door::Array vp = view(op, "parts", parts), vb = view(op, "bias", bias);
   const door::MimoSizes z = door::check_combine(vp, view(op, "index", index), vb);
   py::array out = empty(z.type, {z.shape.A, z.shape.N, z.shape.S, z.width});
-  by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_combine<R>, z, vp, vb, out, threads); });
+  door::by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_combine<R>, z, vp, vb, out, threads); });
   return out;
 }
 
@@ -73,7 +68,7 @@ py::array mimo_combine_backward(const py::array& d, const py::array& index, int6
   const door::Array vd = view(op, "d", d);
   const door::MimoSizes z = door::check_adjoint(op, vd, view(op, "index", index), B, false);
   py::array out = empty(z.type, {z.shape.A, B, z.shape.S, z.shape.M * z.width});
-  by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_combine_backward<R>, z, vd, door::Array{}, out, threads); });
+  door::by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_combine_backward<R>, z, vd, door::Array{}, out, threads); });
   return out;
 }
 
@@ -85,7 +80,7 @@ py::array mimo_project(const py::array& x, const py::array& weight, const Option
   const door::MimoProjectSizes z = door::check_project(op, vx, vw, view(op, "index", index));
   if (vb.given()) door::expect(op, "bias", vb, z.type, "[G]", {z.G});
   py::array out = empty(z.type, {z.shape.A, z.shape.N, z.shape.S, z.G});
-  by_type(z.type, [&]<class R>(R) {
+  door::by_type(z.type, [&]<class R>(R) {
     const core::MimoProject<R> call{z.shape, z.C, z.G, vx.as<R>(), vw.as<R>(), vb.as<R>(), pointer<R>(out)};
     const py::gil_scoped_release release;
     const door::Scratch<char> scratch(core::mimo_project_scratch(call, threads));
@@ -107,7 +102,7 @@ py::tuple mimo_project_backward(const py::array& d, const py::array& x, const py
   };
   py::array dx = sized(needs_x, {s.A, s.B, s.S, z.C}), dweight = sized(needs_weight, {z.G, s.M * z.C});
   py::array dbias = sized(needs_bias, {z.G});
-  by_type(z.type, [&]<class R>(R) {
+  door::by_type(z.type, [&]<class R>(R) {
     const core::MimoProjectBackward<R> call{s,
                                             z.C,
                                             z.G,

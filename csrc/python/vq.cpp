@@ -19,11 +19,6 @@ void run(const core::VqSums<R>& call, int threads) {
   core::vq_sums(call, scratch.data(), team(threads));
 }
 
-template <class F>
-void by_type(door::Type type, F go) {
-  type == door::Type::f32 ? go(float()) : go(double());
-}
-
 py::array integers(const std::vector<int64_t>& size, int64_t bits) {
   return bits == 16   ? py::array(py::array_t<int16_t>(size))
          : bits == 32 ? py::array(py::array_t<int32_t>(size))
@@ -40,7 +35,7 @@ py::tuple vq_nearest(const py::array& x, const py::array& codebook, const Option
   py::array index = integers({s.G, s.N, best}, bits);
   py::array found = empty(s.type, distance ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
   py::array scores = empty(s.type, score ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
-  by_type(s.type, [&]<class R>(R) {
+  door::by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), best, static_cast<int>(bits), index.mutable_data(),
                               distance ? pointer<R>(found) : nullptr, score ? pointer<R>(scores) : nullptr, nullptr,
                               static_cast<core::Screen>(screen)},
@@ -131,7 +126,7 @@ py::tuple vq_quantize(const py::array& x, const py::array& codebook, const Optio
   py::array index = integers({s.G, s.N}, 64);
   py::array counts = empty(s.type, sums ? std::vector<int64_t>{s.G, s.K} : std::vector<int64_t>{0});
   py::array total = empty(s.type, sums ? std::vector<int64_t>{s.G, s.K, s.D} : std::vector<int64_t>{0});
-  by_type(s.type, [&]<class R>(R) {
+  door::by_type(s.type, [&]<class R>(R) {
     const auto* const k = static_cast<const int64_t*>(index.data());
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), 1, 64, index.mutable_data(), pointer<R>(distance),
                               nullptr, pointer<R>(codes)},
@@ -150,7 +145,7 @@ py::tuple vq_sums(const py::array& x, const py::array& index, int64_t K, int thr
   const door::Array vx = view(op, "x", x), vi = view(op, "index", index);
   const door::VqSizes s = door::check_index(op, "x", vx, vi, K);
   py::array counts = empty(s.type, {s.G, K}), sums = empty(s.type, {s.G, K, s.D});
-  by_type(s.type, [&]<class R>(R) {
+  door::by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqSums<R>{s.G, s.N, K, s.D, vx.as<R>(), nullptr, nullptr, nullptr, R(1), vi.as<int64_t>(),
                            pointer<R>(counts), pointer<R>(sums)},
            threads);

@@ -35,7 +35,7 @@ py::tuple vq_residual(const py::array& x, const std::vector<py::array>& codebook
     const door::Scratch<char> scratch(core::vq_residual_scratch(call, threads));
     core::vq_residual(call, scratch.data(), team(threads));
   };
-  s.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(s.type, go);
   return py::make_tuple(quantized, index, distance, counts, total);
 }
 

@@ -41,7 +41,7 @@ Nine ensemble_stats(Tensor logits, Optional labels, int64_t bins, int64_t ignore
     const door::Scratch<R> scratch(core::ensemble_stats_scratch(call, t.most));
     core::ensemble_stats(call, scratch.data(), t);
   };
-  s.type == door::Type::f32 ? run(float()) : run(double());
+  door::by_type(s.type, run);
   return {mean, prediction, confidence, members, disagreement, nll, brier, histogram, totals};
 }
 

@@ -47,7 +47,7 @@ Five lstm_forward(Tensor x_gates, Tensor weight_hh, Tensor h0, Tensor c0, Option
                                 save >= 1 ? pointer<R>(c) : nullptr, save >= 2 ? pointer<R>(gates) : nullptr,
                                 pointer<R>(h_n), pointer<R>(c_n)});
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return {h, c, gates, h_n, c_n};
 }
 
@@ -67,7 +67,7 @@ Tensor lstm_gates(Tensor x_gates, Tensor h, Tensor c, Tensor weight_hh, Tensor h
     run<R>(core::LstmGates<R>{door::lstm_args<R>(z, s, tau, hard, reverse), noise, x.as<R>(), vh.as<R>(), vc.as<R>(),
                               pointer<R>(gates)});
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return gates;
 }
 
@@ -95,7 +95,7 @@ Seven lstm_backward(Optional dh, Optional dc, Optional dgates, Optional dh_n, Op
                                  project ? pointer<R>(dweight_hr) : nullptr, pointer<R>(dh0), pointer<R>(dc0),
                                  start ? pointer<R>(dh_start) : nullptr, start ? pointer<R>(dc_start) : nullptr});
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return {dx_gates, dweight_hh, dh0, dc0, dweight_hr, dh_start, dc_start};
 }
 

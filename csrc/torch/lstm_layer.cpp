@@ -61,7 +61,7 @@ Five lstm_layer_forward(Tensor x, Tensor weight_ih, Optional bias, Tensor weight
     const door::Scratch<R> scratch(core::lstm_layer_scratch(call, t.most));
     core::lstm_layer_forward(call, scratch.data(), t);
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return {h, c, gates, h_n, c_n};
 }
 
@@ -106,7 +106,7 @@ Nine lstm_layer_backward(Optional dh, Optional dc, Optional dgates, Optional dh_
     const door::Scratch<R> scratch(core::lstm_layer_scratch(call, t.most));
     core::lstm_layer_backward(call, scratch.data(), t);
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return {dx, dweight_ih, dbias, dweight_hh, dh0, dc0, dweight_hr, dh_start, dc_start};
 }
 

@@ -44,7 +44,7 @@ Five forward(const char* op, const Tensor& x_gates, const door::LowRankState& w,
                                    {args, noise, x.as<R>(), pointer<R>(h), save >= 1 ? pointer<R>(c) : nullptr,
                                     save >= 2 ? pointer<R>(gates) : nullptr, pointer<R>(h_n), pointer<R>(c_n)}});
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return {h, c, gates, h_n, c_n};
 }
 
@@ -81,7 +81,7 @@ Eight backward(const char* op, const door::LstmGrads& g, const Tensor& like, con
     run<R>(door::lowrank_backward<R>(w, recurrence, z.H, weights, pointer<R>(dup), pointer<R>(ddown),
                                      pointer<R>(dweight_hh)));
   };
-  z.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(z.type, go);
   return {dx_gates, dweight_hh, dup, ddown, dh0, dc0, dh_start, dc_start};
 }
 

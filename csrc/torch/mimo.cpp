@@ -11,11 +11,6 @@ namespace {
 using Pair = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-template <class F>
-void by_type(door::Type type, F go) {
-  type == door::Type::f32 ? go(float()) : go(double());
-}
-
 // A plain copy: of any type.
 Pair mimo_gather(Tensor x, Tensor index, Optional labels) {
   const char* const op = "mimo_gather";
@@ -45,7 +40,7 @@ Tensor mimo_gather_backward(Tensor d, Tensor index, int64_t B) {
   const door::Array vd = view(op, "d", d);
   const door::MimoSizes z = door::check_adjoint(op, vd, view(op, "index", index), B, true);
   Tensor out = empty(d, {z.shape.A, B, z.shape.S, z.width});
-  by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_gather_backward<R>, z, vd, door::Array{}, out); });
+  door::by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_gather_backward<R>, z, vd, door::Array{}, out); });
   return out;
 }
 
@@ -55,7 +50,7 @@ Tensor mimo_combine(Tensor parts, Tensor index, Optional bias) {
   const door::Array vp = view(op, "parts", parts), vb = view(op, "bias", bias);
   const door::MimoSizes z = door::check_combine(vp, view(op, "index", index), vb);
   Tensor out = empty(parts, {z.shape.A, z.shape.N, z.shape.S, z.width});
-  by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_combine<R>, z, vp, vb, out); });
+  door::by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_combine<R>, z, vp, vb, out); });
   return out;
 }
 
@@ -65,7 +60,7 @@ Tensor mimo_combine_backward(Tensor d, Tensor index, int64_t B) {
   const door::Array vd = view(op, "d", d);
   const door::MimoSizes z = door::check_adjoint(op, vd, view(op, "index", index), B, false);
   Tensor out = empty(d, {z.shape.A, B, z.shape.S, z.shape.M * z.width});
-  by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_combine_backward<R>, z, vd, door::Array{}, out); });
+  door::by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_combine_backward<R>, z, vd, door::Array{}, out); });
   return out;
 }
 
@@ -76,7 +71,7 @@ Tensor mimo_project(Tensor x, Tensor weight, Optional bias, Tensor index) {
   const door::MimoProjectSizes z = door::check_project(op, vx, vw, view(op, "index", index));
   if (vb.given()) door::expect(op, "bias", vb, z.type, "[G]", {z.G});
   Tensor out = empty(x, {z.shape.A, z.shape.N, z.shape.S, z.G});
-  by_type(z.type, [&]<class R>(R) {
+  door::by_type(z.type, [&]<class R>(R) {
     const core::MimoProject<R> call{z.shape, z.C, z.G, vx.as<R>(), vw.as<R>(), vb.as<R>(), pointer<R>(out)};
     const core::Team t = team();
     const door::Scratch<char> scratch(core::mimo_project_scratch(call, t.most));
@@ -98,7 +93,7 @@ Three mimo_project_backward(Tensor d, Tensor x, Tensor weight, Tensor index, boo
   };
   Tensor dx = sized(needs_x, {s.A, s.B, s.S, z.C}), dweight = sized(needs_weight, {z.G, s.M * z.C});
   Tensor dbias = sized(needs_bias, {z.G});
-  by_type(z.type, [&]<class R>(R) {
+  door::by_type(z.type, [&]<class R>(R) {
     const core::MimoProjectBackward<R> call{s,
                                             z.C,
                                             z.G,

@@ -23,11 +23,6 @@ void run(const core::VqSums<R>& call) {
   core::vq_sums(call, scratch.data(), t);
 }
 
-template <class F>
-void by_type(door::Type type, F go) {
-  type == door::Type::f32 ? go(float()) : go(double());
-}
-
 Tensor integers(const Tensor& like, const std::vector<int64_t>& size, int64_t bits) {
   return torch::stable::new_empty(like, size,
                                   bits == 16   ? ScalarType::Short
@@ -45,7 +40,7 @@ Three vq_nearest(Tensor x, Tensor codebook, Optional mask, bool dot, int64_t bes
   Tensor index = integers(x, {s.G, s.N, best}, bits);
   Tensor found = empty(x, distance ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
   Tensor scores = empty(x, score ? std::vector<int64_t>{s.G, s.N, best} : std::vector<int64_t>{0});
-  by_type(s.type, [&]<class R>(R) {
+  door::by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), best, static_cast<int>(bits),
                               index.mutable_data_ptr(), distance ? pointer<R>(found) : nullptr,
                               score ? pointer<R>(scores) : nullptr, nullptr, static_cast<core::Screen>(screen)});
@@ -61,7 +56,7 @@ Five vq_quantize(Tensor x, Tensor codebook, Optional mask, bool dot, bool sums) 
   Tensor codes = empty(x, {s.G, s.N, s.D}), index = integers(x, {s.G, s.N}, 64), distance = empty(x, {s.G, s.N});
   Tensor counts = empty(x, sums ? std::vector<int64_t>{s.G, s.K} : std::vector<int64_t>{0});
   Tensor total = empty(x, sums ? std::vector<int64_t>{s.G, s.K, s.D} : std::vector<int64_t>{0});
-  by_type(s.type, [&]<class R>(R) {
+  door::by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqNearest<R>{door::vq_shape<R>(s, vx, vc, vm, dot), 1, 64, index.mutable_data_ptr(),
                               pointer<R>(distance), nullptr, pointer<R>(codes)});
     if (!sums) return;
@@ -77,7 +72,7 @@ Pair vq_sums(Tensor x, Tensor index, int64_t K) {
   const door::Array vx = view(op, "x", x), vi = view(op, "index", index);
   const door::VqSizes s = door::check_index(op, "x", vx, vi, K);
   Tensor counts = empty(x, {s.G, K}), sums = empty(x, {s.G, K, s.D});
-  by_type(s.type, [&]<class R>(R) {
+  door::by_type(s.type, [&]<class R>(R) {
     run<R>(core::VqSums<R>{s.G, s.N, K, s.D, vx.as<R>(), nullptr, nullptr, nullptr, R(1), vi.as<int64_t>(),
                            pointer<R>(counts), pointer<R>(sums)});
   });
@@ -100,7 +95,7 @@ Pair vq_backward(Optional dquantized, Optional dcommitment, Optional dcodebook_e
   const bool to_codes = gradient == 2;
   Tensor dx = empty(x, need_x ? std::vector<int64_t>{s.G, s.N, s.D} : std::vector<int64_t>{0});
   Tensor dcodebook = empty(x, need_codebook ? std::vector<int64_t>{s.G, K, s.D} : std::vector<int64_t>{0});
-  by_type(s.type, [&]<class R>(R) {
+  door::by_type(s.type, [&]<class R>(R) {
     if (need_x) {
       core::vq_rows(core::VqRows<R>{s.G * s.N, s.D, to_codes ? nullptr : vq.as<R>(), vd.as<R>(), vx.as<R>(), vc.as<R>(),
                                     vi.as<int64_t>(), gradient == 1, pointer<R>(dx)},

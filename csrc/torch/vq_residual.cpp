@@ -37,7 +37,7 @@ Six vq_residual(Tensor x, std::vector<Tensor> codebooks, Optional mask, Optional
     const door::Scratch<char> scratch(core::vq_residual_scratch(call, t.most));
     core::vq_residual(call, scratch.data(), t);
   };
-  s.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(s.type, go);
   return {quantized, index, distance, counts, total, kept};
 }
 
@@ -61,7 +61,7 @@ Tensor vq_residual_backward(Optional dquantized, Optional dcommitment, Tensor x,
     const door::Scratch<char> scratch(core::vq_residual_rows_scratch(call, t.most));
     core::vq_residual_rows(call, scratch.data(), t);
   };
-  s.type == door::Type::f32 ? go(float()) : go(double());
+  door::by_type(s.type, go);
   return dx;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, ignore_index: int = -100)
 
     A grid over log T and a golden section in its best cell, in float64: the mean of several members' probabilities can
     have more than one minimum, and no gradient is needed.
+
+    Where every one of N examples is predicted right, likelihood only grows as T falls. Then, and the log says so, the
+    targets are those of Platt scaling: each label with probability 1 - 1 / (N + 1), the rest even over the classes.
 
     Args:
         logits: [B, K], or [B, M, K] of M members; of data that was not trained on.
@@ -54,25 +58,37 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, ignore_index: int = -100)
     values = values if values.dim() == 3 else values.unsqueeze(1)
     place = labels[:, None, None].expand(-1, values.shape[1], 1)
 
-    def nll(log_t: float) -> float:
-        picked = (values / math.exp(log_t)).log_softmax(2).gather(2, place).squeeze(2)
-        return float(-picked.logsumexp(1).mean())  # the log of the number of members is the same for all
+    def nll(log_t: float, spread: float = 0.0) -> float:
+        """But for the log of the number of members, which is the same for all."""
+        logp = (values / math.exp(log_t)).log_softmax(2)
+        of_labels = -float(logp.gather(2, place).squeeze(2).logsumexp(1).mean())
+        return (1 - spread) * of_labels - spread * float(logp.logsumexp(1).mean()) if spread else of_labels
 
+    best = _least(nll)
+    N = len(labels)
+    if best == _RANGE[0]:
+        _logger.warning("fit_temperature: likelihood grows as T falls; targets smoothed by 1 / (N + 1), N = %d", N)
+        best = _least(lambda log_t: nll(log_t, 1 / (N + 1)))
+    if best in _RANGE:
+        _logger.warning("fit_temperature: likelihood grows beyond T = %g, the end of the range", best)
+    return best
+
+
+def _least(nll: Callable[[float], float]) -> float:
+    """The temperature for which a function of its logarithm is least; 1 where all are alike."""
     low, high = (math.log(t) for t in _RANGE)
     grid = [low + (high - low) * n / (_GRID - 1) for n in range(_GRID)]
     scores = [nll(t) for t in grid]
     if max(scores) - min(scores) <= 1e-12 * max(1.0, abs(max(scores))):
-        return 1.0  # all temperatures are alike, as where all logits are equal
+        return 1.0  # as where all logits are equal
     best = min(range(_GRID), key=scores.__getitem__)
     if best in (0, _GRID - 1):
-        _logger.warning("fit_temperature: the likelihood grows beyond T = %g, the end of the range", _RANGE[best > 0])
         return _RANGE[best > 0]
     return math.exp(_golden_section(nll, grid[best - 1], grid[best + 1]))
 
 
-def _golden_section(value: object, low: float, high: float) -> float:
+def _golden_section(value: Callable[[float], float], low: float, high: float) -> float:
     """Where a function that falls and then rises between the two is least."""
-    assert callable(value)
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_left, at_right = value(left), value(right)
     for _ in range(_STEPS):

@@ -209,7 +209,7 @@ def mimo_nll(
         logits = logits.to(dtype)
     if flat.dtype != torch.int64:
         flat = flat.to(torch.int64)
-    loss, nll, _ = _nll.nll(logits.contiguous(), flat.contiguous(), label_smoothing, ignore_index)
+    loss, nll = _nll.nll(logits.contiguous(), flat.contiguous(), label_smoothing, ignore_index)
     if reduction == "mean":
         return loss
     return nll.sum() if reduction == "sum" else nll.view(labels.shape)

@@ -12,10 +12,12 @@ from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode, wide
 
-library.define("mimo_nll(Tensor logits, Tensor labels, float smoothing, int ignore) -> (Tensor, Tensor, Tensor)")
 library.define(
-    "mimo_nll_backward(Tensor? dloss, Tensor? dnll, Tensor logits, Tensor labels, Tensor lse, float smoothing, "
-    "int ignore) -> Tensor"
+    "mimo_nll(Tensor logits, Tensor labels, float smoothing, int ignore) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "mimo_nll_backward(Tensor? dloss, Tensor? dnll, Tensor logits, Tensor labels, Tensor top, Tensor logsum, "
+    "float smoothing, int ignore) -> Tensor"
 )
 
 
@@ -23,7 +25,7 @@ library.define(
 def _(logits: Tensor, labels: Tensor, smoothing: float, ignore: int) -> tuple[Tensor, ...]:
     N, M, _ = logits.shape
     dtype = wide(logits.dtype)
-    return logits.new_empty((), dtype=dtype), *(logits.new_empty(N, M, dtype=dtype) for _ in range(2))
+    return logits.new_empty((), dtype=dtype), *(logits.new_empty(N, M, dtype=dtype) for _ in range(3))
 
 
 @fake("mimo_nll_backward")
@@ -60,20 +62,21 @@ class NLL(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, labels, *ctx.rest = inputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(logits, labels, output[2])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(logits, labels, *output[2:])
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, dnll: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        logits, labels, lse = ctx.saved_tensors
+    def backward(ctx: Any, dloss: Tensor | None, dnll: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        logits, labels, *sums = ctx.saved_tensors
         if dloss is None and dnll is None:
             return None, None, None, None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             values = logits.to(wide(logits.dtype))
-            found = reference.mimo_nll_backward(dloss, dnll, values, labels, values.logsumexp(2), *ctx.rest)
+            sums = reference.softmax_sums(values)
+            found = reference.mimo_nll_backward(dloss, dnll, values, labels, *sums, *ctx.rest)
             return found.to(logits.dtype), None, None, None
         dnll = None if dnll is None else dnll.contiguous()
-        d = torch.ops.fastseq.mimo_nll_backward.default(dloss, dnll, logits, labels, lse, *ctx.rest)
+        d = torch.ops.fastseq.mimo_nll_backward.default(dloss, dnll, logits, labels, *sums, *ctx.rest)
         return d, None, None, None
 
     @staticmethod
@@ -81,12 +84,12 @@ class NLL(Function):
         return one_by_one(NLL.apply)(info, in_dims, *args)
 
 
-def nll(logits: Tensor, labels: Tensor, smoothing: float, ignore: int) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, nll and logsumexp; the first two differentiable."""
+def nll(logits: Tensor, labels: Tensor, smoothing: float, ignore: int) -> tuple[Tensor, Tensor]:
+    """loss and nll, differentiable."""
     if forward_ad._current_level >= 0:
         refuse_forward_mode("mimo_nll", logits)
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss, each, lse = apply(NLL, logits, labels, smoothing, ignore)
+        loss, each, *_ = apply(NLL, logits, labels, smoothing, ignore)
     else:
-        loss, each, lse = torch.ops.fastseq.mimo_nll.default(logits, labels, smoothing, ignore)
-    return loss, each, lse
+        loss, each, *_ = torch.ops.fastseq.mimo_nll.default(logits, labels, smoothing, ignore)
+    return loss, each

@@ -18,6 +18,7 @@ from fastseq.reference.mimo import (
     mimo_project,
     mimo_project_backward,
     slot_columns,
+    softmax_sums,
 )
 from fastseq.reference.model import run_model
 from fastseq.reference.model_matrix import matrix_of, matrix_product
@@ -91,6 +92,7 @@ __all__ = [
     "rounded",
     "run_model",
     "slot_columns",
+    "softmax_sums",
     "storage_of",
     "store",
     "unpack",

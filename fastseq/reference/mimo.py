@@ -95,9 +95,18 @@ def mimo_project_backward(d: Tensor, x: Tensor, weight: Tensor, index: Tensor) -
     return dx, dweight, d.sum((0, 1, 2))
 
 
+def softmax_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [..., K] their largest, a constant, and the log of the sum of exponentials of the distances from it.
+
+    ``log_softmax`` is ``(logits - top) - logsum``; their sum, logsumexp, would lose digits of large logits.
+    """
+    top = logits.detach().amax(-1)
+    return top, (logits - top[..., None]).exp().sum(-1).log()
+
+
 def mimo_nll(
     logits: Tensor, labels: Tensor, smoothing: float = 0.0, ignore: int = -100
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy of every slot, and the loss of the paper: the sum over slots of the mean over rows.
 
     Args:
@@ -106,16 +115,17 @@ def mimo_nll(
 
     Returns:
         loss []: a slot's mean is over its labels that are not ignored, 0 where there are none.
-        nll [N, M]: 0 where ignored. logsumexp [N, M].
+        nll [N, M]: 0 where ignored, NaN where a logit is NaN or +inf or all are -inf. top, logsum [N, M]: of
+        ``softmax_sums``, not differentiable.
     """
-    lse = logits.logsumexp(2)
+    top, logsum = softmax_sums(logits)
+    logp = (logits - top[..., None]) - logsum[..., None]
     given = labels != ignore
-    picked = logits.gather(2, torch.where(given, labels, 0)[..., None]).squeeze(2)
-    nll = lse - (1 - smoothing) * picked
+    nll = -(1 - smoothing) * logp.gather(2, torch.where(given, labels, 0)[..., None]).squeeze(2)
     if smoothing:
-        nll = nll - smoothing * logits.mean(2)
+        nll = nll - smoothing * logp.mean(2)
     nll = torch.where(given, nll, 0)
-    return (nll.sum(0) / given.sum(0).clamp_min(1)).sum(), nll, lse
+    return (nll.sum(0) / given.sum(0).clamp_min(1)).sum(), nll, top, logsum.detach()
 
 
 def mimo_nll_backward(
@@ -123,20 +133,22 @@ def mimo_nll_backward(
     dnll: Tensor | None,
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    logsum: Tensor,
     smoothing: float = 0.0,
     ignore: int = -100,
 ) -> Tensor:
-    """dlogits [N, M, K] from dloss [] and dnll [N, M]; either may be None."""
+    """dlogits [N, M, K] from dloss [] and dnll [N, M], either may be None; 0 in rows whose label is ignored."""
     given = labels != ignore
-    weight = torch.zeros_like(lse)
+    weight = torch.zeros_like(logsum)
     if dloss is not None:
         weight = weight + dloss / given.sum(0).clamp_min(1)
     if dnll is not None:
         weight = weight + dnll
     target = torch.nn.functional.one_hot(torch.where(given, labels, 0), logits.shape[2]).to(logits.dtype)
     target = (1 - smoothing) * target + smoothing / logits.shape[2]
-    return torch.where(given, weight, 0)[..., None] * ((logits - lse[..., None]).exp() - target)
+    p = ((logits - top[..., None]) - logsum[..., None]).exp()
+    return torch.where(given[..., None], weight[..., None] * (p - target), 0)
 
 
 def ensemble_stats(

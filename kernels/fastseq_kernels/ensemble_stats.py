@@ -1,8 +1,8 @@
 """What an ensemble says and how right it is: two reads of the logits, all members of a row in one program.
 
-The first read finds each member's maximum and logsumexp, the second the mean probability, which is written only where
-it is asked for. Figures over rows are sums of chunks, each a program's, in float64 and in a fixed order: bits are the
-same from run to run.
+The first read finds each member's maximum and sum of exponentials, the second the mean probability, which is written
+only where it is asked for. Figures over rows are sums of chunks, each a program's, in float64 and in a fixed order:
+bits are the same from run to run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseq_kernels._launch import cdiv, launch, power_of_two
-from fastseq_kernels.mimo_nll import finite, labelled, online, width_of
+from fastseq_kernels.mimo_nll import finite, labelled, log_total, online, width_of
 
 _RUN_TIME = ["B", "K", "chunk", "ignore", "bins"]  # sizes that must not compile anew
 _TILE = 1024  # numbers of a tile of several rows, 8 a thread; of one row twice as many
@@ -69,8 +69,8 @@ def _rows_kernel(
         undefined = tl.minimum(undefined, tl.min(tl.where(x != x, k, 2147483647), axis=2))
         most, total = online(most, total, x, 2)
     member = tl.where(undefined < K, undefined, member)
-    lse = tl.where(inside, finite(most) + tl.log(tl.where(inside, total, 1.0)), 0.0)
-    lse = tl.where(most == float("inf"), float("nan"), lse)  # no softmax, of any class
+    most = tl.where(inside, most, 0.0)
+    logsum = log_total(most, tl.where(inside, total, 1.0))
     tl.store(members_ptr + b[:, None] * M + m[None, :], member.to(tl.int64), mask=inside)
     differ = tl.zeros([BLOCK_B], tl.int32)  # ordered pairs
     for other in range(M):
@@ -85,7 +85,7 @@ def _rows_kernel(
         k = k0 + tl.arange(0, BLOCK_K)
         mask = inside[:, :, None] & (k < K)[None, None, :]
         x = tl.load(logits[:, :, None] + k[None, None, :], mask=mask, other=float("-inf")).to(tl.float32)
-        p = tl.sum(tl.exp(x - lse[:, :, None]), axis=1) * (1.0 / M)
+        p = tl.sum(tl.exp((x - most[:, :, None]) - logsum[:, :, None]), axis=1) * (1.0 / M)
         in_k = in_b[:, None] & (k < K)[None, :]
         p = tl.where(in_k, p, -1.0)
         here = tl.max(p, axis=1)
@@ -101,7 +101,8 @@ def _rows_kernel(
     if labels_ptr is not None:
         label, given = labelled(labels_ptr, b, in_b, ignore, K)
         read = given[:, None] & is_member
-        picked = tl.load(logits + label[:, None], mask=read, other=float("-inf")).to(tl.float32) - lse
+        picked = tl.load(logits + label[:, None], mask=read, other=float("-inf")).to(tl.float32)
+        picked = (picked - most) - logsum
         largest, sums = online(tl.full([BLOCK_B], float("-inf"), tl.float32), tl.zeros_like(nll), picked, 1)
         said = tl.sum(tl.exp(picked), axis=1) * (1.0 / M)
         nll = tl.where(given, log_members - (finite(largest) + tl.log(tl.where(given, sums, 1.0))), 0.0)

@@ -1,8 +1,9 @@
 """Cross-entropy of every slot and its gradient, in one read of the logits each.
 
 Forward keeps the running maximum and the sum of exponentials of a row while its blocks go by; backward makes each
-gradient from one logit and the row's logsumexp. Nothing else of the size of the logits exists. The mean of a slot is a
-sum over chunks of rows, each a program's, in float64 and in a fixed order: bits are the same from run to run.
+gradient from one logit, that maximum and the log of that sum. Nothing else of the size of the logits exists. The mean
+of a slot is a sum over chunks of rows, each a program's, in float64 and in a fixed order: bits are the same from run to
+run.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ def online(most, total, x, AXIS: tl.constexpr):
 
 
 @triton.jit
+def log_total(most, total):
+    """The log of the sum of exponentials over the maximum; NaN where that is infinite."""
+    return tl.where(tl.abs(most) == float("inf"), float("nan"), tl.log(total))
+
+
+@triton.jit
 def labelled(labels_ptr, at, inside, ignore, K):
     """Labels, and which of them count."""
     label = tl.load(labels_ptr + at, mask=inside, other=-1)
@@ -49,7 +56,8 @@ def _rows_kernel(
     logits_ptr,  # [rows, K]
     labels_ptr,  # int64 [rows]
     nll_ptr,  # float32 [rows] out
-    lse_ptr,  # float32 [rows] out
+    top_ptr,  # float32 [rows] out
+    logsum_ptr,  # float32 [rows] out
     rows,
     K,
     ignore,
@@ -63,21 +71,24 @@ def _rows_kernel(
     inside = row < rows
     logits = logits_ptr + row * K
     most = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total, plain = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    total, gaps = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         mask = inside[:, None] & (k < K)[None, :]
         x = tl.load(logits[:, None] + k[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+        before = finite(most)
         most, total = online(most, total, x, 1)
-        if SMOOTH:
-            plain += tl.sum(tl.where(mask, x, 0.0), axis=1)
-    lse = finite(most) + tl.log(total)
+        if SMOOTH:  # of distances from the maximum so far: k0 of them become longer
+            over = finite(most)
+            gaps += tl.sum(tl.where(mask, x - over[:, None], 0.0), axis=1) - k0 * (over - before)
+    logsum = log_total(most, total)
     label, given = labelled(labels_ptr, row, inside, ignore, K)
-    nll = lse - sure * tl.load(logits + label, mask=given, other=0.0).to(tl.float32)
+    nll = sure * (logsum - (tl.load(logits + label, mask=given, other=0.0).to(tl.float32) - most))
     if SMOOTH:
-        nll -= spread * plain
+        nll += spread * (K * logsum - gaps)
     tl.store(nll_ptr + row, tl.where(given, nll, 0.0), mask=inside)
-    tl.store(lse_ptr + row, lse, mask=inside)
+    tl.store(top_ptr + row, tl.where(total == total, most, float("nan")), mask=inside)
+    tl.store(logsum_ptr + row, logsum, mask=inside)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -123,7 +134,8 @@ def _fold_kernel(
 def _gradient_kernel(
     logits_ptr,  # [rows, K]
     labels_ptr,  # int64 [rows]
-    lse_ptr,  # float32 [rows]
+    top_ptr,  # float32 [rows]
+    logsum_ptr,  # float32 [rows]
     dloss_ptr,  # [] or None
     counts_ptr,  # float64 [M] labels that count, where there is dloss
     dnll_ptr,  # [rows] or None
@@ -147,11 +159,13 @@ def _gradient_kernel(
         weight += tl.load(dloss_ptr).to(tl.float32) / count
     if dnll_ptr is not None:
         weight += tl.load(dnll_ptr + row, mask=given, other=0.0).to(tl.float32)
-    lse = tl.load(lse_ptr + row, mask=given, other=0.0)
+    top = tl.load(top_ptr + row, mask=given, other=0.0)
+    logsum = tl.load(logsum_ptr + row, mask=given, other=0.0)
     at = row[:, None] * K + k[None, :]
     x = tl.load(logits_ptr + at, mask=given[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
     target = tl.where(k[None, :] == label[:, None], sure, 0.0) + spread
-    d = tl.where(given[:, None], weight[:, None] * (tl.exp(x - lse[:, None]) - target), 0.0)
+    p = tl.exp((x - top[:, None]) - logsum[:, None])
+    d = tl.where(given[:, None], weight[:, None] * (p - target), 0.0)
     tl.store(d_ptr + at, d, mask=inside[:, None] & (k < K)[None, :])
 
 
@@ -199,17 +213,17 @@ def _folded(call: _Call, nll: Tensor | None, loss: Tensor | None) -> Tensor:
     return whole
 
 
-def mimo_nll(logits: Tensor, labels: Tensor, smoothing: float, ignore: int) -> tuple[Tensor, Tensor, Tensor]:
+def mimo_nll(logits: Tensor, labels: Tensor, smoothing: float, ignore: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``reference.mimo_nll`` in float32; a label out of range counts as ignored."""
     N, M, K = logits.shape
     call = _Call(labels, K, smoothing, ignore)
-    nll, lse = (torch.empty(N, M, dtype=torch.float32, device=logits.device) for _ in range(2))
+    nll, top, logsum = (torch.empty(N, M, dtype=torch.float32, device=logits.device) for _ in range(3))
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
     tiles = _tiles(K)
-    grid, given = (cdiv(N * M, tiles["BLOCK_N"]),), (logits, labels, nll, lse, N * M, K, ignore, *call.shares)
-    launch(_rows_kernel, grid, *given, SMOOTH=smoothing > 0, **tiles)
+    given = (logits, labels, nll, top, logsum, N * M, K, ignore, *call.shares)
+    launch(_rows_kernel, (cdiv(N * M, tiles["BLOCK_N"]),), *given, SMOOTH=smoothing > 0, **tiles)
     _folded(call, nll, loss)
-    return loss, nll, lse
+    return loss, nll, top, logsum
 
 
 def mimo_nll_backward(
@@ -217,7 +231,8 @@ def mimo_nll_backward(
     dnll: Tensor | None,
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    logsum: Tensor,
     smoothing: float,
     ignore: int,
 ) -> Tensor:
@@ -227,6 +242,6 @@ def mimo_nll_backward(
     counts = None if dloss is None else _folded(call, None, None)
     d, tiles = torch.empty_like(logits), _tiles(K)
     grid = (cdiv(N * M, tiles["BLOCK_N"]), cdiv(K, tiles["BLOCK_K"]))
-    given = (logits, labels, lse, dloss, counts, dnll, d, N * M, M, K, ignore, *call.shares)
+    given = (logits, labels, top, logsum, dloss, counts, dnll, d, N * M, M, K, ignore, *call.shares)
     launch(_gradient_kernel, grid, *given, **tiles)
     return d

@@ -348,8 +348,10 @@ def labelled_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, 
         labels = random.integers(-1, K, (N, M))
         for smoothing in (0.0, 0.1):
             out = core.mimo_nll(logits, labels, smoothing, -1, threads=threads)
-            yield from zip((f"{label} {smoothing} {name}" for name in ("loss", "nll", "lse")), out, strict=True)
-            d = core.mimo_nll_backward(out[0], dnll, logits, labels, out[2], smoothing, -1, threads=threads)
+            yield from zip(
+                (f"{label} {smoothing} {name}" for name in ("loss", "nll", "top", "logsum")), out, strict=True
+            )
+            d = core.mimo_nll_backward(out[0], dnll, logits, labels, *out[2:], smoothing, -1, threads=threads)
             yield f"{label} {smoothing} dlogits", d
         for given, mean in itertools.product((None, labels[:, 0].copy()), (False, True)):
             out = core.ensemble_stats(logits, given, 15, -1, mean, threads=threads)

@@ -68,7 +68,7 @@ def nll_backward(
 ) -> tuple[Any, ...]:
     dloss, dnll = (new() if loss else None), (None if loss else new(N, M))
     logits, labels = new(N, M, K, dtype=dtype), new(N, M, dtype=torch.int64)
-    return (dloss, dnll, logits, labels, new(N, M), smoothing, -100)
+    return (dloss, dnll, logits, labels, new(N, M), new(N, M), smoothing, -100)
 
 
 for _name, _dtype in {"fp32": FP32, "bf16": BF16}.items():

@@ -189,7 +189,7 @@ def mimo_combine_backward(n: int) -> tuple[Any, ...]:
     return (at_end(normal(1, 3, FEW, 16, seed=38), n, 2), torch.zeros(2, 3, dtype=torch.int32), 1)
 
 
-@wide("mimo_nll", "mimo_nll", N, None, 0, 0)
+@wide("mimo_nll", "mimo_nll", N, None, 0, 0, 0)
 def mimo_nll(n: int) -> tuple[Any, ...]:
     labels = at_end(torch.arange(2 * FEW).view(FEW, 2) % 9, n)
     return (at_end(normal(FEW, 2, 9, seed=33), n), labels, 0.1, -100)
@@ -199,7 +199,8 @@ def mimo_nll(n: int) -> tuple[Any, ...]:
 def mimo_nll_backward(n: int) -> tuple[Any, ...]:
     labels = at_end(torch.arange(2 * FEW).view(FEW, 2) % 9, n)
     grads = (None, at_end(normal(FEW, 2, seed=34), n))
-    return (*grads, at_end(normal(FEW, 2, 9, seed=33), n), labels, at_end(normal(FEW, 2, seed=35) + 2, n), 0.1, -100)
+    sums = (at_end(normal(FEW, 2, seed=seed) + 2, n) for seed in (35, 36))
+    return (*grads, at_end(normal(FEW, 2, 9, seed=33), n), labels, *sums, 0.1, -100)
 
 
 @wide("ensemble_stats", "ensemble_stats", N, 0, 0, 0, 0, 0, 0, 0, None, None)

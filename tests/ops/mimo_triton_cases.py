@@ -11,7 +11,7 @@ from torch import Tensor
 from fastseq import reference
 
 IGNORE = -100
-LOSSES = "loss nll lse"
+LOSSES = "loss nll top logsum"
 FIGURES = "probability confidence disagreement nll brier"
 PLACES = (0, 2, 4, 5, 6)  # of these among the results of ``ensemble_stats``
 

@@ -17,7 +17,7 @@ from tests.ops.mimo_rows import IGNORE, Case
 from tests.tolerance import GRADIENTS, assert_same_bits, assert_within_budget
 
 OPS = torch.ops.fastseq
-OUTPUTS = "loss nll lse"
+OUTPUTS = "loss nll top logsum"
 SMOOTHINGS = (0.0, 0.1, 1.0)
 needs_compiled = rows.needs_compiled("mimo_nll")
 NO_GATHER = MIMO["mimo_gather"][0].why_not(torch.zeros(1))
@@ -33,7 +33,7 @@ def upstream(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def gradient(dloss: Tensor | None, dnll: Tensor | None, x: Tensor, *rest: Any) -> Tensor:
     labels, *options = rest
-    return reference.mimo_nll_backward(dloss, dnll, x, labels, x.logsumexp(2), *options)
+    return reference.mimo_nll_backward(dloss, dnll, x, labels, *reference.softmax_sums(x), *options)
 
 
 def finite(values: Any) -> tuple[Tensor, ...]:
@@ -56,8 +56,8 @@ def test_backward(backend: str, dtype: torch.dtype, case: Case, smoothing: float
     x, labels = rows.logits(case, dtype), rows.labels(case)
     both = zip(("loss", "nll"), upstream(case, dtype), strict=True)
     dloss, dnll = (d if name in given.split() else None for name, d in both)
-    lse = x.to(torch.float32 if dtype.itemsize == 2 else dtype).logsumexp(2)
-    found = rows.run("mimo_nll_backward", backend, dloss, dnll, x, labels, lse, smoothing, IGNORE)
+    sums = reference.softmax_sums(x.to(torch.float32 if dtype.itemsize == 2 else dtype))
+    found = rows.run("mimo_nll_backward", backend, dloss, dnll, x, labels, *sums, smoothing, IGNORE)
     assert found.dtype == dtype
     assert_within_budget("dlogits", found, gradient, (dloss, dnll, x, labels, smoothing, IGNORE), GRADIENTS)
 
@@ -74,10 +74,36 @@ def test_what_is_not_finite(backend: str, dtype: torch.dtype, smoothing: float, 
     out, expected = rows.run("mimo_nll", backend, *args), reference.mimo_nll(*wide)
     rows.finite_where_finite(OUTPUTS, out, expected)
     assert_within_budget(OUTPUTS, finite(out), lambda *a: finite(reference.mimo_nll(*a)), args)
-    d = rows.run("mimo_nll_backward", backend, torch.ones(()).to(out[0].dtype), None, x, labels, out[2], *args[2:])
+    d = rows.run("mimo_nll_backward", backend, torch.ones(()).to(out[0].dtype), None, x, labels, *out[2:], *args[2:])
     ones = (torch.ones(()).to(out[0].dtype), None, *wide)
     rows.finite_where_finite("dlogits", [d], [gradient(*ones)])
     assert_within_budget("dlogits", finite([d]), lambda *a: finite([gradient(*a)]), (*ones[:2], *args), GRADIENTS)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHINGS[:2])
+@rows.each_backend("mimo_nll")
+def test_logits_that_are_large(backend: str, dtype: torch.dtype, smoothing: float) -> None:
+    """As good as torch's cross-entropy: no digit of the distances between logits is lost."""
+    x = torch.tensor([[100.0, 90, 80], [3e4, 29_999, 29_968], [-3e4, -3e4, -3e4]], dtype=torch.float64)
+    x, labels = x.to(dtype)[:, None], torch.zeros(3, 1, dtype=torch.int64)
+    out = rows.run("mimo_nll", backend, x, labels, smoothing, IGNORE)
+    exact = cross_entropy(x[:, 0].double(), labels[:, 0], reduction="none", label_smoothing=smoothing)
+    dloss = torch.ones((), dtype=out[0].dtype)
+    eps = torch.finfo(dloss.dtype).eps  # of a sum of exponentials, which is at least 1
+    torch.testing.assert_close(out[1][:, 0].double(), exact, rtol=4 * eps, atol=eps)
+    d = rows.run("mimo_nll_backward", backend, dloss, None, x.to(dloss.dtype), labels, *out[2:], smoothing, IGNORE)
+    torch.testing.assert_close(d.sum(2), torch.zeros_like(d[:, :, 0]), rtol=0, atol=2 * eps)
+
+
+@rows.each_backend("mimo_nll_backward")
+def test_an_ignored_row(backend: str, dtype: torch.dtype) -> None:
+    """It has no gradient, whatever its logits are."""
+    x, labels = rows.strange(dtype), torch.full((8, 2), IGNORE)
+    labels[:, 0] = 1
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    sums = reference.softmax_sums(x.to(wide))
+    d = rows.run("mimo_nll_backward", backend, torch.ones((), dtype=wide), None, x, labels, *sums, 0.1, IGNORE)
+    assert not d[:, 1].any() and d[:, 0].isfinite().all() and d[:, 0].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -86,7 +112,7 @@ def test_the_definition(dtype: torch.dtype) -> None:
     case = Case(9, 3, 5, 0.3)
     x, labels = rows.logits(case, dtype), rows.labels(case)
     slots = [cross_entropy(x[:, m], labels[:, m], ignore_index=IGNORE, label_smoothing=0.2) for m in range(3)]
-    loss, nll, lse = reference.mimo_nll(x, labels, 0.2, IGNORE)
+    loss = reference.mimo_nll(x, labels, 0.2, IGNORE)[0]
     assert_within_budget("loss", loss, lambda: sum(s.to(dtype) for s in slots), ())
     x64 = rows.logits(case, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: reference.mimo_nll(x, labels[:3], 0.2, IGNORE)[:2], (x64[:3],))
@@ -169,18 +195,18 @@ def test_bits(case: Case, dtype: torch.dtype) -> None:
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
         out = OPS.mimo_nll(x, labels, 0.1, IGNORE)
-        found.append((*out, OPS.mimo_nll_backward(dloss, dnll, x, labels, out[2], 0.1, IGNORE)))
+        found.append((*out, OPS.mimo_nll_backward(dloss, dnll, x, labels, *out[2:], 0.1, IGNORE)))
     for other in found[1:]:
         assert_same_bits(f"{OUTPUTS} dlogits", other, found[0])
     alone = OPS.mimo_nll(x[1:2], labels[1:2], 0.1, IGNORE)
-    assert_same_bits("nll lse", alone[1:], [v[1:2] for v in found[0][1:3]])
-    d = OPS.mimo_nll_backward(None, dnll, x, labels, found[0][2], 0.1, IGNORE)
-    one = OPS.mimo_nll_backward(None, dnll[1:2], x[1:2], labels[1:2], alone[2], 0.1, IGNORE)
+    assert_same_bits(OUTPUTS[5:], alone[1:], [v[1:2] for v in found[0][1:4]])
+    d = OPS.mimo_nll_backward(None, dnll, x, labels, *found[0][2:4], 0.1, IGNORE)
+    one = OPS.mimo_nll_backward(None, dnll[1:2], x[1:2], labels[1:2], *alone[2:], 0.1, IGNORE)
     assert_same_bits("dlogits", one, d[1:2])
     core, (n, k, dl, dn) = rows.numpy_door(), (v.numpy() for v in (x, labels, dloss, dnll))
     for threads in (1, 3):
         by_numpy = core.mimo_nll(n, k, 0.1, IGNORE, threads=threads)
-        d_numpy = core.mimo_nll_backward(dl, dn, n, k, by_numpy[2], 0.1, IGNORE, threads=threads)
+        d_numpy = core.mimo_nll_backward(dl, dn, n, k, *by_numpy[2:], 0.1, IGNORE, threads=threads)
         assert_same_bits(f"{OUTPUTS} dlogits", (*by_numpy, d_numpy), found[0])
 
 
@@ -190,12 +216,12 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "mimo_nll_backward": (
         torch.ones(()),
         torch.ones(5, 3),
-        *(rows.logits(Case(5, 3, 7)), rows.labels(Case(5, 3, 7)), torch.ones(5, 3), 0.0, IGNORE),
+        *(rows.logits(Case(5, 3, 7)), rows.labels(Case(5, 3, 7)), torch.ones(5, 3), torch.ones(5, 3), 0.0, IGNORE),
     ),
     "mimo_nll_backward some": (
         None,
         torch.ones(5, 3),
-        *(rows.logits(Case(5, 3, 7)), rows.labels(Case(5, 3, 7)), torch.ones(5, 3), 0.0, IGNORE),
+        *(rows.logits(Case(5, 3, 7)), rows.labels(Case(5, 3, 7)), torch.ones(5, 3), torch.ones(5, 3), 0.0, IGNORE),
     ),
 }
 
@@ -324,11 +350,15 @@ RAW: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "smoothing_nan": ("mimo_nll", (X, Y, float("nan"), -1), "smoothing must lie in 0 .. 1, got -?nan"),
     "range": ("mimo_nll", (X, Y + 5, 0.0, -1), r"labels must lie in 0 .. K - 1 = 4 .* got 5 at \[0, 0\]"),
     "negative": ("mimo_nll", (X, Y - 2, 0.0, -1), "labels must lie in 0 .. K - 1 = 4 .* got -2 at"),
-    "lse": ("mimo_nll_backward", (None, F2, X, Y, F2[0], 0.0, -1), r"lse must be \[N, M\] = \[2, 3\], got \[3\]"),
-    "lse_dtype": ("mimo_nll_backward", (None, F2, X, Y, F2.double(), 0.0, -1), "lse must be float32, got float64"),
-    "dloss": ("mimo_nll_backward", (F2, None, X, Y, F2, 0.0, -1), r"dloss must be \[\] = \[\], got \[2, 3\]"),
-    "dnll": ("mimo_nll_backward", (None, F2[0], X, Y, F2, 0.0, -1), r"dnll must be \[N, M\] = \[2, 3\], got \[3\]"),
-    "backward_range": ("mimo_nll_backward", (None, F2, X, Y + 5, F2, 0.0, -1), "labels must lie in .* got 5"),
+    "top": ("mimo_nll_backward", (None, F2, X, Y, F2[0], F2, 0.0, -1), r"top must be \[N, M\] = \[2, 3\], got \[3\]"),
+    "logsum": (
+        "mimo_nll_backward",
+        (None, F2, X, Y, F2, F2.double(), 0.0, -1),
+        "logsum must be float32, got float64",
+    ),
+    "dloss": ("mimo_nll_backward", (F2, None, X, Y, F2, F2, 0.0, -1), r"dloss must be \[\] = \[\], got \[2, 3\]"),
+    "dnll": ("mimo_nll_backward", (None, F2[0], X, Y, F2, F2, 0.0, -1), r"dnll must be \[N, M\] = \[2, 3\], got \[3\]"),
+    "backward_range": ("mimo_nll_backward", (None, F2, X, Y + 5, F2, F2, 0.0, -1), "labels must lie in .* got 5"),
 }
 
 

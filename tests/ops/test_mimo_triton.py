@@ -199,7 +199,7 @@ def test_nll(sizes: tuple[int, ...], smoothing: float, dtype: torch.dtype) -> No
     assert_within_budget(LOSSES, got, reference.mimo_nll, (logits.float(), *rest))
     dloss, dnll = normal(1).squeeze(), normal(*labels.shape, seed=2)
     for given in ((dloss, dnll), (dloss, None), (None, dnll)):
-        call = (*given, logits, labels, got[2], smoothing, IGNORE)
+        call = (*given, logits, labels, *got[2:], smoothing, IGNORE)
         d = run("mimo_nll_backward", *call)
         assert d.dtype == dtype
         assert_within_budget("dlogits", d, reference.mimo_nll_backward, call, GRADIENTS)
@@ -214,7 +214,7 @@ def test_nll_of_many_chunks(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
     labels[:, 1] = IGNORE
     got = run("mimo_nll", logits, labels, 0.0, IGNORE)
     assert_within_budget(LOSSES, got, reference.mimo_nll, (logits, labels, 0.0, IGNORE))
-    call = (normal(1).squeeze(), None, logits, labels, got[2], 0.0, IGNORE)
+    call = (normal(1).squeeze(), None, logits, labels, *got[2:], 0.0, IGNORE)
     d = run("mimo_nll_backward", *call)
     assert_within_budget("dlogits", d, reference.mimo_nll_backward, call, GRADIENTS)
     same([*run("mimo_nll", logits, labels, 0.0, IGNORE), run("mimo_nll_backward", *call)], [*got, d])
@@ -229,16 +229,16 @@ def test_a_label_out_of_range_is_ignored() -> None:
     same(run("mimo_nll", logits, wrong, 0.1, IGNORE), run("mimo_nll", logits, labels, 0.1, IGNORE))
     same(run("mimo_nll", logits, wrong, 0.1, 4), run("mimo_nll", logits, labels, 0.1, IGNORE))
     logits[0, 0, 2] = torch.nan
-    lse, dloss = run("mimo_nll", logits, labels, 0.1, IGNORE)[2], torch.tensor(2.0)
-    got = run("mimo_nll_backward", dloss, None, logits, wrong, lse, 0.1, IGNORE)
+    sums, dloss = run("mimo_nll", logits, labels, 0.1, IGNORE)[2:], torch.tensor(2.0)
+    got = run("mimo_nll_backward", dloss, None, logits, wrong, *sums, 0.1, IGNORE)
     assert not got[:5, 0].any() and got.isfinite().all() and got[5, 0].any()
 
 
 @pytest.mark.skipif(not interpreted(), reason="a GPU's compiler may add in another order")
 def test_a_gradient_of_16_bits_is_rounded_once() -> None:
     logits, labels = loss_inputs((3, 2, 70), torch.bfloat16)
-    lse, dnll = run("mimo_nll", logits, labels, 0.1, IGNORE)[2], normal(3, 2)
-    got, wide = (run("mimo_nll_backward", None, dnll, x, labels, lse, 0.1, IGNORE) for x in (logits, logits.float()))
+    sums, dnll = run("mimo_nll", logits, labels, 0.1, IGNORE)[2:], normal(3, 2)
+    got, wide = (run("mimo_nll_backward", None, dnll, x, labels, *sums, 0.1, IGNORE) for x in (logits, logits.float()))
     same(got, wide.to(torch.bfloat16))
 
 
@@ -251,9 +251,9 @@ def test_an_ignored_label_may_be_a_class() -> None:
 @pytest.mark.parametrize("N, M", [(0, 3), (4, 2)])
 def test_nll_of_no_labels(N: int, M: int) -> None:
     logits, labels = normal(N, M, 5), torch.full((N, M), IGNORE)
-    loss, nll, lse = run("mimo_nll", logits, labels, 0.0, IGNORE)
-    assert loss.item() == 0 and not nll.any() and lse.shape == (N, M)
-    assert not run("mimo_nll_backward", torch.tensor(1.0), None, logits, labels, lse, 0.0, IGNORE).any()
+    loss, nll, *sums = run("mimo_nll", logits, labels, 0.0, IGNORE)
+    assert loss.item() == 0 and not nll.any() and [s.shape for s in sums] == [(N, M)] * 2
+    assert not run("mimo_nll_backward", torch.tensor(1.0), None, logits, labels, *sums, 0.0, IGNORE).any()
 
 
 def test_logits_that_are_not_finite() -> None:
@@ -263,11 +263,11 @@ def test_logits_that_are_not_finite() -> None:
         logits[0, 0, : K - 1], logits[1, 0, 1:] = -torch.inf, -torch.inf
         logits[2], logits[3, 0, 0], logits[4, 0, 0] = -torch.inf, torch.inf, torch.nan
         labels = torch.tensor([K - 1, 0, 0, 1, 1])[:, None]
-        _, nll, lse = run("mimo_nll", logits, labels, 0.0, IGNORE)
-        expected = logits.double().logsumexp(2)
-        torch.testing.assert_close(lse.double(), expected, equal_nan=True)
-        picked = logits.gather(2, labels[..., None])[..., 0]
-        torch.testing.assert_close(nll.double(), expected - picked, equal_nan=True)
+        got = run("mimo_nll", logits, labels, 0.0, IGNORE)
+        for found, expected in zip(got, reference.mimo_nll(logits.double(), labels, 0.0, IGNORE), strict=True):
+            torch.testing.assert_close(found.double(), expected, equal_nan=True)
+        by_torch = torch.nn.functional.cross_entropy(logits[:, 0], labels[:, 0], reduction="none")
+        torch.testing.assert_close(got[1][:, 0], by_torch, equal_nan=True)
 
 
 def test_the_maximum_may_be_in_any_block() -> None:
@@ -280,11 +280,20 @@ def test_the_maximum_may_be_in_any_block() -> None:
     check(logits.view(2, 2, 5000), labels[:2, 0])
 
 
-def test_logits_that_are_large() -> None:
-    logits, labels = loss_inputs((4, 2, 20))
-    logits = 1e4 * logits
-    got = run("mimo_nll", logits, labels, 0.0, IGNORE)
-    assert_within_budget(LOSSES, got, reference.mimo_nll, (logits, labels, 0.0, IGNORE))
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("K", [20, 5000])
+def test_logits_that_are_large(K: int, smoothing: float) -> None:
+    """No digit of the distances between them is lost, in a loss, a gradient or a probability."""
+    logits, labels = torch.full((3, 1, K), 1e5), torch.tensor([0, 1, IGNORE])[:, None]
+    logits[:, 0, 1] = logits[:, 0, K - 1] = 100_003.0
+    args, grads = (logits, labels, smoothing, IGNORE), (torch.ones(()), None)
+    got = run("mimo_nll", *args)
+    assert_within_budget(LOSSES, got, reference.mimo_nll, args)
+    d = run("mimo_nll_backward", *grads, *args[:2], *got[2:], *args[2:])
+    assert_within_budget("dlogits", d, reference.mimo_nll_backward, (*grads, *args[:2], *got[2:], *args[2:]), GRADIENTS)
+    torch.testing.assert_close(d.sum(2), torch.zeros(3, 1), atol=1e-6, rtol=0)
+    probability = run("ensemble_stats", logits, labels[:, 0], 15, IGNORE, True)[0]
+    assert_within_budget("probability", probability, lambda x: x.softmax(2)[:, 0], (logits,))
 
 
 # ---- ensembles ----
