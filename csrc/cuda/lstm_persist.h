@@ -35,11 +35,11 @@ struct PersistForward {
 };
 
 struct PersistBackward {
-  const void* dh;    // low [N, H] or null, as the next two
-  const void* dh_n;  // low [B, H]
-  const float* dc_n; // [B, H]
-  const void* gates; // low [N, 4H] from forward
-  const float* c;    // [N, H] from forward
+  const void* dh;     // low [N, H] or null, as the next two
+  const void* dh_n;   // low [B, H]
+  const float* dc_n;  // [B, H]
+  const void* gates;  // low [N, 4H] from forward
+  const float* c;     // [N, H] from forward
   const void* weight_hh;
   const float* c0;
   void* dx_gates;  // low [N, 4H] out; may be gates
@@ -48,8 +48,8 @@ struct PersistBackward {
   bool reverse;
 };
 
-// A compiled shape of the kernels: what one block of threads owns. It serves H <= depth and up to `rows` rows; more rows
-// are more groups of blocks, which never wait for each other.
+// A compiled shape of the kernels: what one block of threads owns. It serves H <= depth and up to `rows` rows; more
+// rows are more groups of blocks, which never wait for each other.
 struct PersistTile {
   int64_t units, rows, depth, threads;
 };

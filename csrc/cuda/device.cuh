@@ -1,0 +1,106 @@
+// What the kernels need of a device, by name: tests run the same kernels on the CPU with names of their own.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define FASTSEQ_DEVICE __device__ __forceinline__
+#define FASTSEQ_UNROLL _Pragma("unroll")
+
+namespace fastseq::cuda {
+
+FASTSEQ_DEVICE int thread_index() { return threadIdx.x; }
+FASTSEQ_DEVICE int block_x() { return blockIdx.x; }
+FASTSEQ_DEVICE int block_y() { return blockIdx.y; }
+FASTSEQ_DEVICE int block_z() { return blockIdx.z; }
+FASTSEQ_DEVICE void sync_block() { __syncthreads(); }
+
+FASTSEQ_DEVICE unsigned char* shared_bytes() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+}
+
+// The value of the lane across the bits of mask. All lanes of the warp call it.
+template <class V>
+FASTSEQ_DEVICE V across(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+struct Words {
+  uint32_t x, y, z, w;
+};
+
+// Relaxed atomics of the whole device, which never come from the first-level cache.
+FASTSEQ_DEVICE uint32_t read_word(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+FASTSEQ_DEVICE Words read_words(const uint32_t* p) {  // 16-byte aligned
+  Words v;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+FASTSEQ_DEVICE void write_word(uint32_t* p, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+FASTSEQ_DEVICE void write_words(uint32_t* p, uint32_t first, uint32_t second) {  // 8-byte aligned
+  asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(first), "r"(second) : "memory");
+}
+
+// What a thread does between two looks at a word. With FASTSEQ_WATCHDOG a wait of seconds ends the kernel with an
+// error.
+struct Waiting {
+  uint32_t looks = 0;
+  FASTSEQ_DEVICE void look_again() {
+#if defined(FASTSEQ_WATCHDOG)
+    if (++looks == 1u << 24) __trap();
+#endif
+  }
+};
+
+// Four 8 x 8 blocks of 16-bit numbers from shared memory; lane l gives the address of row l % 8 of block l / 8.
+FASTSEQ_DEVICE void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+}
+
+struct Bfloat16 {
+  static constexpr uint32_t kInfinity = 0x7f80;
+  static FASTSEQ_DEVICE float wide(uint16_t v) { return __uint_as_float(static_cast<uint32_t>(v) << 16); }
+  static FASTSEQ_DEVICE uint16_t narrow(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+  static FASTSEQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+struct Float16 {
+  static constexpr uint32_t kInfinity = 0x7c00;
+  static FASTSEQ_DEVICE float wide(uint16_t v) { return __half2float(__ushort_as_half(v)); }
+  static FASTSEQ_DEVICE uint16_t narrow(float v) { return __half_as_ushort(__float2half_rn(v)); }
+  static FASTSEQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+FASTSEQ_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+FASTSEQ_DEVICE float tanh_of(float x) { return 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * x)); }
+FASTSEQ_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+FASTSEQ_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,125 @@
+#include "cuda/lstm_persist.h"
+
+#include <algorithm>
+
+#include "cuda/check.cuh"
+#include "cuda/persist_kernels.cuh"
+#include "cuda/persist_plan.h"
+// after the names of the device
+#include "cuda/persist_backward.inl.h"
+#include "cuda/persist_forward.inl.h"
+
+namespace fastseq::cuda {
+namespace {
+
+constexpr PersistTile kTiles[] = {
+#define FASTSEQ_TILE(n, ...) \
+  {Tile<__VA_ARGS__>::kUnits, Tile<__VA_ARGS__>::kRows, Tile<__VA_ARGS__>::kDepth, Tile<__VA_ARGS__>::kThreads},
+    FASTSEQ_PERSIST_TILES(FASTSEQ_TILE)
+#undef FASTSEQ_TILE
+};
+
+Kernel forward_kernel(const PersistShape& shape, int tile) {
+  return shape.bfloat16 ? forward_bfloat16(tile) : forward_float16(tile);
+}
+Kernel backward_kernel(const PersistShape& shape, int tile) {
+  return shape.bfloat16 ? backward_bfloat16(tile) : backward_float16(tile);
+}
+
+// Blocks that the device can hold at a time; 0 where one is too large for it, or cannot be launched together.
+int64_t room(const Kernel& kernel, int threads) {
+  int device = 0, processors = 0, together = 0, most = 0, each = 0;
+  const auto ask = [&](int* found, cudaDeviceAttr what) { return cudaDeviceGetAttribute(found, what, device); };
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     ask(&together, cudaDevAttrCooperativeLaunch) == cudaSuccess &&
+                     ask(&processors, cudaDevAttrMultiProcessorCount) == cudaSuccess &&
+                     ask(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess;
+  const int shared = static_cast<int>(kernel.shared);
+  if (!known || !together || shared > most ||
+      cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, threads, shared) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return int64_t{each} * processors;
+}
+
+// All blocks at a time or an error: a cooperative launch.
+template <class Call>
+const char* launch(const Kernel& kernel, Call call, int count, int threads, size_t words, cudaStream_t stream) {
+  FASTSEQ_CHECK(cudaMemsetAsync(call.exchange, 0, words * sizeof(uint32_t), stream));
+  FASTSEQ_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(kernel.shared)));
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(call.blocks, call.groups, count);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = kernel.shared;
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  void* arguments[] = {&call};
+  FASTSEQ_CHECK(cudaLaunchKernelExC(&config, kernel.function, arguments));
+  return nullptr;
+}
+
+bool is_tile(int tile) { return tile >= 0 && tile < persist_tiles(); }
+
+const char* refused(const PersistShape& shape, int count, int tile) {
+  if (!is_tile(tile)) return "there is no such tile";
+  if (count < 1 || count > 2) return "one or two directions can be run";
+  if (shape.T < 1 || shape.B < 1 || shape.H < 1) return "T, B and H must be at least 1";
+  if (shape.T > INT32_MAX || shape.B > INT32_MAX) return "T and B must be less than 2**31";
+  if (shape.H > kTiles[tile].depth) return "H is larger than the tile's depth";
+  return nullptr;
+}
+
+}  // namespace
+
+int persist_tiles() { return sizeof kTiles / sizeof *kTiles; }
+PersistTile persist_tile(int tile) { return is_tile(tile) ? kTiles[tile] : PersistTile{}; }
+
+size_t persist_forward_scratch(const PersistShape& shape, int tile, int directions) {
+  return is_tile(tile) ? directions * 4 * forward_words(grid_of(shape, kTiles[tile]), kTiles[tile]) : 0;
+}
+size_t persist_backward_scratch(const PersistShape& shape, int tile, int directions) {
+  return is_tile(tile) ? directions * 4 * backward_words(grid_of(shape, kTiles[tile]), kTiles[tile]) : 0;
+}
+
+int64_t persist_blocks(const PersistShape& shape, int tile, int directions) {
+  if (!is_tile(tile)) return 0;
+  const Grid grid = grid_of(shape, kTiles[tile]);
+  return int64_t{grid.blocks} * grid.groups * directions;
+}
+int64_t persist_forward_room(const PersistShape& shape, int tile) {
+  return is_tile(tile) ? room(forward_kernel(shape, tile), static_cast<int>(kTiles[tile].threads)) : 0;
+}
+int64_t persist_backward_room(const PersistShape& shape, int tile) {
+  return is_tile(tile) ? room(backward_kernel(shape, tile), static_cast<int>(kTiles[tile].threads)) : 0;
+}
+
+const char* persist_forward(const PersistShape& shape, const PersistForward* directions, int count, int tile,
+                            void* scratch, void* stream) noexcept {
+  if (const char* const why = refused(shape, count, tile)) return why;
+  const PersistTile& of = kTiles[tile];
+  const Grid grid = grid_of(shape, of);
+  ForwardCall call{shape, {}, static_cast<uint32_t*>(scratch), grid.blocks, grid.groups};
+  std::copy(directions, directions + count, call.direction);
+  return launch(forward_kernel(shape, tile), call, count, static_cast<int>(of.threads), count * forward_words(grid, of),
+                static_cast<cudaStream_t>(stream));
+}
+
+const char* persist_backward(const PersistShape& shape, const PersistBackward* directions, int count, int tile,
+                             void* scratch, void* stream) noexcept {
+  if (const char* const why = refused(shape, count, tile)) return why;
+  const PersistTile& of = kTiles[tile];
+  const Grid grid = grid_of(shape, of);
+  BackwardCall call{shape, {}, static_cast<uint32_t*>(scratch), grid.blocks, grid.groups};
+  std::copy(directions, directions + count, call.direction);
+  return launch(backward_kernel(shape, tile), call, count, static_cast<int>(of.threads),
+                count * backward_words(grid, of), static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,50 @@
+// What both directions of the computation share: where rows and steps lie, and the arithmetic of one cell in float32.
+namespace fastseq::cuda {
+
+// Row b has steps 0 .. steps - 1.
+FASTSEQ_DEVICE int steps_of(const PersistShape& shape, int64_t b) {
+  if (b >= shape.B) return 0;
+  if (!shape.lengths) return static_cast<int>(shape.T);
+  const int64_t own = shape.lengths[b];
+  return static_cast<int>(own < 0 ? 0 : own > shape.T ? shape.T : own);
+}
+
+FASTSEQ_DEVICE int64_t element(const PersistShape& shape, int t, int64_t b) {
+  return shape.offsets ? shape.offsets[t] + b : t * shape.B + b;
+}
+
+// Two neighbours of a row of `width` numbers from k on, zeros beyond its end.
+FASTSEQ_DEVICE uint32_t pair_at(const uint16_t* row, int64_t k, int64_t width) {
+  const uint32_t first = k < width ? row[k] : 0, second = k + 1 < width ? row[k + 1] : 0;
+  return first | second << 16;
+}
+
+struct Gates {
+  float i, f, g, o;
+};
+
+FASTSEQ_DEVICE float input_gate(float z, const PersistShape& shape) {
+  return !shape.hard ? sigmoid(z * shape.inverse_tau) : z > 0 ? 1.0f : 0.0f;
+}
+
+// Activated gates from pre-activations.
+FASTSEQ_DEVICE Gates activated(Gates z, const PersistShape& shape) {
+  return {input_gate(z.i, shape), input_gate(z.f, shape), tanh_of(z.g), sigmoid(z.o)};
+}
+
+// Gradients of the pre-activations, and of the cell before in dc.
+FASTSEQ_DEVICE Gates cell_backward(Gates a, float c, float c_before, float dh, float& dc, const PersistShape& shape) {
+  const float tanh_c = tanh_of(c);
+  dc += dh * a.o * (1.0f - tanh_c * tanh_c);
+  Gates d{dc * a.g, dc * c_before, dc * a.i, dh * tanh_c};
+  dc *= a.f;
+  if (shape.hard) {
+    d.i *= 0.0f, d.f *= 0.0f;
+  } else {
+    d.i *= a.i * (1.0f - a.i) * shape.inverse_tau, d.f *= a.f * (1.0f - a.f) * shape.inverse_tau;
+  }
+  d.g *= 1.0f - a.g * a.g, d.o *= a.o * (1.0f - a.o);
+  return d;
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,276 @@
+// The forward recurrence of one block of threads, for a warp that holds its tiles of weight_hh all the time.
+//
+// A step: h of the step before comes from the blocks that made it into shared memory; every warp multiplies it with its
+// tiles; the lanes of the first part of each band go on to the cells, hand h on, and write what is kept. Inputs of the
+// step are asked for before the wait for h, which is longer.
+namespace fastseq::cuda {
+
+struct ForwardCall {
+  PersistShape shape;
+  PersistForward direction[2];
+  uint32_t* exchange;  // [direction][slot][groups * rows][blocks * units / 2], zeros at the start
+  int blocks, groups;  // along the units and along the batch
+};
+
+template <class Low, class Tile>
+struct Forward {
+  const ForwardCall& call;
+  const PersistForward& own;
+  int lane, band, part, first_unit;
+  int64_t first_row, width;  // width: units of all blocks, at least H
+  uint16_t *shared_weights, *states;
+  float* sums;
+  int* steps;  // of each row
+  uint32_t* exchange;
+  int longest = 0;
+  uint32_t weights[Tile::kInRegisters][4];
+
+  FASTSEQ_DEVICE explicit Forward(const ForwardCall& given) : call(given), own(given.direction[block_z()]) {
+    const int warp = thread_index() / 32;
+    lane = thread_index() % 32, band = warp % Tile::kBands, part = warp / Tile::kBands;
+    first_unit = block_x() * Tile::kUnits + 4 * band;
+    first_row = static_cast<int64_t>(block_y()) * Tile::kRows;
+    width = static_cast<int64_t>(call.blocks) * Tile::kUnits;
+    shared_weights = reinterpret_cast<uint16_t*>(shared_bytes());
+    states = shared_weights + Tile::kSharedTiles;
+    sums = reinterpret_cast<float*>(states + Tile::kStates * Tile::kRows * Tile::kStride);
+    steps = reinterpret_cast<int*>(sums + Tile::kSums);
+    exchange = call.exchange + block_z() * 2 * slot_words();
+  }
+
+  FASTSEQ_DEVICE int64_t slot_words() const { return int64_t(call.groups) * Tile::kRows * width / 2; }
+  FASTSEQ_DEVICE int time_of(int s) const { return own.reverse ? longest - 1 - s : s; }
+  // Whether step s is the first of a row. All rows are exchanged at every step, before they begin and after they end.
+  FASTSEQ_DEVICE bool begins(int row, int s) const { return own.reverse ? time_of(s) == steps[row] - 1 : s == 0; }
+
+  // Two neighbours along the depth of row `row` of this warp's band.
+  FASTSEQ_DEVICE uint32_t weight_pair(int row, int64_t k) const {
+    const int64_t H = call.shape.H, unit = first_unit + unit_of(row);
+    if (unit >= H) return 0;
+    return pair_at(static_cast<const uint16_t*>(own.weight_hh) + (gate_of(row) * H + unit) * H, k, H);
+  }
+
+  FASTSEQ_DEVICE void load_tile(int tile, uint32_t (&to)[4]) const {
+    const int64_t k = 16 * (part * Tile::kTiles + tile);
+    FASTSEQ_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const Place at = place_in_a(lane, 2 * r);
+      to[r] = weight_pair(at.row, k + at.column);
+    }
+  }
+
+  // This warp's part of a tile in shared memory: four words of a lane side by side.
+  FASTSEQ_DEVICE uint32_t* shared_tile(int tile) const {
+    const int warp = part * Tile::kBands + band;
+    return reinterpret_cast<uint32_t*>(shared_weights) + ((warp * Tile::kInShared + tile) * 32 + lane) * 4;
+  }
+
+  FASTSEQ_DEVICE void begin() {
+    FASTSEQ_UNROLL
+    for (int tile = 0; tile < Tile::kInRegisters; ++tile) load_tile(tile, weights[tile]);
+    for (int tile = 0; tile < Tile::kInShared; ++tile) {
+      uint32_t found[4];
+      load_tile(Tile::kInRegisters + tile, found);
+      for (int r = 0; r < 4; ++r) shared_tile(tile)[r] = found[r];
+    }
+    for (int row = thread_index(); row < Tile::kRows; row += Tile::kThreads) {
+      steps[row] = steps_of(call.shape, first_row + row);
+    }
+    sync_block();
+    for (int row = 0; row < Tile::kRows; ++row) longest = steps[row] > longest ? steps[row] : longest;
+  }
+
+  // Eight neighbours of the state that a row begins with.
+  FASTSEQ_DEVICE Words first_state(int row, int64_t k) const {
+    const int64_t H = call.shape.H;
+    const uint16_t* const h0 = static_cast<const uint16_t*>(own.h0) + (first_row + row) * H;
+    return {pair_at(h0, k, H), pair_at(h0, k + 2, H), pair_at(h0, k + 4, H), pair_at(h0, k + 6, H)};
+  }
+
+  static FASTSEQ_DEVICE bool stale(const Words& w, int s) {
+    return Pair::stale(w.x, s) | Pair::stale(w.y, s) | Pair::stale(w.z, s) | Pair::stale(w.w, s);
+  }
+
+  FASTSEQ_DEVICE uint16_t* state(int s) const {
+    return states + (Tile::kStates > 1 ? s & 1 : 0) * Tile::kRows * Tile::kStride;
+  }
+
+  // The state that enters step s; words are waited for together, a few at a time.
+  FASTSEQ_DEVICE void gather(int s) const {
+    constexpr int kWords = Tile::kDepth / 8, kOwn = Tile::kRows * kWords / Tile::kThreads, kSome = kOwn < 4 ? kOwn : 4;
+    static_assert(kSome * Tile::kThreads * (kOwn / kSome) == Tile::kRows * kWords, "every thread has as many words");
+    const uint32_t* const from = exchange + slot_of(s - 1) * slot_words() + first_row * width / 2;
+    for (int first = 0; first < kOwn; first += kSome) {
+      Words found[kSome];
+      FASTSEQ_UNROLL
+      for (int n = 0; n < kSome; ++n) {
+        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kWords, k = at % kWords * 8;
+        found[n] = {0, 0, 0, 0};
+        if (s > 0 && k < width) found[n] = read_words(from + (row * width + k) / 2);
+      }
+      FASTSEQ_UNROLL
+      for (int n = 0; n < kSome; ++n) {
+        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kWords, k = at % kWords * 8;
+        Waiting wait;
+        while (s > 0 && k < width && stale(found[n], s - 1)) {
+          wait.look_again();
+          found[n] = read_words(from + (row * width + k) / 2);
+        }
+        Words of{Pair::read(found[n].x), Pair::read(found[n].y), Pair::read(found[n].z), Pair::read(found[n].w)};
+        if (begins(row, s) && steps[row] > 0) of = first_state(row, k);
+        uint32_t* const to = reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride + k);
+        to[0] = of.x, to[1] = of.y, to[2] = of.z, to[3] = of.w;
+      }
+    }
+  }
+
+  // Sums of this warp's band over its part of the depth; several chains where there is one block of rows.
+  FASTSEQ_DEVICE void multiply(int s, float (&d)[Tile::kRowBlocks][4]) const {
+    constexpr int kChains = Tile::kRowBlocks == 1 ? 2 : 1;
+    float chain[kChains][Tile::kRowBlocks][4] = {};
+    const uint16_t* const from = state(s) + (lane % 8) * Tile::kStride + 16 * part * Tile::kTiles + 8 * (lane / 8);
+    const int tiles = static_cast<int>((width - 16 * part * Tile::kTiles + 15) / 16);  // the others are zeros
+    FASTSEQ_UNROLL
+    for (int tile = 0; tile < Tile::kTiles; tile += 2) {
+      if (tile >= tiles) continue;
+      uint32_t a[2][4];
+      FASTSEQ_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        FASTSEQ_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          a[n][r] = tile < Tile::kInRegisters ? weights[(tile + n) % Tile::kInRegisters][r]
+                                              : shared_tile(tile + n - Tile::kInRegisters)[r];
+        }
+      }
+      FASTSEQ_UNROLL
+      for (int block = 0; block < Tile::kRowBlocks; ++block) {
+        uint32_t b[4];
+        load_blocks(b, from + 8 * block * Tile::kStride + 16 * tile);
+        Low::multiply_add(chain[0][block], a[0], b[0], b[1]);
+        Low::multiply_add(chain[kChains - 1][block], a[1], b[2], b[3]);
+      }
+    }
+    FASTSEQ_UNROLL
+    for (int block = 0; block < Tile::kRowBlocks; ++block) {
+      FASTSEQ_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        d[block][i] = kChains > 1 ? chain[0][block][i] + chain[kChains - 1][block][i] : chain[0][block][i];
+      }
+    }
+  }
+
+  // The first part of each band adds up the sums of all.
+  FASTSEQ_DEVICE void add_parts(float (&d)[Tile::kRowBlocks][4]) const {
+    if (Tile::kParts == 1) return;
+    constexpr int kBand = Tile::kRowBlocks * 128;
+    if (part > 0) {
+      for (int n = 0; n < Tile::kRowBlocks * 4; ++n) {
+        sums[((part - 1) * Tile::kBands + band) * kBand + n * 32 + lane] = d[n / 4][n % 4];
+      }
+    }
+    sync_block();
+    for (int other = 1; part == 0 && other < Tile::kParts; ++other) {
+      for (int n = 0; n < Tile::kRowBlocks * 4; ++n) {
+        d[n / 4][n % 4] += sums[((other - 1) * Tile::kBands + band) * kBand + n * 32 + lane];
+      }
+    }
+  }
+
+  // Pre-activations without the part of h of this lane's cell in a block of rows, asked for before they are needed.
+  FASTSEQ_DEVICE void ask(int s, uint16_t (&x)[Tile::kRowBlocks][4]) const {
+    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane);
+    FASTSEQ_UNROLL
+    for (int block = 0; block < Tile::kRowBlocks; ++block) {
+      const int row = 8 * block + cell_column(lane), t = time_of(s);
+      const bool here = part == 0 && unit < H && t < steps[row];
+      const uint16_t* const from = static_cast<const uint16_t*>(own.x_gates) +
+                                   (here ? element(call.shape, t, first_row + row) * 4 * H + unit : 0);
+      FASTSEQ_UNROLL
+      for (int gate = 0; gate < 4; ++gate) x[block][gate] = here ? from[gate * H] : 0;
+    }
+  }
+
+  // All gates of this lane's cell, from its own two of two columns and the partner's.
+  FASTSEQ_DEVICE Gates whole(const float (&d)[4]) const {
+    const bool second = is_second(lane);
+    const float first_gate = across(second ? d[0] : d[1], kPartner),
+                other_gate = across(second ? d[2] : d[3], kPartner);
+    return second ? Gates{first_gate, other_gate, d[1], d[3]} : Gates{d[0], d[2], first_gate, other_gate};
+  }
+
+  // Hands on h of four units, of which this lane has one.
+  FASTSEQ_DEVICE void publish(uint16_t h, int row, int s) const {
+    const uint32_t next = across(static_cast<uint32_t>(h), 8);
+    const uint32_t pair = Pair::write(safe_pair(h, next, Low::kInfinity), s);  // of even units
+    const uint32_t other = across(pair, 16);
+    if (cell_unit(lane) == 0) {
+      write_words(exchange + slot_of(s) * slot_words() + ((first_row + row) * width + first_unit) / 2, pair, other);
+    }
+  }
+
+  // What is kept of a step: zeros where a row of dense data has ended.
+  FASTSEQ_DEVICE void keep(Gates a, float c, uint16_t h, int row, int t, bool alive) const {
+    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane), b = first_row + row;
+    if (unit >= H || b >= call.shape.B || !(alive || !call.shape.offsets)) return;
+    const int64_t at = element(call.shape, t, b);
+    static_cast<uint16_t*>(own.h)[at * H + unit] = alive ? h : 0;
+    if (own.c) own.c[at * H + unit] = alive ? c : 0.0f;
+    if (own.gates) {
+      uint16_t* const to = static_cast<uint16_t*>(own.gates) + at * 4 * H + unit;
+      to[0] = alive ? Low::narrow(a.i) : 0, to[H] = alive ? Low::narrow(a.f) : 0;
+      to[2 * H] = alive ? Low::narrow(a.g) : 0, to[3 * H] = alive ? Low::narrow(a.o) : 0;
+    }
+  }
+
+  FASTSEQ_DEVICE void keep_last(float c, uint16_t h, int row) const {
+    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane), at = (first_row + row) * H + unit;
+    if (unit >= H || first_row + row >= call.shape.B) return;
+    static_cast<uint16_t*>(own.h_n)[at] = h;
+    own.c_n[at] = c;
+  }
+
+  FASTSEQ_DEVICE void run() {
+    begin();
+    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane);
+    float c[Tile::kRowBlocks] = {};
+    FASTSEQ_UNROLL
+    for (int block = 0; part == 0 && block < Tile::kRowBlocks; ++block) {
+      const int row = 8 * block + cell_column(lane);
+      const int64_t b = first_row + row;
+      if (unit < H && b < call.shape.B) {
+        c[block] = own.c0[b * H + unit];
+        if (steps[row] == 0) keep_last(c[block], static_cast<const uint16_t*>(own.h0)[b * H + unit], row);
+      }
+    }
+    for (int s = 0; s < longest; ++s) {
+      uint16_t x[Tile::kRowBlocks][4];
+      ask(s, x);
+      gather(s);
+      sync_block();
+      float d[Tile::kRowBlocks][4];
+      multiply(s, d);
+      add_parts(d);
+      FASTSEQ_UNROLL
+      for (int block = 0; part == 0 && block < Tile::kRowBlocks; ++block) {
+        const int row = 8 * block + cell_column(lane), t = time_of(s);
+        const bool alive = t < steps[row];
+        Gates z = whole(d[block]);
+        z = {z.i + Low::wide(x[block][0]), z.f + Low::wide(x[block][1]), z.g + Low::wide(x[block][2]),
+             z.o + Low::wide(x[block][3])};
+        const Gates a = activated(z, call.shape);
+        const float after = a.f * c[block] + a.i * a.g;
+        const uint16_t h = unit < H ? Low::narrow(a.o * tanh_of(after)) : 0;
+        publish(h, row, s);
+        if (alive) c[block] = after;
+        keep(a, after, h, row, t, alive);
+        if (t == (own.reverse ? 0 : steps[row] - 1)) keep_last(after, h, row);
+      }
+    }
+    for (int t = longest; part == 0 && !call.shape.offsets && t < call.shape.T; ++t) {
+      FASTSEQ_UNROLL
+      for (int block = 0; block < Tile::kRowBlocks; ++block) keep({}, 0, 0, 8 * block + cell_column(lane), t, false);
+    }
+  }
+};
+
+}  // namespace fastseq::cuda

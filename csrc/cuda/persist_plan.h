@@ -1,0 +1,25 @@
+// Sizes of a call, from its shape and a tile: the grid, and the scratch through which blocks speak.
+#pragma once
+
+#include "cuda/lstm_persist.h"
+#include "cuda/persist_tile.h"
+
+namespace fastseq::cuda {
+
+struct Grid {
+  int blocks, groups;  // along the units, along the batch
+};
+inline Grid grid_of(const PersistShape& shape, const PersistTile& tile) {
+  return {static_cast<int>((shape.H + tile.units - 1) / tile.units),
+          static_cast<int>((shape.B + tile.rows - 1) / tile.rows)};
+}
+
+// Words of 32 bits, of one direction; for even and odd steps.
+inline size_t forward_words(const Grid& grid, const PersistTile& tile) {
+  return size_t{2} * grid.groups * tile.rows * grid.blocks * tile.units / 2;
+}
+inline size_t backward_words(const Grid& grid, const PersistTile& tile) {
+  return size_t{2} * grid.groups * grid.blocks * grid.blocks * tile.rows * tile.units;
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,84 @@
+// The persistent LSTM on the CPU, for tests: run by ctypes, or as a program of its own under the thread sanitizer.
+#include <algorithm>
+
+#include "tests/cuda/emulator.h"
+// after the names of the device
+#include "cuda/exchange.h"
+#include "cuda/persist_plan.h"
+// after those
+#include "cuda/persist_cell.inl.h"
+// and last
+#include "cuda/persist_backward.inl.h"
+#include "cuda/persist_forward.inl.h"
+
+namespace fastseq::cuda {
+namespace {
+
+template <template <class, class> class Kernel, class Low, class Of, class Call>
+void launch(const Call& call, int count, size_t shared, unsigned seed) {
+  emulated::run(call.blocks, call.groups, count, Of::kThreads, shared, seed, [&] { Kernel<Low, Of>(call).run(); });
+}
+
+template <class Of>
+PersistTile described() {
+  return {Of::kUnits, Of::kRows, Of::kDepth, Of::kThreads};
+}
+
+template <class Of, class Low>
+void forward(const PersistShape& shape, const PersistForward* directions, int count, unsigned seed) {
+  const Grid grid = grid_of(shape, described<Of>());
+  std::vector<uint32_t> exchange(count * forward_words(grid, described<Of>()) + 4);
+  auto* const aligned = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(exchange.data()) + 15) / 16 * 16);
+  ForwardCall call{shape, {}, aligned, grid.blocks, grid.groups};
+  std::copy(directions, directions + count, call.direction);
+  launch<Forward, Low, Of>(call, count, Of::kForwardShared, seed);
+}
+
+template <class Of, class Low>
+void backward(const PersistShape& shape, const PersistBackward* directions, int count, unsigned seed) {
+  const Grid grid = grid_of(shape, described<Of>());
+  std::vector<uint32_t> exchange(count * backward_words(grid, described<Of>()));
+  BackwardCall call{shape, {}, exchange.data(), grid.blocks, grid.groups};
+  std::copy(directions, directions + count, call.direction);
+  launch<Backward, Low, Of>(call, count, Of::kBackwardShared, seed);
+}
+
+template <class F>
+bool with_tile(int tile, F f) {
+  switch (tile) {
+#define FASTSEQ_CASE(n, ...) \
+  case n:                    \
+    f(Tile<__VA_ARGS__>());  \
+    return true;
+    FASTSEQ_PERSIST_TILES(FASTSEQ_CASE)
+#undef FASTSEQ_CASE
+  }
+  return false;
+}
+
+}  // namespace
+}  // namespace fastseq::cuda
+
+using namespace fastseq::cuda;
+
+extern "C" {
+
+int emulate_forward(const PersistShape* shape, const PersistForward* directions, int count, int tile, unsigned seed) {
+  return with_tile(tile, [&]<class Of>(Of) {
+    shape->bfloat16 ? forward<Of, Bfloat16>(*shape, directions, count, seed)
+                    : forward<Of, Float16>(*shape, directions, count, seed);
+  });
+}
+
+int emulate_backward(const PersistShape* shape, const PersistBackward* directions, int count, int tile, unsigned seed) {
+  return with_tile(tile, [&]<class Of>(Of) {
+    shape->bfloat16 ? backward<Of, Bfloat16>(*shape, directions, count, seed)
+                    : backward<Of, Float16>(*shape, directions, count, seed);
+  });
+}
+
+int emulate_tile(int tile, PersistTile* found) {
+  return with_tile(tile, [&]<class Of>(Of) { *found = described<Of>(); });
+}
+
+}  // extern "C"

@@ -1,0 +1,310 @@
+// The names of csrc/cuda/device.cuh on the CPU: kernels run as they are, each of their threads a fiber, in an order
+// that a seed decides. What PTX says of an instruction is written here on its own, not with the maps of fragment.h.
+// With the thread sanitizer every fiber is a thread of its own, and nothing but sync_block orders them: it finds a
+// barrier that is missing within a block, and data that go between blocks in any other way than by relaxed atomics.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define FASTSEQ_UNSEEN __attribute__((no_sanitize("thread")))
+#else
+#define FASTSEQ_UNSEEN
+#endif
+
+#define FASTSEQ_DEVICE inline
+#define FASTSEQ_UNROLL
+
+namespace fastseq::cuda {
+
+namespace emulated {
+
+struct Lane {  // what a lane gives to an instruction of its warp
+  uint32_t a[4], b[2];
+  float d[4];
+  const uint16_t* row;
+};
+struct Warp {
+  Lane lanes[2][32];  // for even and odd instructions: a lane may be one ahead of another
+  int arrived = 0;
+  int kind = 0;
+  int64_t done = 0;
+};
+struct Block {
+  int x, y, z;
+  std::unique_ptr<unsigned char[]> shared;
+  std::vector<Warp> warps;
+  int threads, arrived = 0;
+  int64_t done = 0;
+};
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  Block* block = nullptr;
+  int thread = 0;
+  int64_t instructions = 0;
+  bool finished = false;
+  void* sanitized = nullptr;
+};
+
+inline Fiber* current = nullptr;
+inline ucontext_t scheduler;
+inline void* sanitized_scheduler = nullptr;
+inline int64_t events = 0;  // whatever lets a waiting fiber go on
+inline const std::function<void()>* body = nullptr;
+
+FASTSEQ_UNSEEN inline void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s\n", what);
+  std::abort();
+}
+
+FASTSEQ_UNSEEN inline void leave() {
+  Fiber& self = *current;
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(sanitized_scheduler, __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&self.context, &scheduler);
+}
+
+FASTSEQ_UNSEEN inline void enter(Fiber& fiber) {
+  current = &fiber;
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(fiber.sanitized, __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&scheduler, &fiber.context);
+}
+
+inline void order_before(void* what) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(what);
+#endif
+  (void)what;
+}
+inline void order_after(void* what) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(what);
+#endif
+  (void)what;
+}
+
+// Meets the other lanes of the warp, who must be at an instruction of the same kind; `give` fills this lane's part.
+template <class Give>
+FASTSEQ_UNSEEN const Lane* meet(int kind, Give give) {
+  Fiber& self = *current;
+  Warp& warp = self.block->warps[self.thread / 32];
+  Lane* const lanes = warp.lanes[self.instructions++ & 1];
+  give(lanes[self.thread % 32]);
+  if (warp.arrived == 0) warp.kind = kind;
+  if (warp.kind != kind) fail("the lanes of a warp are at different instructions");
+  const int64_t before = warp.done;
+  if (++warp.arrived == 32) {
+    warp.arrived = 0, ++warp.done, ++events;
+  }
+  while (warp.done == before) leave();
+  return lanes;
+}
+
+FASTSEQ_UNSEEN inline void start() {
+  (*body)();
+  order_before(&scheduler);
+  current->finished = true;
+  ++events;
+  leave();
+}
+
+// Runs `of` once for every thread of every block of the grid. All blocks are there at a time, as a cooperative launch
+// has it; a fiber that waits is passed over, and it is an error when all wait for ever.
+FASTSEQ_UNSEEN inline void run(int x, int y, int z, int threads, size_t shared, unsigned seed,
+                               const std::function<void()>& of) {
+  constexpr size_t kStack = 96 << 10;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  body = &of;
+#if defined(__SANITIZE_THREAD__)
+  sanitized_scheduler = __tsan_get_current_fiber();
+#endif
+  for (int n = 0; n < x * y * z; ++n) {
+    blocks.push_back(std::make_unique<Block>());
+    Block& block = *blocks.back();
+    block.x = n % x, block.y = n / x % y, block.z = n / x / y, block.threads = threads;
+    block.shared.reset(new unsigned char[shared + 16]);
+    std::memset(block.shared.get(), 0xff, shared + 16);  // NaN of every kind
+    block.warps.resize(threads / 32);
+    for (int thread = 0; thread < threads; ++thread) {
+      fibers.push_back(std::make_unique<Fiber>());
+      Fiber& fiber = *fibers.back();
+      fiber.block = &block, fiber.thread = thread;
+      fiber.stack.reset(new unsigned char[kStack]);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStack;
+      makecontext(&fiber.context, start, 0);
+#if defined(__SANITIZE_THREAD__)
+      fiber.sanitized = __tsan_create_fiber(0);
+#endif
+    }
+  }
+  std::mt19937 random(seed);
+  std::vector<Fiber*> left;
+  for (auto& fiber : fibers) left.push_back(fiber.get());
+  int64_t idle = 0;
+  while (!left.empty()) {
+    const int64_t before = events;
+    if (seed) std::shuffle(left.begin(), left.end(), random);
+    for (Fiber* fiber : left) {
+      if (seed && random() % 4 == 0) continue;  // this one is late
+      enter(*fiber);
+    }
+    std::erase_if(left, [](Fiber* fiber) { return fiber->finished; });
+    idle = events == before ? idle + 1 : 0;
+    if (idle > 1000) fail("all threads wait for ever");
+  }
+  order_after(&scheduler);
+#if defined(__SANITIZE_THREAD__)
+  for (auto& fiber : fibers) __tsan_destroy_fiber(fiber->sanitized);
+#endif
+}
+
+}  // namespace emulated
+
+FASTSEQ_UNSEEN inline int thread_index() { return emulated::current->thread; }
+FASTSEQ_UNSEEN inline int block_x() { return emulated::current->block->x; }
+FASTSEQ_UNSEEN inline int block_y() { return emulated::current->block->y; }
+FASTSEQ_UNSEEN inline int block_z() { return emulated::current->block->z; }
+FASTSEQ_UNSEEN inline unsigned char* shared_bytes() {
+  const auto at = reinterpret_cast<uintptr_t>(emulated::current->block->shared.get());
+  return reinterpret_cast<unsigned char*>((at + 15) / 16 * 16);
+}
+
+FASTSEQ_UNSEEN inline void sync_block() {
+  using namespace emulated;
+  Block& block = *current->block;
+  order_before(&block);
+  const int64_t before = block.done;
+  if (++block.arrived == block.threads) {
+    block.arrived = 0, ++block.done, ++events;
+  }
+  while (block.done == before) leave();
+  order_after(&block);
+}
+
+template <class V>
+FASTSEQ_UNSEEN V across(V value, int mask) {
+  static_assert(sizeof(V) == 4);
+  const emulated::Lane* const lanes =
+      emulated::meet(1, [&](emulated::Lane& own) FASTSEQ_UNSEEN { std::memcpy(own.a, &value, 4); });
+  V found;
+  std::memcpy(&found, lanes[(emulated::current->thread % 32) ^ mask].a, 4);
+  return found;
+}
+
+struct Words {
+  uint32_t x, y, z, w;
+};
+inline uint32_t read_word(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline void write_word(uint32_t* p, uint32_t v) {
+  __atomic_store_n(p, v, __ATOMIC_RELAXED);
+  ++emulated::events;
+}
+inline Words read_words(const uint32_t* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulated::fail("16 bytes are read from where they cannot begin");
+  return {read_word(p), read_word(p + 1), read_word(p + 2), read_word(p + 3)};
+}
+inline void write_words(uint32_t* p, uint32_t first, uint32_t second) {
+  if (reinterpret_cast<uintptr_t>(p) % 8) emulated::fail("8 bytes are written where they cannot begin");
+  write_word(p, first), write_word(p + 1, second);
+}
+struct Waiting {
+  void look_again() { emulated::leave(); }
+};
+
+FASTSEQ_UNSEEN inline void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulated::fail("a row of a block begins where none can");
+  const emulated::Lane* const lanes = emulated::meet(2, [&](emulated::Lane& own) FASTSEQ_UNSEEN { own.row = row; });
+  const int lane = emulated::current->thread % 32;
+  const uint16_t* from[4];
+  for (int block = 0; block < 4; ++block) from[block] = lanes[8 * block + lane / 4].row + 2 * (lane % 4);
+  for (int block = 0; block < 4; ++block) {
+    r[block] = from[block][0] | static_cast<uint32_t>(from[block][1]) << 16;
+  }
+}
+
+template <class Low>
+FASTSEQ_UNSEEN void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const emulated::Lane* const lanes = emulated::meet(3, [&](emulated::Lane& own) FASTSEQ_UNSEEN {
+    std::memcpy(own.a, a, sizeof a);
+    own.b[0] = b0, own.b[1] = b1;
+  });
+  // the groups of four lanes and the places in them, as the manual names them
+  const int lane = emulated::current->thread % 32, group = lane >> 2, in_group = lane & 3;
+  const auto half = [](uint32_t word, int k) { return Low::wide(static_cast<uint16_t>(word >> 16 * (k & 1))); };
+  for (int i = 0; i < 4; ++i) {
+    const int row = i < 2 ? group : group + 8, column = 2 * in_group + (i & 1);
+    for (int k = 0; k < 16; ++k) {
+      const int holder = k % 8 / 2, high = k >= 8;
+      const float left = half(lanes[4 * (row & 7) + holder].a[(row >= 8) + 2 * high], k);
+      const float right = half(lanes[4 * column + holder].b[high], k);
+      d[i] = std::fma(left, right, d[i]);
+    }
+  }
+}
+
+struct Bfloat16 {
+  static constexpr uint32_t kInfinity = 0x7f80;
+  static float wide(uint16_t v) {
+    const uint32_t bits = static_cast<uint32_t>(v) << 16;
+    float found;
+    std::memcpy(&found, &bits, 4);
+    return found;
+  }
+  static uint16_t narrow(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return v != v ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    cuda::multiply_add<Bfloat16>(d, a, b0, b1);
+  }
+};
+struct Float16 {
+  static constexpr uint32_t kInfinity = 0x7c00;
+  static float wide(uint16_t v) {
+    _Float16 found;
+    std::memcpy(&found, &v, 2);
+    return static_cast<float>(found);
+  }
+  static uint16_t narrow(float v) {
+    const auto rounded = static_cast<_Float16>(v);
+    uint16_t found;
+    std::memcpy(&found, &rounded, 2);
+    return found;
+  }
+  static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    cuda::multiply_add<Float16>(d, a, b0, b1);
+  }
+};
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+inline float tanh_of(float x) { return 1.0f - 2.0f / (1.0f + std::exp(2.0f * x)); }
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float found;
+  std::memcpy(&found, &bits, 4);
+  return found;
+}
+
+}  // namespace fastseq::cuda
