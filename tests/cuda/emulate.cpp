@@ -43,17 +43,20 @@ void backward(const PersistShape& shape, const PersistBackward* directions, int 
   launch<Backward, Low, Of>(call, count, Of::kBackwardShared, seed);
 }
 
+// Calls f with the tile; FASTSEQ_ONLY_TILE keeps the others out of a build.
+#if !defined(FASTSEQ_ONLY_TILE)
+#define FASTSEQ_ONLY_TILE -1
+#endif
 template <class F>
 bool with_tile(int tile, F f) {
-  switch (tile) {
-#define FASTSEQ_CASE(n, ...) \
-  case n:                    \
-    f(Tile<__VA_ARGS__>());  \
-    return true;
-    FASTSEQ_PERSIST_TILES(FASTSEQ_CASE)
-#undef FASTSEQ_CASE
+  bool found = false;
+#define FASTSEQ_CASE(n, ...)                                       \
+  if constexpr (FASTSEQ_ONLY_TILE < 0 || FASTSEQ_ONLY_TILE == n) { \
+    if (tile == n) found = true, f(Tile<__VA_ARGS__>());           \
   }
-  return false;
+  FASTSEQ_PERSIST_TILES(FASTSEQ_CASE)
+#undef FASTSEQ_CASE
+  return found;
 }
 
 }  // namespace

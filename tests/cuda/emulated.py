@@ -17,8 +17,8 @@ from torch import Tensor
 from fastseq.ops.lstm import Options
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "tests" / "cuda" / "emulate.cpp"
-FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}", f"-I{ROOT}"]
+CSRC = ROOT / "csrc"
+FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{CSRC}", f"-I{ROOT}"]
 TILES = 11
 
 
@@ -26,9 +26,9 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-P, I = ctypes.c_void_p, ctypes.c_int64
+P, N = ctypes.c_void_p, ctypes.c_int64
 Shape = structure(
-    "Shape", T=I, B=I, H=I, lengths=P, offsets=P, inverse_tau=ctypes.c_float, hard=ctypes.c_bool, bfloat16=ctypes.c_bool
+    "Shape", T=N, B=N, H=N, lengths=P, offsets=P, inverse_tau=ctypes.c_float, hard=ctypes.c_bool, bfloat16=ctypes.c_bool
 )
 _POINTERS = {
     "Forward": "x_gates weight_hh h0 c0 h c gates h_n c_n",
@@ -37,18 +37,24 @@ _POINTERS = {
 Forward, Backward = (
     structure(name, **dict.fromkeys(fields.split(), P), reverse=ctypes.c_bool) for name, fields in _POINTERS.items()
 )
-TileSizes = structure("TileSizes", units=I, rows=I, depth=I, threads=I)
+TileSizes = structure("TileSizes", units=N, rows=N, depth=N, threads=N)
 
 
 def compiler() -> str:
     return os.environ.get("CXX") or str(sysconfig.get_config_var("CXX")).split()[0]
 
 
+def compile_cpp(source: str, made: Path, tile: int, *flags: str) -> None:
+    """Compile a file of this folder for one tile."""
+    given = [*FLAGS, *flags, f"-DFASTSEQ_ONLY_TILE={tile}", str(CSRC.parent / "tests" / "cuda" / source)]
+    subprocess.run([compiler(), *given, "-o", str(made)], check=True)
+
+
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(tile: int) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "emulated.so"
-        subprocess.run([compiler(), *FLAGS, "-fPIC", "-shared", str(SOURCE), "-o", str(made)], check=True)
+        compile_cpp("emulate.cpp", made, tile, "-fPIC", "-shared")
         return ctypes.CDLL(str(made))
 
 
@@ -61,7 +67,7 @@ class Sizes(NamedTuple):
 
 def tile_sizes(tile: int) -> Sizes:
     found = TileSizes()
-    assert library().emulate_tile(tile, ctypes.byref(found))
+    assert library(tile).emulate_tile(tile, ctypes.byref(found))
     return Sizes(*(getattr(found, name) for name in Sizes._fields))
 
 
@@ -113,7 +119,7 @@ def forward(
         calls[n] = Forward(*(pointer(t) for t in (*given, *out)), d.reverse)
         kept.append(given)
         found.append(out)
-    assert library().emulate_forward(ctypes.byref(shape), calls, len(directions), tile, seed)
+    assert library(tile).emulate_forward(ctypes.byref(shape), calls, len(directions), tile, seed)
     return found
 
 
@@ -129,14 +135,10 @@ def backward(
     shape, kept = _shape(directions[0], options)
     calls, found = (Backward * len(directions))(), []
     for n, (d, out, upstream) in enumerate(zip(directions, outputs, grads, strict=True)):
-        made = (
-            torch.full_like(d.x_gates, torch.nan),
-            torch.full_like(d.h0, torch.nan),
-            torch.full_like(d.c0, torch.nan),
-        )
+        made = tuple(torch.full_like(v, torch.nan) for v in (d.x_gates, d.h0, d.c0))
         given = [*upstream, out[2], out[1], d.weight_hh, d.c0]
         calls[n] = Backward(*(pointer(t) for t in (*given, *made)), d.reverse)
         kept.append(given)
         found.append(made)
-    assert library().emulate_backward(ctypes.byref(shape), calls, len(directions), tile, seed)
+    assert library(tile).emulate_backward(ctypes.byref(shape), calls, len(directions), tile, seed)
     return found

@@ -69,6 +69,8 @@ FASTSEQ_UNSEEN inline void fail(const char* what) {
   std::abort();
 }
 
+FASTSEQ_UNSEEN inline void happened() { ++events; }
+
 FASTSEQ_UNSEEN inline void leave() {
   Fiber& self = *current;
 #if defined(__SANITIZE_THREAD__)
@@ -123,11 +125,22 @@ FASTSEQ_UNSEEN inline void start() {
   leave();
 }
 
+// A context of its own for `start`; apart, because getcontext may return twice.
+__attribute__((noinline)) inline void prepare(Fiber& fiber) {
+  constexpr size_t kStack = 96 << 10;
+  fiber.stack.reset(new unsigned char[kStack]);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStack;
+  makecontext(&fiber.context, start, 0);
+#if defined(__SANITIZE_THREAD__)
+  fiber.sanitized = __tsan_create_fiber(0);
+#endif
+}
+
 // Runs `of` once for every thread of every block of the grid. All blocks are there at a time, as a cooperative launch
 // has it; a fiber that waits is passed over, and it is an error when all wait for ever.
 FASTSEQ_UNSEEN inline void run(int x, int y, int z, int threads, size_t shared, unsigned seed,
                                const std::function<void()>& of) {
-  constexpr size_t kStack = 96 << 10;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   body = &of;
@@ -145,13 +158,7 @@ FASTSEQ_UNSEEN inline void run(int x, int y, int z, int threads, size_t shared, 
       fibers.push_back(std::make_unique<Fiber>());
       Fiber& fiber = *fibers.back();
       fiber.block = &block, fiber.thread = thread;
-      fiber.stack.reset(new unsigned char[kStack]);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStack;
-      makecontext(&fiber.context, start, 0);
-#if defined(__SANITIZE_THREAD__)
-      fiber.sanitized = __tsan_create_fiber(0);
-#endif
+      prepare(fiber);
     }
   }
   std::mt19937 random(seed);
@@ -214,7 +221,7 @@ struct Words {
 inline uint32_t read_word(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 inline void write_word(uint32_t* p, uint32_t v) {
   __atomic_store_n(p, v, __ATOMIC_RELAXED);
-  ++emulated::events;
+  emulated::happened();
 }
 inline Words read_words(const uint32_t* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) emulated::fail("16 bytes are read from where they cannot begin");
@@ -228,15 +235,16 @@ struct Waiting {
   void look_again() { emulated::leave(); }
 };
 
+// A read that the sanitizer sees, of what the kernel keeps in shared memory.
+__attribute__((noinline)) inline uint32_t seen_pair(const uint16_t* at) { return at[0] | uint32_t{at[1]} << 16; }
+
 FASTSEQ_UNSEEN inline void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulated::fail("a row of a block begins where none can");
   const emulated::Lane* const lanes = emulated::meet(2, [&](emulated::Lane& own) FASTSEQ_UNSEEN { own.row = row; });
   const int lane = emulated::current->thread % 32;
   const uint16_t* from[4];
   for (int block = 0; block < 4; ++block) from[block] = lanes[8 * block + lane / 4].row + 2 * (lane % 4);
-  for (int block = 0; block < 4; ++block) {
-    r[block] = from[block][0] | static_cast<uint32_t>(from[block][1]) << 16;
-  }
+  for (int block = 0; block < 4; ++block) r[block] = seen_pair(from[block]);
 }
 
 template <class Low>

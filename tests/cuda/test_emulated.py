@@ -21,8 +21,12 @@ GRADS = ("dx_gates", "dh0", "dc0")
 
 
 def drawn(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Inputs; those of hard gates are far from 0, where no rounding turns them."""
     args = cases.inputs(case, dtype, seed)
-    return args._replace(c0=args.c0.float())
+    x = args.x_gates
+    if case.hard:
+        x = x + 6 * x.sign() * (torch.arange(4 * case.H) < 2 * case.H)
+    return args._replace(x_gates=x.to(dtype), c0=args.c0.float())
 
 
 def direction(args: Inputs) -> Direction:
@@ -76,3 +80,46 @@ LAYOUTS = {
 @pytest.mark.parametrize("case", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts(case: Case, dtype: torch.dtype) -> None:
     check(drawn(case, dtype), 0, 3)
+
+
+@each_dtype
+def test_both_directions(dtype: torch.dtype) -> None:
+    """One launch for two directions gives the bits of two."""
+    case = Case(4, 9, 35, layout="lengths")
+    pair = [drawn(case._replace(reverse=n == 1), dtype, n) for n in (0, 1)]
+    options = pair[0].options
+    directions = [direction(args) for args in pair]
+    both = emulated.forward(directions, options, 0, 3)
+    apart = [emulated.forward([d], options, 0, 4)[0] for d in directions]
+    for one, other in zip(both, apart, strict=True):
+        assert_same_bits(cases.OUTPUTS, [v.float() for v in one], [v.float() for v in other])
+    grads = [(out[0].flip(0), None, out[4]) for out in both]
+    found = emulated.backward(directions, both, grads, options, 0, 3)
+    alone = [
+        emulated.backward([d], [o], [g], options, 0, 4)[0] for d, o, g in zip(directions, both, grads, strict=True)
+    ]
+    for one, other in zip(found, alone, strict=True):
+        assert_same_bits(GRADS, [v.float() for v in one], [v.float() for v in other])
+
+
+@each_dtype
+@pytest.mark.parametrize("unit", [0, 1, 34])
+def test_what_is_not_finite(unit: int, dtype: torch.dtype) -> None:
+    """A NaN of one unit is one for all units of its row at the next step, and for no other row; so is a large h0."""
+    args = drawn(Case(3, 9, 35), dtype)
+    args.x_gates[0, 2, 2 * 35 + unit] = torch.nan
+    args.h0[4] = 1000.0
+    [out] = emulated.forward([direction(args)], args.options, 0, 3)
+    expected = cases.definition(*(t.double() for t in args[:4]), args.options, None)
+    for name, got, want in zip(cases.OUTPUTS.split(), out, expected, strict=True):
+        assert torch.equal(got.isnan(), want.isnan()), name
+    assert out[0][1, 2].isnan().all() and out[0].isnan().sum() == 1 + 2 * 35
+
+
+def test_rows_that_have_no_steps() -> None:
+    args = drawn(Case(3, 2, 5, layout="lengths"), torch.bfloat16)
+    options = args.options._replace(lengths=torch.tensor([0, 0]))
+    [out] = emulated.forward([direction(args)], options, 0)
+    assert not any(v.any() for v in out[:3]) and torch.equal(out[3], args.h0) and torch.equal(out[4], args.c0)
+    [found] = emulated.backward([direction(args)], [out], [(out[0], args.h0, args.c0)], options, 0)
+    assert not found[0].any() and torch.equal(found[1], args.h0) and torch.equal(found[2], args.c0)
