@@ -221,9 +221,7 @@ def doors(torch: Torch | None, cuda: Cuda | None) -> list[Extension]:
             link.append("-Wl,--exclude-libs,libcudart_static.a")
             objects = [*kernel_objects(cuda).values(), os.path.join(cuda.libraries, "libcudart_static.a")]
             files = sources("torch_cuda")
-            found.append(
-                door(CUDA_LIBRARY, files, *include, extra_link_args=link, extra_objects=objects, **stable)
-            )
+            found.append(door(CUDA_LIBRARY, files, *include, extra_link_args=link, extra_objects=objects, **stable))
     return found
 
 
@@ -313,7 +311,10 @@ class BuildCore(build_clib):
     def build_libraries(self, libraries: list[tuple[str, dict[str, Any]]]) -> None:
         built = f"core ({', '.join(sets)})" + (f", torch door for torch {torch.version}" if torch else "")
         built += f", cuda {cuda.version} ({', '.join(cuda.targets)})" if cuda else ""
-        print("; ".join([f"fastseq: building {built}", *(f"no {name}: {why}" for name, why in missing.items())]), flush=True)
+        print(
+            "; ".join([f"fastseq: building {built}", *(f"no {name}: {why}" for name, why in missing.items())]),
+            flush=True,
+        )
         compile_stale(self.compiler)
 
         def build(name: str, sources: list[str], include_dirs: list[str], cflags: list[str]) -> None:
