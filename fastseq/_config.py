@@ -16,10 +16,11 @@ def show_config() -> dict[str, Any]:
 
     Returns:
         What was printed: ``version``; ``build`` (the doors with None or the reason why not, compiler, flags, the
-        instruction sets and their flags, the torch built against, and of ``cuda`` the targets and nvcc, or None); ``instruction_set`` and ``backend`` of tensors on
-        the CPU (``runs``, ``why`` and ``not``, the others with their reasons); ``torch`` (version or None); ``gpu``
-        (``device`` or None, ``triton``: its version or why it cannot be used, and ``verified``, the kernels whose
-        results were seen to be right on such a device); ``threads`` (of torch, or None, and the number of cores).
+        instruction sets and their flags, the torch built against, of ``cuda`` the targets and nvcc, or None);
+        ``instruction_set`` and ``backend`` of tensors on the CPU (``runs``, ``why`` and ``not``, the others with their
+        reasons); ``torch`` (version or None); ``gpu`` (``device`` or None, ``triton``: its version or why it cannot be
+        used, and ``verified``, the kernels whose results were seen to be right on such a device); ``threads`` (of
+        torch, or None, and the number of cores).
     """
     build, core, torch = _build(), _load("fastseq._core"), _load("torch")
     doors = {"core": core if isinstance(core, str) else None, "torch": None, "cuda": None, **build.get("missing", {})}

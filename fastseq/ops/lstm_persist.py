@@ -79,8 +79,11 @@ def tile_for(shape: Shape) -> int | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _room(shape: Shape, tile: int) -> tuple[int, int]:
-    """Blocks of threads that a call needs at a time, and how many the device can hold; T does not count."""
+def _room(shape: Shape, tile: int) -> tuple[int, int] | None:
+    """Blocks of threads that a call needs at a time, and how many the device can hold; T does not count. None: there is
+    no device, as for fake tensors."""
+    if not torch.cuda.is_available():
+        return None
     T, B, H, directions, *flags, dtype, device, backward = shape
     kind = (dtype == torch.bfloat16, tile, directions, backward)
     found: tuple[int, int] = torch.ops.fastseq.lstm_persist_room(device.index or 0, T, B, H, *flags, *kind)
@@ -177,10 +180,10 @@ def _why_not(call: Call) -> str | None:
     tile = tile_for(shape)
     if tile is None:
         return f"H = {shape.H} is more than any tile has, H <= {max(tile.depth for tile in TILES)} is not"
-    if not torch.cuda.is_available():
+    found = _room(shape._replace(T=1), tile)
+    if found is None:
         return "no CUDA device is here"
-    needed, room = _room(shape._replace(T=1), tile)
-    return None if needed <= room else f"needs {needed} blocks of threads at a time, the device holds {room}"
+    return None if found[0] <= found[1] else "needs {} blocks of threads at a time, the device holds {}".format(*found)
 
 
 def _detail(call: Call) -> str:
