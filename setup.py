@@ -346,6 +346,8 @@ class BuildDoors(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if cuda and ext.name == CUDA_LIBRARY:
             compile_kernels(cuda)
+            if os.path.exists(old := self.get_ext_fullpath(ext.name)):  # other targets are no newer files
+                os.remove(old)
         super().build_extension(ext)
 
     def run(self) -> None:
