@@ -1,7 +1,9 @@
 """What pyproject.toml cannot say: one static library per instruction set, and the doors that link them all.
 
 Environment at build time:
-    FASTSEQ_BUILD=core|torch|cuda  build exactly up to this, or fail; unset: build what can be built here.
+    FASTSEQ_BUILD=core|torch|cuda  build exactly up to this, or fail; unset: build what can be built and used here.
+    FASTSEQ_CUDA_ARCHS=80;90a      the GPUs to compile csrc/cuda for; default: 80;86;89;90a;100;120. Needs nvcc, of
+                                   CUDA_HOME, CUDA_PATH or PATH. The newest without a letter stands for later ones too.
     FASTSEQ_BUILD_TEST_ISA=1       also the AVX-512 body compiled with AVX2 flags, for tests; refused in a wheel.
     FASTSEQ_BUILD_JOBS=N           compilers running at a time; default: the number of cores.
 """
@@ -14,11 +16,12 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 try:
     import pybind11
@@ -29,13 +32,26 @@ try:
 except ImportError as error:
     sys.exit(f"fastseq: {error}. Without build isolation, first run: pip install 'setuptools>=77' pybind11")
 
-TORCH_MINIMUM = (2, 10)  # the stable ABI that csrc/torch is written for
+TORCH_MINIMUM = (2, 10)  # the stable ABI that csrc/torch and csrc/torch_cuda are written for
+NVCC_MINIMUM = (12, 0)  # the first with C++20
+CUDA_ARCHS = "80;86;89;90a;100;120"
 C_LIBRARY = "fastseq.libfastseq"  # the runtime for C; not a Python module
+CUDA_LIBRARY = "fastseq._cuda"
 FILES = sorted(glob.glob("csrc/**/*.*", recursive=True))
+
+SEES = {  # folder -> those whose headers its files may include; tests/test_architecture.py holds them to it
+    "core": {"core"},
+    "cuda": {"core", "cuda"},
+    "deploy": {"core", "deploy"},
+    "python": {"core", "deploy", "door", "python"},
+    "torch": {"core", "door", "torch"},
+    "torch_cuda": {"core", "cuda", "door", "torch", "torch_cuda"},
+}
 
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-pthread", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 CORE_FLAGS = [*FLAGS, "-ffp-contract=off"]  # fused where fma is written, nowhere else: equal bits on every set
 AVX2 = ["-mavx2", "-mfma"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2"]
 
 
@@ -67,8 +83,14 @@ def instruction_sets() -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def find_torch() -> tuple[str, str] | str:
-    """Folder and version of the torch in this environment, or why it does not serve. Does not import it."""
+class Torch(NamedTuple):
+    root: str
+    version: str
+    cuda: str | None  # what it was built with
+
+
+def find_torch() -> Torch | str:
+    """The torch in this environment, or why it does not serve. Does not import it."""
     if sys.platform != "linux":
         return "the torch door is built on Linux only"
     spec = importlib.util.find_spec("torch")
@@ -76,27 +98,80 @@ def find_torch() -> tuple[str, str] | str:
         return "torch is not importable here (in an isolated build it never is; use pip install --no-build-isolation)"
     root = os.path.dirname(spec.origin)
     with open(os.path.join(root, "version.py"), encoding="utf-8") as file:
-        version = re.search(r"__version__ = '([^']+)'", file.read())
+        text = file.read()
+    version, cuda = re.search(r"__version__ = '([^']+)'", text), re.search(r"^cuda\b.*= '([^']+)'", text, re.M)
     if version is None:
         return f"cannot tell the version of the torch in {root}"
     if tuple(map(int, version[1].split(".")[:2])) < TORCH_MINIMUM:
         return f"torch {version[1]} is older than {TORCH_MINIMUM[0]}.{TORCH_MINIMUM[1]}"
-    return root, version[1]
+    return Torch(root, version[1], cuda and cuda[1])
 
 
-def decide() -> tuple[tuple[str, str] | None, dict[str, str]]:
-    """The torch to build against, or None, and what is not built with the reason."""
+class Cuda(NamedTuple):
+    nvcc: str
+    version: str
+    libraries: str  # the folder of libcudart_static.a
+    targets: list[str]  # as nvcc names them: sm_80, ..., compute_120
+
+
+def cuda_archs() -> list[str]:
+    """What FASTSEQ_CUDA_ARCHS asks for, ascending."""
+    given = os.environ.get("FASTSEQ_CUDA_ARCHS") or CUDA_ARCHS
+    found = [arch for arch in re.split(r"[;,\s]+", given) if arch]
+    for arch in found:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < 80:
+            fail(f"FASTSEQ_CUDA_ARCHS must list GPUs from 80 on, as {CUDA_ARCHS}, got {arch!r} in {given!r}")
+    return sorted(set(found), key=lambda arch: (int(arch.rstrip("af")), arch))
+
+
+def find_cuda(torch: Torch | str, wanted: str) -> Cuda | str:
+    """The compiler of csrc/cuda and its targets, or why it is not compiled."""
+    archs = cuda_archs()
+    if wanted in ("core", "torch"):
+        return f"FASTSEQ_BUILD={wanted}"
+    if isinstance(torch, str):
+        return "it needs torch"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
+    if nvcc is None:
+        return "nvcc is not on PATH and CUDA_HOME is not set"
+    if not os.access(nvcc, os.X_OK):
+        return f"{nvcc} is not there, where CUDA_HOME or CUDA_PATH says"
+    if torch.cuda is None and wanted != "cuda":
+        return f"torch {torch.version} has no CUDA (FASTSEQ_BUILD=cuda builds it all the same)"
+
+    def ask(*question: str) -> str:
+        run = subprocess.run([nvcc, *question], capture_output=True, text=True, check=True)
+        return run.stdout + run.stderr
+
+    release = re.search(r"release (\d+)\.(\d+), V(\S+)", ask("--version"))
+    if release is None or (int(release[1]), int(release[2])) < NVCC_MINIMUM:
+        return f"{nvcc} is older than {NVCC_MINIMUM[0]}.{NVCC_MINIMUM[1]}"
+    folders = re.findall(r'"-L([^"]+)"', ask("--dryrun", "-c", "none.cu"))
+    folder = next((f for f in folders if os.path.exists(os.path.join(f, "libcudart_static.a"))), None)
+    if folder is None:
+        return f"{nvcc} has no libcudart_static.a beside it"
+    known = set(re.findall(r"sm_(\d+)", ask("--list-gpu-code")))
+    if unknown := [arch for arch in archs if arch.rstrip("af") not in known]:
+        if os.environ.get("FASTSEQ_CUDA_ARCHS"):
+            fail(f"FASTSEQ_CUDA_ARCHS: nvcc {release[3]} does not know {', '.join(unknown)}")
+        archs = [arch for arch in archs if arch not in unknown]
+    plain = [arch for arch in archs if arch.isdigit()]
+    return Cuda(nvcc, release[3], folder, [f"sm_{a}" for a in archs] + [f"compute_{a}" for a in plain[-1:]])
+
+
+def decide() -> tuple[Torch | None, Cuda | None, dict[str, str]]:
+    """What to build against, or None, and what is not built with the reason."""
     wanted = os.environ.get("FASTSEQ_BUILD", "")
     if wanted not in ("", "core", "torch", "cuda"):
         fail(f"FASTSEQ_BUILD must be core, torch or cuda, got {wanted!r}")
     torch = "FASTSEQ_BUILD=core" if wanted == "core" else find_torch()
-    missing = {"cuda": "this version has no CUDA kernels"}
-    if isinstance(torch, str):
-        missing["torch"] = torch
+    cuda = find_cuda(torch, wanted)
+    missing = {name: why for name, why in {"torch": torch, "cuda": cuda}.items() if isinstance(why, str)}
     for door in {"torch": ["torch"], "cuda": ["torch", "cuda"]}.get(wanted, []):
         if door in missing:
             fail(f"FASTSEQ_BUILD={wanted}, but {door} cannot be built: {missing[door]}")
-    return (None if isinstance(torch, str) else torch), missing
+    return (None if isinstance(torch, str) else torch), (None if isinstance(cuda, str) else cuda), missing
 
 
 def core_libraries(sets: dict[str, tuple[str, list[str]]]) -> list[tuple[str, dict[str, Any]]]:
@@ -114,7 +189,7 @@ def core_libraries(sets: dict[str, tuple[str, list[str]]]) -> list[tuple[str, di
     ]
 
 
-def doors(torch: tuple[str, str] | None) -> list[Extension]:
+def doors(torch: Torch | None, cuda: Cuda | None) -> list[Extension]:
     def door(name: str, files: list[str], *flags: str, **rest: Any) -> Extension:
         options = {"include_dirs": ["csrc"], "depends": FILES, "language": "c++", **rest}
         return Extension(name, files, extra_compile_args=[*FLAGS, *flags], **options)
@@ -127,22 +202,26 @@ def doors(torch: tuple[str, str] | None) -> list[Extension]:
         link = ["-pthread", "-Wl,-soname,libfastseq.so"]
         found.append(door(C_LIBRARY, [*runtime, c_api], "-Ifastseq/deploy/include", extra_link_args=link))
     if torch:
-        root, minimum = torch[0], f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
-        torch_door = door(
-            "fastseq._torch",
-            sources("torch"),
-            # links libgomp.so.1 by that name: in the process it is the one that torch has already loaded
-            "-fopenmp",
-            f"-DTORCH_TARGET_VERSION={minimum}",
-            "-isystem",
-            os.path.join(root, "include"),
-            extra_link_args=["-fopenmp", "-pthread"],
-            libraries=["torch_cpu"],
-            library_dirs=[os.path.join(root, "lib")],
-            depends=[*FILES, os.path.join(root, "version.py")],
-            py_limited_api=True,
+        minimum = f"-DTORCH_TARGET_VERSION=0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
+        include = [minimum, "-isystem", os.path.join(torch.root, "include")]
+        stable: dict[str, Any] = {
+            "library_dirs": [os.path.join(torch.root, "lib")],
+            "depends": [*FILES, os.path.join(torch.root, "version.py")],
+            "py_limited_api": True,
+        }
+        # links libgomp.so.1 by that name: in the process it is the one that torch has already loaded
+        link = ["-fopenmp", "-pthread"]
+        files = sources("torch")
+        found.append(
+            door("fastseq._torch", files, "-fopenmp", *include, extra_link_args=link, libraries=["torch_cpu"], **stable)
         )
-        found.append(torch_door)
+        if cuda:
+            # of libtorch.so nothing is needed, but libtorch_cuda.so comes with it, where there is one
+            link = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lrt", "-ldl", "-pthread"]
+            link.append("-Wl,--exclude-libs,libcudart_static.a")
+            objects = [*kernel_objects(cuda).values(), os.path.join(cuda.libraries, "libcudart_static.a")]
+            files = sources("torch_cuda")
+            found.append(door(CUDA_LIBRARY, files, *include, extra_link_args=link, extra_objects=objects, **stable))
     return found
 
 
@@ -153,17 +232,60 @@ def kept(name: str, *identity: Any) -> str:
     return os.path.join("build", f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
 
 
+def headers(source: str, depends: list[str] = FILES) -> list[str]:
+    """What ``source`` depends on beside itself."""
+    seen = SEES[os.path.basename(os.path.dirname(source))]
+    other = (f for f in depends if not f.endswith((".cpp", ".cu")))
+    return [f for f in other if not f.startswith("csrc/") or os.path.basename(os.path.dirname(f)) in seen]
+
+
+def kernel_objects(cuda: Cuda) -> dict[str, str]:
+    """The sources of csrc/cuda and their objects, which other targets have elsewhere."""
+    flags = [os.environ.get(v) for v in ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
+    folder = kept("objects", NVCC_FLAGS, cuda, flags)
+    return {s: os.path.join(folder, f"{os.path.splitext(s)[0]}.o") for s in FILES if s.endswith(".cu")}
+
+
+def compile_kernels(cuda: Cuda) -> None:
+    """Run nvcc for what is not up to date."""
+    stale = [(s, o) for s, o in kernel_objects(cuda).items() if newer_group([s, *headers(s)], o)]
+    numbers = [target.removeprefix("sm_") for target in cuda.targets if target.startswith("sm_")]
+    codes = {n: [target for target in cuda.targets if target.rpartition("_")[2] == n] for n in numbers}
+    command = [cuda.nvcc, *NVCC_FLAGS, f"--threads={max(1, JOBS // max(1, len(stale)))}"]
+    command += [f"-gencode=arch=compute_{n},code=[{','.join(names)}]" for n, names in codes.items()]
+
+    def compile(source: str, output: str) -> None:
+        os.makedirs(os.path.dirname(output), exist_ok=True)
+        print(" ".join(call := [*command, "-c", source, "-o", output]), flush=True)
+        if subprocess.run(call).returncode:
+            fail(f"nvcc could not compile {source}")
+
+    for done in [jobs.submit(compile, *pair) for pair in stale]:
+        done.result()
+
+
+def digest(*folders: str) -> str:
+    """Of all files in these folders: what a result row of their kernels is valid for."""
+    found = hashlib.sha256()
+    for name in (f for f in FILES if os.path.dirname(f) in folders):
+        with open(name, "rb") as file:
+            found.update(name.encode() + b"\0" + file.read() + b"\0")
+    return found.hexdigest()[:16]
+
+
 sets = instruction_sets()
-torch, missing = decide()
-libraries, extensions = core_libraries(sets), doors(torch)
+torch, cuda, missing = decide()
+libraries, extensions = core_libraries(sets), doors(torch, cuda)
 decision = {
-    "built": ["core", "torch"] if torch else ["core"],
+    "built": [name for name in ("core", "torch", "cuda") if name not in missing],
     "missing": missing,
-    "torch": torch and torch[1],
+    "torch": torch and torch.version,
+    "cuda": cuda and {"targets": cuda.targets, "nvcc": cuda.version, "source": digest("csrc/cuda", "csrc/torch_cuda")},
     "flags": CORE_FLAGS,
     "instruction_sets": {name: flags for name, (_, flags) in sets.items()},
 }
-jobs = ThreadPoolExecutor(int(os.environ.get("FASTSEQ_BUILD_JOBS") or os.cpu_count() or 1))
+JOBS = int(os.environ.get("FASTSEQ_BUILD_JOBS") or os.cpu_count() or 1)
+jobs = ThreadPoolExecutor(JOBS)
 
 
 def compile_stale(compiler: Any) -> None:
@@ -173,8 +295,7 @@ def compile_stale(compiler: Any) -> None:
     def compile(sources: list[str], depends: list[str] = FILES, **options: Any) -> list[str]:
         options["output_dir"] = kept("objects", {**options, "output_dir": None})
         objects: list[str] = compiler.object_filenames(sources, output_dir=options["output_dir"])
-        headers = [f for f in depends if not f.endswith(".cpp")]
-        stale = [s for s, o in zip(sources, objects, strict=True) if newer_group([s, *headers], o)]
+        stale = [s for s, o in zip(sources, objects, strict=True) if newer_group([s, *headers(s, depends)], o)]
         for done in [jobs.submit(compile_all, [s], **options) for s in stale]:
             done.result()
         return objects
@@ -188,9 +309,12 @@ class BuildCore(build_clib):
         self.build_clib = kept("libraries", libraries)
 
     def build_libraries(self, libraries: list[tuple[str, dict[str, Any]]]) -> None:
-        built = f"core ({', '.join(sets)})" + (f", torch door for torch {torch[1]}" if torch else "")
-        not_built = "; ".join(f"no {name}: {why}" for name, why in missing.items())
-        print(f"fastseq: building {built}; {not_built}", flush=True)
+        built = f"core ({', '.join(sets)})" + (f", torch door for torch {torch.version}" if torch else "")
+        built += f", cuda {cuda.version} ({', '.join(cuda.targets)})" if cuda else ""
+        print(
+            "; ".join([f"fastseq: building {built}", *(f"no {name}: {why}" for name, why in missing.items())]),
+            flush=True,
+        )
         compile_stale(self.compiler)
 
         def build(name: str, sources: list[str], include_dirs: list[str], cflags: list[str]) -> None:
@@ -219,6 +343,13 @@ class BuildDoors(build_ext):
         compile_stale(self.compiler)
         super().build_extensions()
 
+    def build_extension(self, ext: Extension) -> None:
+        if cuda and ext.name == CUDA_LIBRARY:
+            compile_kernels(cuda)
+            if os.path.exists(old := self.get_ext_fullpath(ext.name)):  # other targets are no newer files
+                os.remove(old)
+        super().build_extension(ext)
+
     def run(self) -> None:
         super().run()
         ask = [self.compiler.compiler_so_cxx[0], "--version"]
@@ -227,8 +358,8 @@ class BuildDoors(build_ext):
         for root in [self.build_lib, *(["."] if self.inplace else [])]:
             with open(os.path.join(root, "fastseq", "_build.json"), "w", encoding="utf-8") as file:
                 file.write(text + "\n")
-            if not torch:  # left by an earlier build in the same folder
-                for old in glob.glob(os.path.join(root, "fastseq", "_torch*.so")):
+            for name in missing:  # left by an earlier build in the same folder
+                for old in glob.glob(os.path.join(root, "fastseq", f"_{name}*.so")):
                     os.remove(old)
 
 

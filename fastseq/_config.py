@@ -16,18 +16,20 @@ def show_config() -> dict[str, Any]:
 
     Returns:
         What was printed: ``version``; ``build`` (the doors with None or the reason why not, compiler, flags, the
-        instruction sets and their flags, the torch built against); ``instruction_set`` and ``backend`` of tensors on
-        the CPU (``runs``, ``why`` and ``not``, the others with their reasons); ``torch`` (version or None); ``gpu``
-        (``device`` or None, ``triton``: its version or why it cannot be used, and ``verified``, the kernels whose
-        results were seen to be right on such a device); ``threads`` (of torch, or None, and the number of cores).
+        instruction sets and their flags, the torch built against, of ``cuda`` the targets and nvcc, or None);
+        ``instruction_set`` and ``backend`` of tensors on the CPU (``runs``, ``why`` and ``not``, the others with their
+        reasons); ``torch`` (version or None); ``gpu`` (``device`` or None, ``triton``: its version or why it cannot be
+        used, and ``verified``, the kernels whose results were seen to be right on such a device); ``threads`` (of
+        torch, or None, and the number of cores).
     """
     build, core, torch = _build(), _load("fastseq._core"), _load("torch")
-    doors = {"core": core if isinstance(core, str) else None, "torch": None, **build.get("missing", {})}
+    doors = {"core": core if isinstance(core, str) else None, "torch": None, "cuda": None, **build.get("missing", {})}
     threads: dict[str, int | None] = {"torch": None, "cores": os.cpu_count()}
     if not isinstance(torch, str):
-        from fastseq.ops._library import why_not_compiled
+        from fastseq.ops import _cuda, _library
 
-        doors["torch"] = build.get("missing", {}).get("torch") or why_not_compiled
+        doors["torch"] = build.get("missing", {}).get("torch") or _library.why_not_compiled
+        doors["cuda"] = build.get("missing", {}).get("cuda") or _cuda.why_not_loaded
         threads["torch"] = torch.get_num_threads()
     config = {
         "version": __version__,
@@ -100,6 +102,7 @@ def _gpu(torch: Any) -> dict[str, Any]:
     """What ``explain`` tells per operator, in short."""
     if isinstance(torch, str):
         return {"device": None, "triton": f"torch: {torch}", "verified": []}
+    from fastseq.ops._cuda import unverified, why_not_loaded
     from fastseq.ops._triton import kernels, why_not_triton
 
     why_not = why_not_triton()
@@ -110,6 +113,8 @@ def _gpu(torch: Any) -> dict[str, Any]:
             device, dtype = torch.device("cuda", 0), torch.int64  # of any dtype
             modules = kernels("_sources").modules()
             found["verified"] = [m for m in modules if kernels("_verified").doubt(m, device, dtype) is None]
+            if why_not_loaded is None and unverified("lstm_persist", device, dtype) is None:
+                found["verified"].append("lstm_persist")
     return found
 
 
@@ -126,6 +131,8 @@ def _lines(config: dict[str, Any]) -> list[str]:
         lines.append(f"  {'compiler':<16} {build['compiler']}, {' '.join(build['flags'])}")
         sets = (f"{name} ({' '.join(flags)})" if flags else name for name, flags in build["instruction_sets"].items())
         lines.append(f"  {'sets built':<16} {', '.join(sets)}")
+    if build.get("cuda"):
+        lines.append(f"  {'cuda built':<16} {', '.join(build['cuda']['targets'])} by nvcc {build['cuda']['nvcc']}")
     lines.append(f"  {'instruction set':<16} {choice(config['instruction_set'])}")
     lines.append(f"  {'backend':<16} {choice(config['backend'])}")
     if config["torch"]:

@@ -64,8 +64,10 @@ INCLUDES = {  # the first pattern that fits a file decides
     r"core/.*": r'<\w+>|<immintrin\.h>|"core/.*"',
     r"deploy/c_api\.cpp": r'<\w+>|"(core|deploy)/.*"|"fastseq\.h"',
     r"deploy/.*": r'<\w+>|<unistd\.h>|"(core|deploy)/.*"',
+    r"cuda/.*": r'<\w+>|<(cuda\w*|cooperative_groups|mma)\.h>|"(core|cuda)/.*"',
     r"door/.*": rf'{SYSTEM}|"(core|door)/.*"',
     r"torch/.*": rf'{SYSTEM}|<torch/(csrc/stable|headeronly)/.*>|"(core|door|torch)/.*"',
+    r"torch_cuda/.*": rf'{SYSTEM}|<torch/(csrc/stable|headeronly)/.*>|"(core|cuda|door|torch|torch_cuda)/.*"',
     r"python/.*": rf'{SYSTEM}|<pybind11/.*>|"(core|deploy|door|python)/.*"',
 }
 
@@ -132,6 +134,18 @@ def test_includes_point_down() -> None:
         ),
         ("csrc/core/lstm.inl.h", "#include <vector>", "core/lstm.inl.h includes <vector>"),
         ("csrc/core/gemm.h", "#include <omp.h>", "core/gemm.h includes <omp.h>"),
+        ("csrc/cuda/lstm_persist.h", "#include <torch/all.h>", "cuda/lstm_persist.h includes <torch/all.h>"),
+        (
+            "csrc/cuda/lstm_persist.h",
+            '#include "door/array.h"',
+            'cuda/lstm_persist.h includes "door/array.h"',
+        ),
+        ("csrc/torch/lstm.cpp", '#include "cuda/lstm_persist.h"', 'torch/lstm.cpp includes "cuda/lstm_persist.h"'),
+        (
+            "csrc/torch_cuda/view.h",
+            "#include <c10/cuda/CUDAStream.h>",
+            "torch_cuda/view.h includes <c10/cuda/CUDAStream.h>",
+        ),
         ("csrc/torch/lstm.cpp", "#include <ATen/ATen.h>", "torch/lstm.cpp includes <ATen/ATen.h>"),
     ],
 )

@@ -28,7 +28,8 @@ def test_explain_tells_forward_and_backward() -> None:
     forward, backward = found
     assert [(s.operator, s.backend, s.times) for s in forward] == [("lstm_layer_forward", "cpu", 2)]
     assert [(s.operator, s.backend, s.times) for s in backward] == [("lstm_layer_backward", "cpu", 2)]
-    assert forward[0].others == {"triton": "input is on cpu", "reference": "cpu comes first"}
+    on_cpu = {name: "input is on cpu" for name in ("cuda", "triton")}
+    assert forward[0].others == {**on_cpu, "reference": "cpu comes first"}
     lines = str(found).splitlines()
     assert lines[:2] == ["forward", "  lstm_layer_forward x2: cpu, the first that can run here"]
     assert "    triton: input is on cpu" in lines

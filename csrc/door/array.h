@@ -10,11 +10,11 @@
 
 namespace fastseq::door {
 
-enum class Type { f32, f64, bf16, i64, i32, i8, u8, boolean, other };
+enum class Type { f32, f64, bf16, f16, i64, i32, i8, u8, boolean, other };
 
 inline const char* name_of(Type type) {
-  constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "int64",       "int32",
-                                    "int8",    "uint8",   "bool",     "another type"};
+  constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16", "int64",
+                                    "int32",   "int8",    "uint8",    "bool",    "another type"};
   return kNames[static_cast<int>(type)];
 }
 

@@ -4,43 +4,21 @@
 #include <omp.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "door/array.h"
 #include "door/scratch.h"
+#include "torch/tensor.h"
 
 namespace fastseq::torch_door {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
 inline door::Array view(const char* op, const char* name, const Tensor& tensor) {
   if (!tensor.is_cpu()) door::fail(op, name, " must be on cpu");
-  door::Array out;
-  out.data = tensor.const_data_ptr();
-  const ScalarType type = tensor.scalar_type();
-  out.type = type == ScalarType::Float      ? door::Type::f32
-             : type == ScalarType::Double   ? door::Type::f64
-             : type == ScalarType::BFloat16 ? door::Type::bf16
-             : type == ScalarType::Long     ? door::Type::i64
-             : type == ScalarType::Int      ? door::Type::i32
-             : type == ScalarType::Char     ? door::Type::i8
-             : type == ScalarType::Byte     ? door::Type::u8
-             : type == ScalarType::Bool     ? door::Type::boolean
-                                            : door::Type::other;
-  out.bytes = static_cast<int64_t>(tensor.element_size());
-  out.dims = static_cast<int>(tensor.dim());
-  if (out.dims > 4) door::fail(op, name, " has ", out.dims, " dimensions");
-  for (int i = 0; i < out.dims; ++i) out.size[i] = tensor.size(i);
-  out.contiguous = tensor.is_contiguous();
-  return out;
+  return array_of(op, name, tensor);
 }
 
 inline door::Array view(const char* op, const char* name, const Optional& tensor) {
@@ -57,11 +35,6 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> size) {
   Tensor out = torch::stable::new_empty(like, size);
   door::advise_huge(out.mutable_data_ptr(), out.numel() * out.element_size());
   return out;
-}
-
-template <class R>
-R* pointer(const Tensor& tensor) {
-  return static_cast<R*>(tensor.mutable_data_ptr());
 }
 
 // One OpenMP region for a whole call, on the pool that torch's own operators keep warm. A pool of our own would compete

@@ -34,12 +34,12 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
-def _load() -> str | None:
-    """Load the compiled operators; the reason when that is not possible, else None."""
+def load(name: str, why_not_built: str) -> str | None:
+    """Load the compiled operators of one library; the reason when that is not possible, else None."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    found = sorted(glob.glob(os.path.join(here, "_torch*.so")) + glob.glob(os.path.join(here, "_torch*.pyd")))
+    found = sorted(glob.glob(os.path.join(here, f"{name}*.so")) + glob.glob(os.path.join(here, f"{name}*.pyd")))
     if not found:
-        return "not built (fastseq was built without torch; rebuild with: pip install --no-build-isolation .)"
+        return f"not built ({why_not_built})"
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
@@ -47,7 +47,7 @@ def _load() -> str | None:
     return None
 
 
-why_not_compiled = _load()
+why_not_compiled = load("_torch", "fastseq was built without torch; rebuild with: pip install --no-build-isolation .")
 
 
 def _device(args: tuple[Any, ...]) -> str:
@@ -60,13 +60,16 @@ def _why_not_compiled(op: str) -> str | None:
     return why_not_compiled
 
 
-def without_core(op: str, definition: Callable[..., Any], kernels: str) -> tuple[Backend, ...]:
-    """The backends of an operator that the compiled core does not have: on the CPU its definition stands in."""
+def without_core(op: str, definition: Callable[..., Any], kernels: str, *others: Backend) -> tuple[Backend, ...]:
+    """The backends of an operator that the compiled core does not have: on the CPU its definition stands in.
+
+    Args: as of ``backends``.
+    """
 
     def why_not(*args: Any, **kwargs: Any) -> str | None:
         return None
 
-    return triton_backend(op, kernels), Backend("reference", definition, why_not)
+    return *others, triton_backend(op, kernels), Backend("reference", definition, why_not)
 
 
 def core_alone(op: str) -> tuple[Backend, ...]:

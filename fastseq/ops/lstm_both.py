@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastseq.ops import lstm_layer
+from fastseq.ops import lstm_layer, lstm_persist
 from fastseq.ops._library import fake, library, register, without_core
 from fastseq.ops._transforms import apply
 from fastseq.ops.lstm import NOISE
@@ -102,10 +102,8 @@ def _(*args: Any) -> list[Tensor]:
     return _backward_by(torch.ops.fastseq.lstm_layer_backward.default, *args)
 
 
-BACKENDS = {
-    "lstm_layer_both_forward": without_core("lstm_layer_both_forward", _forward, "lstm_layer"),
-    "lstm_layer_both_backward": without_core("lstm_layer_both_backward", _backward, "lstm_layer"),
-}
+_DEFINITIONS = {"lstm_layer_both_forward": _forward, "lstm_layer_both_backward": _backward}
+BACKENDS = {op: without_core(op, run, "lstm_layer", lstm_persist.BACKENDS[op]) for op, run in _DEFINITIONS.items()}
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastseq import reference
 from fastseq.ops import lstm as _lstm
+from fastseq.ops import lstm_persist
 from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._transforms import in_float32
 
@@ -71,11 +72,10 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return (dx, dweight_ih, flat.sum(0) if needs_bias else d.new_empty(0), *rest)
 
 
-BACKENDS = {
-    "lstm_layer_forward": backends("lstm_layer_forward", in_float32(_forward, 0, 5, 0, 4, 5), "lstm_layer"),
-    "lstm_layer_backward": backends(
-        "lstm_layer_backward", in_float32(_backward, 5, 6, 6, 11, 12, 13, 11, 12, 13), "lstm_layer"
-    ),
+_DEFINITIONS = {
+    "lstm_layer_forward": in_float32(_forward, 0, 5, 0, 4, 5),
+    "lstm_layer_backward": in_float32(_backward, 5, 6, 6, 11, 12, 13, 11, 12, 13),
 }
+BACKENDS = {op: backends(op, run, "lstm_layer", lstm_persist.BACKENDS[op]) for op, run in _DEFINITIONS.items()}
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])

@@ -266,13 +266,13 @@ def assume_runs(backend: str, dtype: torch.dtype) -> None:
 
 
 def backends(op: str = "lstm_forward", table: Any = BACKENDS, dims: int = 1) -> list[Any]:
-    """Every backend of an operator as a parameter. A compiled one that cannot run here is skipped with its reason; the
-    Triton kernels have a process of their own (see tests/kernels). Asked with a first argument of so many ``dims``."""
+    """Every backend of an operator as a parameter. A compiled one that cannot run here is skipped with its reason;
+    those for a GPU have tests of their own. Asked with a first argument of so many ``dims``."""
     entries = table[op] if isinstance(table, dict) else table
     found = []
     for backend in entries:
         reason = backend.why_not(torch.zeros([1] * dims))
-        if reason is not None and backend.name in ("triton", "torch"):
+        if reason is not None and backend.name in ("cuda", "triton", "torch"):
             continue
         marks = [] if reason is None else [pytest.mark.skip(reason=f"{backend.name}: {reason}")]
         found.append(pytest.param(backend.name, marks=marks))

@@ -247,5 +247,5 @@ def test_no_backend_says_why() -> None:
 
 def test_another_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSEQ_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match="cpu: input is on meta; triton: FASTSEQ_BACKEND=cpu; reference"):
+    with pytest.raises(RuntimeError, match="cpu: input is on meta; cuda: FASTSEQ_BACKEND=cpu; triton: FASTSEQ"):
         choose("lstm_forward", cases.BACKENDS["lstm_forward"], torch.zeros(2, 3, 4, device="meta"))
