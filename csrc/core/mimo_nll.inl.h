@@ -42,7 +42,8 @@ void mimo_nll_rows(const MimoNll<R>& a, int64_t begin, int64_t end) {
 template <class R>
 inline void gradient_row(const R* x, int64_t K, R top, R logsum, R weight, R spread, R* out) {
   constexpr int64_t L = kLanes<R>;
-  const Vec<R> most = broadcast(top), below = broadcast(logsum), times = broadcast(weight), less = broadcast(-weight * spread);
+  const Vec<R> most = broadcast(top), below = broadcast(logsum), times = broadcast(weight),
+               less = broadcast(-weight * spread);
   int64_t k = 0;
   for (; k + 2 * L <= K; k += 2 * L) {
     Vec<R> v[2];

@@ -166,7 +166,8 @@ inline R row_sum(const R* x, int64_t K, R shift) {
       [&](int64_t k) __attribute__((always_inline)) {
         FASTSEQ_EACH(i, kSumVectors) sum[i] += load(x + k + i * kLanes<R>) - middle;
       },
-      [&](int64_t k, int i, int64_t count) __attribute__((always_inline)) { sum[i] += load_part(x + k, count, middle) - middle; });
+      [&](int64_t k, int i, int64_t count)
+          __attribute__((always_inline)) { sum[i] += load_part(x + k, count, middle) - middle; });
   return fold_sum<R>(sum);
 }
 

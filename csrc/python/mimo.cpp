@@ -68,7 +68,8 @@ py::array mimo_combine_backward(const py::array& d, const py::array& index, int6
   const door::Array vd = view(op, "d", d);
   const door::MimoSizes z = door::check_adjoint(op, vd, view(op, "index", index), B, false);
   py::array out = empty(z.type, {z.shape.A, B, z.shape.S, z.shape.M * z.width});
-  door::by_type(z.type, [&]<class R>(R) { run<R>(core::mimo_combine_backward<R>, z, vd, door::Array{}, out, threads); });
+  door::by_type(z.type,
+                [&]<class R>(R) { run<R>(core::mimo_combine_backward<R>, z, vd, door::Array{}, out, threads); });
   return out;
 }
 

@@ -22,7 +22,8 @@ py::tuple mimo_nll(const py::array& logits, const py::array& labels, double smoo
                                 ignore,
                                 pointer<R>(loss),
                                 pointer<R>(nll),
-                                pointer<R>(top), pointer<R>(logsum)};
+                                pointer<R>(top),
+                                pointer<R>(logsum)};
     const py::gil_scoped_release release;
     core::mimo_nll(call, team(threads));
   };
@@ -31,8 +32,8 @@ py::tuple mimo_nll(const py::array& logits, const py::array& labels, double smoo
 }
 
 py::array mimo_nll_backward(const Optional& dloss, const Optional& dnll, const py::array& logits,
-                            const py::array& labels, const py::array& top, const py::array& logsum, double smoothing, int64_t ignore,
-                            int threads) {
+                            const py::array& labels, const py::array& top, const py::array& logsum, double smoothing,
+                            int64_t ignore, int threads) {
   const char* const op = "mimo_nll_backward";
   check_call(op, threads);
   const door::Array x = view(op, "logits", logits), y = view(op, "labels", labels);
@@ -43,8 +44,8 @@ py::array mimo_nll_backward(const Optional& dloss, const Optional& dnll, const p
   const auto run = [&]<class R>(R) {
     const door::Scratch<R> weight(s.M);
     const core::MimoNllBackward<R> call{
-        s.N,       s.M,       s.K,    dl.as<R>(),    dn.as<R>(),     x.as<R>(), y.as<int64_t>(),
-        t.as<R>(), l.as<R>(), smoothing, ignore, weight.data(), pointer<R>(out)};
+        s.N,       s.M,       s.K,       dl.as<R>(), dn.as<R>(),    x.as<R>(),      y.as<int64_t>(),
+        t.as<R>(), l.as<R>(), smoothing, ignore,     weight.data(), pointer<R>(out)};
     const py::gil_scoped_release release;
     core::mimo_nll_backward(call, team(threads));
   };
@@ -59,8 +60,8 @@ void bind_mimo_nll(py::module_& m) {
   m.def("mimo_nll", &mimo_nll, arg("logits").noconvert(), arg("labels").noconvert(), arg("smoothing") = 0.0,
         arg("ignore") = -100, py::kw_only(), arg("threads") = 1);
   m.def("mimo_nll_backward", &mimo_nll_backward, arg("dloss").noconvert(), arg("dnll").noconvert(),
-        arg("logits").noconvert(), arg("labels").noconvert(), arg("top").noconvert(), arg("logsum").noconvert(), arg("smoothing") = 0.0,
-        arg("ignore") = -100, py::kw_only(), arg("threads") = 1);
+        arg("logits").noconvert(), arg("labels").noconvert(), arg("top").noconvert(), arg("logsum").noconvert(),
+        arg("smoothing") = 0.0, arg("ignore") = -100, py::kw_only(), arg("threads") = 1);
 }
 
 }  // namespace fastseq::python_door

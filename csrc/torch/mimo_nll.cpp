@@ -23,8 +23,8 @@ Four mimo_nll(Tensor logits, Tensor labels, double smoothing, int64_t ignore) {
   return {loss, nll, top, logsum};
 }
 
-Tensor mimo_nll_backward(Optional dloss, Optional dnll, Tensor logits, Tensor labels, Tensor top, Tensor logsum, double smoothing,
-                         int64_t ignore) {
+Tensor mimo_nll_backward(Optional dloss, Optional dnll, Tensor logits, Tensor labels, Tensor top, Tensor logsum,
+                         double smoothing, int64_t ignore) {
   const char* const op = "mimo_nll_backward";
   check_isa(op);
   const door::Array x = view(op, "logits", logits), y = view(op, "labels", labels);
@@ -34,9 +34,10 @@ Tensor mimo_nll_backward(Optional dloss, Optional dnll, Tensor logits, Tensor la
   Tensor out = empty(logits, {s.N, s.M, s.K});
   const auto run = [&]<class R>(R) {
     const door::Scratch<R> weight(s.M);
-    core::mimo_nll_backward(core::MimoNllBackward<R>{s.N, s.M, s.K, dl.as<R>(), dn.as<R>(), x.as<R>(), y.as<int64_t>(),
-                                                     t.as<R>(), l.as<R>(), smoothing, ignore, weight.data(), pointer<R>(out)},
-                            team());
+    core::mimo_nll_backward(
+        core::MimoNllBackward<R>{s.N, s.M, s.K, dl.as<R>(), dn.as<R>(), x.as<R>(), y.as<int64_t>(), t.as<R>(),
+                                 l.as<R>(), smoothing, ignore, weight.data(), pointer<R>(out)},
+        team());
   };
   door::by_type(s.type, run);
   return out;
