@@ -51,6 +51,7 @@ def cuda_backend(
     run: Callable[[Any], Any],
     why_not: Callable[[Any], str | None],
     detail: Callable[[Any], str],
+    doubt: Callable[[Any], str | None],
 ) -> Backend:
     """The backend "cuda" of an operator.
 
@@ -60,7 +61,7 @@ def cuda_backend(
     Args:
         module: the name of the result row in ``verified.json``.
         call_of: makes the operator's arguments into what the others take, whose ``data`` has the dtype that counts.
-        why_not: further reasons.
+        why_not: further reasons. doubt: why another backend may be faster.
     """
 
     def reason(*args: Any, **kwargs: Any) -> str | None:
@@ -85,5 +86,6 @@ def cuda_backend(
         "cuda",
         lambda *args, **kwargs: run(call_of(*args, **kwargs)),
         reason,
+        doubt=lambda *args, **kwargs: doubt(call_of(*args, **kwargs)),
         detail=lambda *args, **kwargs: detail(call_of(*args, **kwargs)),
     )

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastseq.ops import lstm_costs
 from fastseq.ops._cuda import cuda_backend, why_not_loaded
 from fastseq.ops._library import library
 from fastseq.ops._triton import kernels
+from fastseq.ops.lstm_costs import Cost, Tile
 
 _ROWS = "Tensor? lengths, Tensor? offsets, float tau, bool hard, bool reverse, int tile"
 library.define(
@@ -39,15 +41,6 @@ def _(*args: Any) -> None:
     """Everything is written into tensors that are given."""
 
 
-class Tile(NamedTuple):
-    """A compiled shape of the kernels; see ``PersistTile``."""
-
-    units: int
-    rows: int
-    depth: int
-    threads: int
-
-
 TILES: tuple[Tile, ...] = ()
 if why_not_loaded is None:
     _numbers = torch.ops.fastseq.lstm_persist_tiles()
@@ -69,16 +62,35 @@ class Shape(NamedTuple):
     backward: bool
 
 
-def tile_for(shape: Shape) -> int | None:
-    """The smallest tile that is deep enough, with as many rows as there are where one has them; None: none is."""
-    deep = [n for n, tile in enumerate(TILES) if tile.depth >= shape.H]
-    if not deep:
-        return None
-    most = min(shape.B, max(TILES[n].rows for n in deep))
-    return min((n for n in deep if TILES[n].rows >= most), key=lambda n: (TILES[n].depth, TILES[n].rows))
+class Chosen(NamedTuple):
+    """A tile, what it costs, and the blocks of threads that it needs at a time and that the device has room for."""
+
+    tile: int
+    cost: Cost
+    needs: int
+    room: int
 
 
 @functools.lru_cache(maxsize=1024)
+def chosen(shape: Shape) -> Chosen | str:
+    """The cheapest tile that the device has room for; or why there is none. T does not count."""
+    deep = [n for n, tile in enumerate(TILES) if tile.depth >= shape.H]
+    if not deep:
+        return f"H = {shape.H} is more than any tile has, H <= {max(tile.depth for tile in TILES)} is not"
+    found = []
+    for n in deep:
+        room = _room(shape, n)
+        if room is None:
+            return "no CUDA device is here"
+        found.append(Chosen(n, lstm_costs.persist(TILES[n], *shape[1:4], shape.backward), *room))
+    best = min(found, key=lambda c: (c.needs > c.room, c.cost.step, c.needs))
+    return (
+        best
+        if best.needs <= best.room
+        else f"needs {best.needs} blocks of threads at a time, the device holds {best.room}"
+    )
+
+
 def _room(shape: Shape, tile: int) -> tuple[int, int] | None:
     """Blocks of threads that a call needs at a time, and how many the device can hold; T does not count. None: there is
     no device, as for fake tensors."""
@@ -177,20 +189,34 @@ def _why_not(call: Call) -> str | None:
         return "no gradients of the cells or gates of each step"
     if 0 in shape[:3]:
         return "no steps, rows or units"
-    tile = tile_for(shape)
-    if tile is None:
-        return f"H = {shape.H} is more than any tile has, H <= {max(tile.depth for tile in TILES)} is not"
-    found = _room(shape._replace(T=1), tile)
-    if found is None:
-        return "no CUDA device is here"
-    return None if found[0] <= found[1] else "needs {} blocks of threads at a time, the device holds {}".format(*found)
+    found = chosen(shape._replace(T=1))
+    return found if isinstance(found, str) else None
+
+
+def _tile(call: Call) -> Chosen:
+    found = chosen(call.shape._replace(T=1))
+    assert isinstance(found, Chosen), found
+    return found
+
+
+def _doubt(call: Call) -> str | None:
+    """Where a way in triton is said to cost less: few steps, or more rows than this one is made for."""
+    (T, B, H, *_), ours = call.shape, _tile(call).cost
+    target = kernels("_launch").target(call.data.device)
+    resident = kernels("lstm_resident").why_not(H, call.data.dtype, False, target) is None
+    theirs = lstm_costs.triton(T, B, H, resident, call.grads is not None)
+    if ours.of(T) <= theirs.of(T):
+        return None
+    return f"{ours.of(T):.0f} us for all steps by our estimate, {theirs.of(T):.0f} in triton"
 
 
 def _detail(call: Call) -> str:
-    tile = tile_for(call.shape)
-    assert tile is not None
-    units, rows, _, threads = TILES[tile]
-    return f"persistent: a block of {threads} threads holds {units} units, of up to {rows} rows, over all steps"
+    found = _tile(call)
+    units, rows, _, threads = TILES[found.tile]
+    return (
+        f"persistent: {found.needs} blocks of {threads} threads, each of {units} units and up to {rows} rows, "
+        f"{found.cost.step:.1f} us a step by our estimate"
+    )
 
 
 def _recurrences(call: Call) -> list[Any]:
@@ -245,8 +271,7 @@ def loop_backward(directions: list[Any], tile: int) -> list[Any]:
 
 def _forward(call: Call) -> list[tuple[Tensor, ...]]:
     """h, c, gates, h_n and c_n of each direction."""
-    lstm, tile, directions = kernels("lstm"), tile_for(call.shape), []
-    assert tile is not None
+    lstm, tile, directions = kernels("lstm"), _tile(call).tile, []
     for n, recurrence in enumerate(_recurrences(call)):
         x_gates, noise, ours = _x_gates(call, n)
         directions.append(lstm.prepared(recurrence, x_gates, noise, call.rest[0], ours))
@@ -256,8 +281,8 @@ def _forward(call: Call) -> list[tuple[Tensor, ...]]:
 
 def _backward(call: Call) -> list[tuple[Tensor, ...]]:
     """dx, dweight_ih, dbias and what ``lstm_backward`` returns, of each direction; without weight_ih that alone."""
-    lstm, layer, tile, given = kernels("lstm"), kernels("lstm_layer"), tile_for(call.shape), []
-    assert call.grads is not None and tile is not None
+    lstm, layer, tile, given = kernels("lstm"), kernels("lstm_layer"), _tile(call).tile, []
+    assert call.grads is not None
     recurrences, (*needs, weights) = _recurrences(call), call.rest
     for n, (recurrence, gates, h, c) in enumerate(zip(recurrences, *call.kept, strict=True)):
         if gates is None:
@@ -286,7 +311,7 @@ def _both_backward(call: Call) -> list[Tensor]:
 
 
 BACKENDS = {
-    op: cuda_backend("lstm_persist", call_of, run, _why_not, _detail)
+    op: cuda_backend("lstm_persist", call_of, run, _why_not, _detail, _doubt)
     for op, call_of, run in (
         ("lstm_forward", _of_forward, lambda call: _forward(call)[0]),
         ("lstm_backward", _of_backward, lambda call: _backward(call)[0]),

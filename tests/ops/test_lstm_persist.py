@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastseq.ops import _cuda, _library, lstm_both, lstm_layer, lstm_persist
+from fastseq.ops import _cuda, _library, lstm_both, lstm_costs, lstm_layer, lstm_persist
 from fastseq.ops._select import consider
 from fastseq.ops._triton import interpreted, kernels, why_not_triton
+from fastseq.ops.lstm_costs import Cost
 from tests.ops import lstm_cases as cases
 from tests.ops.lstm_cases import Case
 from tests.tolerance import assert_same_bits
@@ -128,7 +130,7 @@ class Stand:
 @pytest.mark.parametrize("layout", ["hard_reverse", "lengths", "packed"])
 @pytest.mark.parametrize("op", ["lstm", "lstm_layer", "lstm_layer_both"])
 def test_around_its_loop_it_does_what_triton_does(op: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lstm_persist, "tile_for", lambda shape: 5)
+    monkeypatch.setattr(lstm_persist, "_tile", lambda call: lstm_persist.Chosen(5, Cost(0, 0), 1, 1))
     monkeypatch.setattr(Stand, "calls", [])
     count = 2 if op.endswith("both") else 1
     layer = Layer(LAYOUTS[layout], count, bias=layout != "packed")
@@ -163,13 +165,21 @@ def here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(_cuda, "why_not_loaded", None)
     monkeypatch.setattr(_cuda, "why_not_triton", lambda: None)
     monkeypatch.setattr(lstm_persist, "TILES", TILES)
+    monkeypatch.setattr(lstm_persist, "chosen", lstm_persist.chosen.__wrapped__)  # nothing is remembered
     monkeypatch.setattr(lstm_persist, "_room", lambda shape, tile: (shape.directions * shape.H // 8, 100))
     monkeypatch.setattr(kernels("_verified"), "capability", lambda index: 90)
     monkeypatch.setattr(kernels("_verified"), "rows", lambda: {})
+    monkeypatch.setattr(kernels("_launch"), "target", lambda device: kernels("_launch").Target(90, 227 * 1024, 132))
     return monkeypatch
 
 
-def reason(op: str = "lstm_forward", case: Any = LAYOUTS["dense"], dtype: torch.dtype = LOW, **change: Any) -> Any:
+def reason(
+    op: str = "lstm_forward",
+    case: Any = LAYOUTS["dense"],
+    dtype: torch.dtype = LOW,
+    ask: str = "why_not",
+    **change: Any,
+) -> Any:
     """Why the backend does not run a call on ``cuda``; the arguments that the schema names are changed."""
     layer = Layer(case, 2 if "both" in op else 1)
     backward = op.endswith("backward")
@@ -193,7 +203,7 @@ def reason(op: str = "lstm_forward", case: Any = LAYOUTS["dense"], dtype: torch.
         sizes = {"batch_sizes": given["batch_sizes"]}  # on the CPU
         arguments = {**{name: on_cuda(value) for name, value in given.items()}, **sizes}
         backend = next(b for b in _library.TABLES[op] if b.name == "cuda")
-        return backend.why_not(*arguments.values())
+        return getattr(backend, ask)(*arguments.values())
 
 
 OPERATORS = ["lstm_forward", "lstm_backward", *lstm_layer.BACKENDS, *lstm_both.BACKENDS]
@@ -255,13 +265,21 @@ def test_devices_that_it_is_not_for(here: pytest.MonkeyPatch) -> None:
     assert reason() == "not built (FASTSEQ_BUILD=torch)"
 
 
-def test_tile() -> None:
-    """Of the table in use where there is one: deep enough for every H that is not refused."""
-    shape = lstm_persist.Shape(9, 3, 200, 1, False, False, False, LOW, torch.device("cuda"), False)
-    for n, tile in enumerate(lstm_persist.TILES):
-        found = lstm_persist.tile_for(shape._replace(H=tile.depth))
-        assert found is not None and lstm_persist.TILES[found].depth >= tile.depth, n
-    assert lstm_persist.tile_for(shape._replace(H=1 << 20)) is None
+def test_the_cheapest_tile_that_there_is_room_for(here: pytest.MonkeyPatch) -> None:
+    shape = lstm_persist.Shape(1, 3, 200, 1, False, False, False, LOW, torch.device("cuda"), False)
+    costs = [lstm_costs.persist(tile, 3, 200).step for tile in TILES]
+    found = lstm_persist.chosen(shape)
+    assert isinstance(found, lstm_persist.Chosen) and found.cost.step == min(costs)
+    best = found.tile
+    here.setattr(lstm_persist, "_room", lambda shape, tile: (7, 6 if tile == best else 7))
+    found = lstm_persist.chosen(shape)
+    assert isinstance(found, lstm_persist.Chosen) and found.tile != best
+
+
+def test_few_steps_go_another_way(here: pytest.MonkeyPatch) -> None:
+    few, many = (reason(case=Case(T, 3, 200), ask="doubt") for T in (1, 1000))
+    assert many is None
+    assert re.fullmatch(r"\d+ us for all steps by our estimate, 15 in triton", few)
 
 
 def test_explain_tells_its_tile(here: pytest.MonkeyPatch) -> None:
@@ -272,5 +290,5 @@ def test_explain_tells_its_tile(here: pytest.MonkeyPatch) -> None:
         args = (x, weight_hh, h0, c0, *(None,) * 6, *NOISE, 1.0, False, False, 2)
         found = consider("lstm_forward", _library.TABLES["lstm_forward"], *args)
     assert found.backend is not None and found.backend.name == "cuda"
-    way = "persistent: a block of 256 threads holds 8 units, of up to 16 rows, over all steps"
-    assert found.why == f"FASTSEQ_BACKEND=cuda; {way}"
+    way = r"persistent: 38 blocks of 256 threads, each of 8 units and up to 16 rows, \d\.\d us a step by our estimate"
+    assert re.fullmatch(f"FASTSEQ_BACKEND=cuda; (.* in triton; )?{way}", found.why), found.why

@@ -1,0 +1,79 @@
+"""What the loop over time of an LSTM costs by each way through a GPU: a small model, and the numbers in it.
+
+Microseconds of a call are ``start + T * step``. Of the ways in triton they are fitted to result rows of an H100
+(``benchmarks/results``), of the persistent kernels added up from what that device was measured to do and, marked so,
+from estimates: no row of theirs exists yet.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+EXCHANGE = 0.7  # estimate: one write to and one read from the second-level cache, seen by another multiprocessor
+CELL = 0.3  # estimate: the pointwise part, a barrier or two
+READ = 57e3  # bytes a multiprocessor reads of the second-level cache; measured, all reading the same 64 KiB
+READ_ALL = 7.4e6  # the same of all of them together
+MULTIPLY = 1.1e6  # multiply-adds of a multiprocessor with few rows; measured with tl.dot of 16 rows
+CHAIN = 0.01  # estimate: one matrix instruction that waits for the one before
+SHARED = 225e3  # bytes of shared memory that a multiprocessor reads
+PERSIST_START = 15.0  # estimate: scratch set to zero, the launch, weights on their way onto the chip
+BACKWARD = 1.5  # of triton's ways, over forward; measured 1.4 to 1.6
+
+RESIDENT = (26.0, 2.35)  # start and step; measured at B = 16, H = 128
+GRAPH_START = 60.0
+LEAST_T = 64  # steps from which CUDA graphs are used
+LAUNCHES = 15.0  # a step that is launched on its own; measured 13 to 18
+
+
+class Cost(NamedTuple):
+    """Microseconds."""
+
+    start: float
+    step: float
+
+    def of(self, T: int) -> float:
+        return self.start + T * self.step
+
+
+class Tile(NamedTuple):
+    """A compiled shape of the persistent kernels; see ``PersistTile``."""
+
+    units: int
+    rows: int
+    depth: int
+    threads: int
+
+    def grid(self, B: int, H: int) -> tuple[int, int]:
+        """Blocks of threads along the units and along the rows."""
+        return math.ceil(H / self.units), math.ceil(B / self.rows)
+
+    @property
+    def in_shared(self) -> int:
+        """Bytes of weights that registers have no room for: beyond 36 pieces of 512 a warp."""
+        warps = self.threads // 32
+        return max(0, 4 * self.units * self.depth * 2 - warps * 36 * 512)
+
+
+def persist(tile: Tile, B: int, H: int, directions: int = 1, backward: bool = False) -> Cost:
+    """The persistent kernels: every block reads all of h of its rows, or in backward its part of everyone's sums."""
+    blocks, groups = tile.grid(B, H)
+    width = blocks * tile.units
+    exchanged = tile.rows * width * (4 if backward else 2)
+    everyone = exchanged * blocks * groups * directions * (2 if backward else 1)  # sums are written as often
+    read = max(exchanged / READ, everyone / READ_ALL)
+    per_warp = 4 * tile.units * width / 256 / (tile.threads // 32)  # matrix instructions on 8 rows
+    product = max(4 * tile.units * width * tile.rows / MULTIPLY, per_warp * CHAIN)
+    return Cost(PERSIST_START, EXCHANGE + read + product + tile.in_shared / SHARED + CELL)
+
+
+def triton(T: int, B: int, H: int, resident: bool, backward: bool = False) -> Cost:
+    """The way that ``fastseq_kernels`` takes in 16 bits; ``resident``: one multiprocessor holds weight_hh."""
+    if resident:
+        cost = Cost(*RESIDENT)
+    elif T >= LEAST_T:
+        work = B * H * H / 1e6
+        cost = Cost(GRAPH_START, 2.0 + 1.9e-3 * H + (0.28 if B > 1 else 0.0) + 0.017 * work)
+    else:
+        cost = Cost(0.0, LAUNCHES)
+    return cost._replace(step=cost.step * BACKWARD) if backward else cost

@@ -1,0 +1,47 @@
+"""The model of costs against the result rows that it was fitted to, and in what it must not get wrong without any."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fastseq.ops import lstm_costs
+from fastseq.ops.lstm_costs import Tile
+
+ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.jsonl"
+NARROW, WIDE, DEEP = Tile(16, 8, 1024, 256), Tile(16, 32, 1024, 256), Tile(16, 8, 2048, 256)
+
+
+def measured() -> list[tuple[int, int, int, str, float]]:
+    """T, B, H, mode and microseconds a call of our LSTM in bfloat16, as it chose its way in triton."""
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    last = {(r["case"], r["mode"]): r for r in rows if r.get("provider") == "fastseq" and r.get("dtype") == "bfloat16"}
+    sizes = {key: re.fullmatch(r"T(\d+)_B(\d+)_H(\d+)", key[0]) for key in last}
+    return [(*map(int, m.groups()), key[1], 1e3 * last[key]["ms"]) for key, m in sizes.items() if m]  # type: ignore[misc]
+
+
+def test_ways_in_triton_cost_what_was_measured() -> None:
+    found = measured()
+    assert len(found) >= 12
+    for T, B, H, mode, microseconds in found:
+        forward = lstm_costs.triton(T, B, H, H <= 128).of(T)
+        both = forward + lstm_costs.triton(T, B, H, H <= 128, backward=True).of(T)
+        model = forward if mode == "infer" else both
+        assert model == pytest.approx(microseconds, rel=0.1), f"T{T}_B{B}_H{H} {mode}"
+
+
+def test_more_work_costs_more() -> None:
+    for backward in (False, True):
+        steps = [lstm_costs.persist(NARROW, 8, H, backward=backward).step for H in (64, 256, 512, 1024)]
+        assert steps == sorted(steps) and steps[0] > lstm_costs.EXCHANGE
+        few, many = (lstm_costs.persist(t, t.rows, 1024, 1, backward).step for t in (NARROW, WIDE))
+        assert few < many
+    assert NARROW.in_shared == 0 and DEEP.in_shared == (4 * 16 * 2048 * 2 - 8 * 36 * 512)
+
+
+def test_many_rows_are_cheaper_in_blocks_of_many_only_for_want_of_room() -> None:
+    assert NARROW.grid(33, 1000) == (63, 5) and WIDE.grid(33, 1000) == (63, 2)
+    assert lstm_costs.persist(NARROW, 64, 1024).step < lstm_costs.persist(WIDE, 64, 1024).step
