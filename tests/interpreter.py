@@ -1,17 +1,26 @@
 """Triton's interpreter made to compute as a GPU does, where it does not.
 
 It multiplies and adds with two roundings, truncates when it narrows to bfloat16, and takes the bits of bfloat16 for
-whole numbers in products of matrices.
+whole numbers in products of matrices. And it is spared what comes to nothing, half of its time: each call of a device
+function prepares the language, which the launch has done, and each sum of integers looks for an overflow, which is told
+in debugging only.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+ADDRESS = np.dtype(np.uint64)
 
 
 def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -38,8 +47,28 @@ def widen(bits: np.ndarray) -> np.ndarray:
     return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
+@functools.cache
+def languages(fn: Callable[..., Any]) -> list[types.ModuleType]:
+    """Those modules that the interpreter prepares for ``fn``."""
+    return [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
+
+
 def patch() -> None:
     """Once, before the first kernel runs."""
+    plain_prepare = interpreter._patch_lang
+
+    def prepare(fn: Callable[..., Any]) -> Any:
+        found = languages(fn)
+        if found and not any(tl.core.is_builtin(language.load) for language in found):  # they are the interpreter's
+            return interpreter._LangPatchScope()
+        return plain_prepare(fn)
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug  # and so what it finds of an overflow is dropped, here as on a GPU
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    plain_numpy_type = functools.cache(interpreter._get_np_dtype)
+    interpreter._patch_lang = prepare
+    interpreter._get_np_dtype = lambda dtype: ADDRESS if dtype.scalar.is_ptr() else plain_numpy_type(dtype.scalar)
     plain_fma, plain_cast, plain_dot = (
         getattr(InterpreterBuilder, f) for f in ("create_fma", "cast_impl", "create_dot")
     )

@@ -140,9 +140,9 @@ def keys(call: Call, sizes: tuple[int, ...]) -> set[str]:
     """The binaries of a call for each value of each of its sizes, one changed at a time."""
     found = set()
     for name in call.sizes:
-        for size in sizes:
-            few = min(size, 5) if name == "T" else size  # a loop over T may launch for each step
-            found |= {specialise(launch, 90).key for launch in record(call, _launch.TARGETS[90], **{name: few})}
+        few = {min(size, 5) for size in sizes}  # a loop over T may launch for each step
+        for size in few if name == "T" else sizes:
+            found |= {specialise(launch, 90).key for launch in record(call, _launch.TARGETS[90], **{name: size})}
     return found
 
 
