@@ -26,6 +26,13 @@ LEAST_T = 64  # steps from which CUDA graphs are used
 LAUNCHES = 15.0  # a step that is launched on its own; measured 13 to 18
 
 
+MOST_WORK = 1 << 24  # rows times squared units up to which our ways were measured beside torch's LSTM
+CUDNN_LAUNCHES = (20.0, 23.0)  # a step, forward and backward, outside of its persistent kernels; measured 16 to 30
+CUDNN_ROW = (0.1, 0.1)  # a step and row inside, from 16 rows on; measured 1.6 to 2.2 at 16 rows, 6.5 to 8 at 64
+CUDNN_STEP = (0.1, 1.7)  # and what a step has beside that
+CUDNN_START = (0.0, 500.0)
+
+
 class Cost(NamedTuple):
     """Microseconds."""
 
@@ -77,3 +84,11 @@ def triton(T: int, B: int, H: int, resident: bool, backward: bool = False) -> Co
     else:
         cost = Cost(0.0, LAUNCHES)
     return cost._replace(step=cost.step * BACKWARD) if backward else cost
+
+
+def cudnn(B: int, H: int, float16: bool, backward: bool = False) -> Cost:
+    """torch's own LSTM, one layer and direction: persistent kernels where torch allows them, launches elsewhere."""
+    if not (float16 and B % 8 == 0 and B <= 128 and H % 128 == 0 and H <= 1024):
+        return Cost(0.0, CUDNN_LAUNCHES[backward])
+    rows = max(B, 16) * (1.3 if H > 512 else 1.0)
+    return Cost(CUDNN_START[backward], CUDNN_STEP[backward] + CUDNN_ROW[backward] * rows)

@@ -45,3 +45,18 @@ def test_more_work_costs_more() -> None:
 def test_many_rows_are_cheaper_in_blocks_of_many_only_for_want_of_room() -> None:
     assert NARROW.grid(33, 1000) == (63, 5) and WIDE.grid(33, 1000) == (63, 2)
     assert lstm_costs.persist(NARROW, 64, 1024).step < lstm_costs.persist(WIDE, 64, 1024).step
+
+
+def test_torch_costs_what_was_measured() -> None:
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    found = [r for r in rows if r.get("provider", "").startswith("stock") and r["case"].startswith("T") and "ms" in r]
+    assert len(found) >= 40
+    for row in found:
+        T, B, H = map(int, re.fullmatch(r"T(\d+)_B(\d+)_H(\d+)", row["case"]).groups())  # type: ignore[union-attr]
+        half = row["dtype"] == "float16" or row["provider"] == "stock float16"
+        if row["ms"] is None or row["dtype"] == "float32" or H < 256:
+            continue
+        passes = (False, True) if row["mode"] == "train" else (False,)
+        model = sum(lstm_costs.cudnn(B, H, half, backward).of(T) for backward in passes)
+        inside = half and B >= 16 and H <= 1024
+        assert model == pytest.approx(1e3 * row["ms"], rel=0.25 if inside else 0.6), row["case"]
