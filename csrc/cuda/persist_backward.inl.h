@@ -76,7 +76,10 @@ struct Backward {
 
   FASTSEQ_DEVICE void begin(Cell (&cells)[Tile::kCells]) {
     FASTSEQ_UNROLL
-    for (int tile = 0; tile < Tile::kInRegisters; ++tile) load_tile(tile, weights[tile]);
+    for (int tile = 0; tile < Tile::kInRegisters; ++tile) {
+      load_tile(tile, weights[tile]);
+      settle();
+    }
     for (int tile = 0; tile < Tile::kInShared; ++tile) {
       uint32_t found[4];
       load_tile(Tile::kInRegisters + tile, found);
@@ -108,7 +111,7 @@ struct Backward {
 
   // The sum of what all blocks have found at step s, for one cell.
   FASTSEQ_DEVICE float sum_of_parts(const Cell& cell, int s) const {
-    constexpr int kSome = 8;
+    constexpr int kSome = 4;
     const uint32_t* const from = slot(s) + part(block_x(), 0, cell.row) + cell.unit;
     float sum = 0.0f;
     for (int first = 0; first < call.blocks; first += kSome) {

@@ -67,7 +67,10 @@ struct Forward {
 
   FASTSEQ_DEVICE void begin() {
     FASTSEQ_UNROLL
-    for (int tile = 0; tile < Tile::kInRegisters; ++tile) load_tile(tile, weights[tile]);
+    for (int tile = 0; tile < Tile::kInRegisters; ++tile) {
+      load_tile(tile, weights[tile]);
+      settle();
+    }
     for (int tile = 0; tile < Tile::kInShared; ++tile) {
       uint32_t found[4];
       load_tile(Tile::kInRegisters + tile, found);
@@ -124,10 +127,12 @@ struct Forward {
     }
   }
 
-  // Sums of this warp's band over its part of the depth; several chains where there is one block of rows.
+  // Sums of this warp's band over its part of the depth; where there is one block of rows, in two chains.
   FASTSEQ_DEVICE void multiply(int s, float (&d)[Tile::kRowBlocks][4]) const {
-    constexpr int kChains = Tile::kRowBlocks == 1 ? 2 : 1;
-    float chain[kChains][Tile::kRowBlocks][4] = {};
+    constexpr bool kTwo = Tile::kRowBlocks == 1;
+    float other[4] = {};
+    FASTSEQ_UNROLL
+    for (int n = 0; n < 4 * Tile::kRowBlocks; ++n) d[n / 4][n % 4] = 0.0f;
     const uint16_t* const from = state(s) + (lane % 8) * Tile::kStride + 16 * part * Tile::kTiles + 8 * (lane / 8);
     const int tiles = static_cast<int>((width - 16 * part * Tile::kTiles + 15) / 16);  // the others are zeros
     FASTSEQ_UNROLL
@@ -135,28 +140,21 @@ struct Forward {
       if (tile >= tiles) continue;
       uint32_t a[2][4];
       FASTSEQ_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        FASTSEQ_UNROLL
-        for (int r = 0; r < 4; ++r) {
-          a[n][r] = tile < Tile::kInRegisters ? weights[(tile + n) % Tile::kInRegisters][r]
-                                              : shared_tile(tile + n - Tile::kInRegisters)[r];
-        }
+      for (int n = 0; n < 8; ++n) {
+        const int which = tile + n / 4;
+        a[n / 4][n % 4] = which < Tile::kInRegisters ? weights[which % Tile::kInRegisters][n % 4]
+                                                     : shared_tile(which - Tile::kInRegisters)[n % 4];
       }
       FASTSEQ_UNROLL
       for (int block = 0; block < Tile::kRowBlocks; ++block) {
         uint32_t b[4];
         load_blocks(b, from + 8 * block * Tile::kStride + 16 * tile);
-        Low::multiply_add(chain[0][block], a[0], b[0], b[1]);
-        Low::multiply_add(chain[kChains - 1][block], a[1], b[2], b[3]);
+        Low::multiply_add(d[block], a[0], b[0], b[1]);
+        Low::multiply_add(kTwo ? other : d[block], a[1], b[2], b[3]);
       }
     }
     FASTSEQ_UNROLL
-    for (int block = 0; block < Tile::kRowBlocks; ++block) {
-      FASTSEQ_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        d[block][i] = kChains > 1 ? chain[0][block][i] + chain[kChains - 1][block][i] : chain[0][block][i];
-      }
-    }
+    for (int i = 0; kTwo && i < 4; ++i) d[0][i] += other[i];
   }
 
   // The first part of each band adds up the sums of all.
@@ -164,12 +162,14 @@ struct Forward {
     if (Tile::kParts == 1) return;
     constexpr int kBand = Tile::kRowBlocks * 128;
     if (part > 0) {
+      FASTSEQ_UNROLL
       for (int n = 0; n < Tile::kRowBlocks * 4; ++n) {
         sums[((part - 1) * Tile::kBands + band) * kBand + n * 32 + lane] = d[n / 4][n % 4];
       }
     }
     sync_block();
     for (int other = 1; part == 0 && other < Tile::kParts; ++other) {
+      FASTSEQ_UNROLL
       for (int n = 0; n < Tile::kRowBlocks * 4; ++n) {
         d[n / 4][n % 4] += sums[((other - 1) * Tile::kBands + band) * kBand + n * 32 + lane];
       }

@@ -205,6 +205,8 @@ FASTSEQ_UNSEEN inline void sync_block() {
   order_after(&block);
 }
 
+inline void settle() {}
+
 template <class V>
 FASTSEQ_UNSEEN V across(V value, int mask) {
   static_assert(sizeof(V) == 4);
