@@ -39,6 +39,7 @@ class Check(NamedTuple):
     op: str
     case: str
     run: Callable[[], None]
+    limit: float = LIMIT
 
 
 class Kernels(NamedTuple):
@@ -129,13 +130,13 @@ def units(context: Context, kind: str) -> list[Unit]:
     if hasattr(torch.backends.cudnn, "rnn"):
         torch.backends.cudnn.rnn.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     module = importlib.import_module(f"benchmarks.gpu.parity_{family}")
-    seconds, limit = (getattr(module, name, usual) for name, usual in (("SECONDS", SECONDS), ("LIMIT", LIMIT)))
+    seconds = getattr(module, "SECONDS", SECONDS)
     checks = list(module.checks(Kernels(context, dtype)))
     planned = Counter(check.module for check in checks)  # in all parts: the plan of one that never began is known
     shared = {"op": "plan", "table": "parity", "dtype": dtype}
     plan = [{**shared, "module": module, "cases": count} for module, count in planned.items()]
     cases = [
-        Unit(f"{c.module} {c.op} {c.case} {dtype}", seconds, functools.partial(_row, c, dtype), limit)
+        Unit(f"{c.module} {c.op} {c.case} {dtype}", seconds, functools.partial(_row, c, dtype), c.limit)
         for c in checks[first::count]
     ]
     return [Unit(f"plan {kind}", 0.0, lambda: plan), *cases]

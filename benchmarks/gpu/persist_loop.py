@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -80,8 +81,11 @@ def needs_room(first: Direction, options: Options, tile: int, count: int = 1) ->
             raise CannotRun(f"needs {needed} blocks of threads at a time, the device holds {held}")
 
 
-def forward(directions: Sequence[Direction], options: Options, tile: int, in_place: bool = False) -> list[Results]:
-    """h, c, gates, h_n and c_n of each direction, full of NaN before; ``in_place``: gates where x_gates were."""
+def forward_of(
+    directions: Sequence[Direction], options: Options, tile: int, in_place: bool = False
+) -> tuple[Callable[[], None], list[Results]]:
+    """The call, and what it writes: h, c, gates, h_n and c_n of each direction, full of NaN before; ``in_place``: gates
+    where a copy of x_gates is."""
     first, found = directions[0], []
     _, *places = _layout(first.x_gates, options, first.c0.shape[0])
     given = [d.x_gates.clone() for d in directions] if in_place else [d.x_gates for d in directions]
@@ -92,8 +96,32 @@ def forward(directions: Sequence[Direction], options: Options, tile: int, in_pla
         found.append((h, c, gates, torch.full_like(d.h0, torch.nan), torch.full_like(d.c0, torch.nan)))
     others = ([getattr(d, name) for d in directions] for name in Direction._fields[1:])
     outs = map(list, zip(*found, strict=True))
-    torch.ops.fastseq.lstm_persist_forward(given, *others, *places, *options.gate, tile, *outs)
+    args = (given, *others, *places, *options.gate, tile, *outs)
+    return functools.partial(torch.ops.fastseq.lstm_persist_forward.default, *args), found
+
+
+def forward(directions: Sequence[Direction], options: Options, tile: int, in_place: bool = False) -> list[Results]:
+    call, found = forward_of(directions, options, tile, in_place)
+    call()
     return found
+
+
+def backward_of(
+    directions: Sequence[Direction],
+    outputs: Sequence[Results],
+    grads: Sequence[Sequence[Tensor | None]],
+    options: Options,
+    tile: int,
+) -> tuple[Callable[[], None], list[Results]]:
+    """The call, and what it writes: dx_gates, dh0 and dc0 of each direction; ``grads`` are those of h, h_n and c_n."""
+    first = directions[0]
+    _, *places = _layout(first.x_gates, options, first.c0.shape[0])
+    found = [tuple(torch.full_like(v, torch.nan) for v in (d.x_gates, d.h0, d.c0)) for d in directions]
+    kept = [[out[2] for out in outputs], [out[1] for out in outputs]]
+    weights = [[d.weight_hh for d in directions], [d.c0 for d in directions]]
+    given, outs = map(list, zip(*grads, strict=True)), map(list, zip(*found, strict=True))
+    args = (*given, *kept, *weights, *places, *options.gate, tile, *outs)
+    return functools.partial(torch.ops.fastseq.lstm_persist_backward.default, *args), found
 
 
 def backward(
@@ -103,14 +131,8 @@ def backward(
     options: Options,
     tile: int,
 ) -> list[Results]:
-    """dx_gates, dh0 and dc0 of each direction; ``grads`` are those of h, h_n and c_n."""
-    first = directions[0]
-    _, *places = _layout(first.x_gates, options, first.c0.shape[0])
-    found = [tuple(torch.full_like(v, torch.nan) for v in (d.x_gates, d.h0, d.c0)) for d in directions]
-    kept = [[out[2] for out in outputs], [out[1] for out in outputs]]
-    weights = [[d.weight_hh for d in directions], [d.c0 for d in directions]]
-    given, outs = map(list, zip(*grads, strict=True)), map(list, zip(*found, strict=True))
-    torch.ops.fastseq.lstm_persist_backward(*given, *kept, *weights, *places, *options.gate, tile, *outs)
+    call, found = backward_of(directions, outputs, grads, options, tile)
+    call()
     return found
 
 

@@ -1,4 +1,4 @@
-"""The operators of csrc/cuda on CPU tensors: ``fastseq::lstm_persist_*`` by the kernels that are compiled for the CPU."""
+"""``fastseq::lstm_persist_*`` on CPU tensors, by the kernels of csrc/cuda that are compiled for the CPU."""
 
 from __future__ import annotations
 
