@@ -177,7 +177,6 @@ def no_steps(kernels: Kernels, case: Case, tile: int) -> None:
 def _real(kernels: Kernels, sizes: tuple[int, int, int], seed: int = 0) -> Direction:
     sizes = kernels.context.pick(sizes, (4, 3, 40))
     return persist_loop.drawn(*sizes, kernels.torch_dtype, kernels.context.device, seed)
-    )
 
 
 def _pass(one: Direction, tile: int) -> Results:

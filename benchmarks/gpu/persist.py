@@ -47,13 +47,8 @@ def _defined(call: Direction, grads: tuple[Tensor, Tensor, Tensor] | None, dtype
 
 def _budgets(call: Direction) -> tuple[tuple[Tensor, Tensor, Tensor], list[dict[str, Budget]]]:
     """Gradients of h, h_n and c_n, and the budgets of all results: of the forward, of the backward."""
-    outs = _defined(call, None, torch.float64)[0]
-    dtype = call.h0.dtype
-    grads = (
-        torch.randn_like(outs[0]).to(dtype),
-        torch.randn_like(outs[3]).to(dtype),
-        torch.randn_like(outs[4]).float(),
-    )
+    dtype, (h, _, _, h_n, c_n) = call.h0.dtype, _defined(call, None, torch.float64)[0]
+    grads = (torch.randn_like(h).to(dtype), torch.randn_like(h_n).to(dtype), torch.randn_like(c_n).float())
     truth, naive = _defined(call, grads, torch.float64), _defined(call, grads, dtype)
     names = (persist_loop.OUTPUTS, persist_loop.GRADIENTS)
     return grads, [
@@ -67,10 +62,8 @@ def _passes(call: Direction, tile: int, short: Direction, judge: Any) -> Iterato
     grads, (forward, backward) = judge
     [out] = persist_loop.forward([short], Options(), tile)
     [found] = persist_loop.backward([short], [out], [grads], Options(), tile)
-    outs, ends = (
-        dict(zip(persist_loop.OUTPUTS, out, strict=True)),
-        dict(zip(persist_loop.GRADIENTS, found, strict=True)),
-    )
+    outs = dict(zip(persist_loop.OUTPUTS, out, strict=True))
+    ends = dict(zip(persist_loop.GRADIENTS, found, strict=True))
     run, [out] = persist_loop.forward_of([call], Options(), tile)
     yield "forward", run, gate(outs, forward, frozenset())
     run()
