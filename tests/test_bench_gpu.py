@@ -280,7 +280,9 @@ def test_readme_says_that_numbers_are_pending(tmp_path: Path) -> None:
     assert "| N65536_K8192_D256 | bfloat16 | cdist | 4 | 137.5 | 0.00% |" in full and "| 9 |" not in full
 
 
-@pytest.mark.parametrize("part", ["facts", "limits", "lstm", "vq", "layers"])
+@pytest.mark.parametrize(
+    "part", ["facts", "limits", "lstm", "vq", "layers", "persist:times", "persist:sanitizer", "cuda"]
+)
 def test_every_part_runs_dry(part: str) -> None:
     torch.set_num_threads(1)
     status, rows = run_units(worker.units(part, DRY)[: 2 if part == "lstm" else None])
@@ -289,12 +291,13 @@ def test_every_part_runs_dry(part: str) -> None:
     for row in rows:
         verdict = row.get("gate", "passed")
         assert verdict == "passed" or verdict.startswith(("not installed", "cannot run")), row
-    assert part == "facts" or any("ms" in row or "value" in row for row in rows)
+    untimed = part in ("facts", "cuda", "persist:sanitizer")
+    assert untimed or any("ms" in row or "value" in row for row in rows)
 
 
 def test_dry_run_from_end_to_end(tmp_path: Path) -> None:
     rows, verified = tmp_path / "rows.jsonl", tmp_path / "verified.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--parts", "parity,vq,host"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--parts", "persist-parity,parity,vq,host"]
     env = process.environment(1, {})
     env.pop("TRITON_INTERPRET", None)  # the parts that need it set it
     done = subprocess.run(
@@ -309,7 +312,8 @@ def test_dry_run_from_end_to_end(tmp_path: Path) -> None:
     assert {row["table"] for row in found} == {"parity", "vq", "tests"}
     assert all(row["device"] == "dry run" and "commit" in row for row in found)
     assert "targets: 0 met" in done.stdout and "Kernels against float64" in done.stdout
-    assert json.loads(verified.read_text())["sm_00"]["lstm"]["dtypes"] == ["bfloat16"]
+    known = json.loads(verified.read_text())["sm_00"]
+    assert known["lstm"]["dtypes"] == known["lstm_persist"]["dtypes"] == ["bfloat16"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -50,7 +50,10 @@ def parity(persistent: bool) -> tuple[str, ...]:
 
 
 PERSIST_PARITY, PARITY = parity(True), parity(False)
-DRY_PARITY = ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1")
+DRY = {  # share -> its parts, where not the first alone
+    "persist-parity": ("parity:persist-bfloat16-0/1",),
+    "parity": ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1"),
+}
 SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))
 # in the order in which they run: parts that go side by side, since nothing is timed in them, or one that is timed
 STAGES: dict[tuple[str, ...], Share] = {
@@ -120,7 +123,7 @@ def device_lane(run: Run, cores: list[int], scale: float, stages: dict[tuple[str
         if not seconds:
             run.notes.append(f"dropped, no time: {share.name}")
         elif run.dry:
-            run.parts(DRY_PARITY if share.name == "parity" else parts[:1], seconds, cores)
+            run.parts(DRY.get(share.name, parts[:1]), seconds, cores)
         else:
             run.parts(parts, seconds, cores)
         if share.name == last:

@@ -27,9 +27,9 @@ SECONDS = 240.0  # that the build may take
 FAMILY = {9: "90a"}  # major of the capability -> as nvcc should have it, where not by its number
 
 
-def record(folder: Path = PACKAGE) -> dict[str, Any]:
-    """What the build in this folder wrote; empty where none was."""
-    path = folder / RECORD
+def record(folder: Path | None = None) -> dict[str, Any]:
+    """What the build in this folder, or in the package, wrote; empty where none was."""
+    path = (folder or PACKAGE) / RECORD
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
