@@ -297,7 +297,7 @@ def test_every_part_runs_dry(part: str) -> None:
 
 def test_dry_run_from_end_to_end(tmp_path: Path) -> None:
     rows, verified = tmp_path / "rows.jsonl", tmp_path / "verified.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--parts", "persist-parity,parity,vq,host"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--parts", "parity,vq,host"]
     env = process.environment(1, {})
     env.pop("TRITON_INTERPRET", None)  # the parts that need it set it
     done = subprocess.run(
@@ -312,8 +312,7 @@ def test_dry_run_from_end_to_end(tmp_path: Path) -> None:
     assert {row["table"] for row in found} == {"parity", "vq", "tests"}
     assert all(row["device"] == "dry run" and "commit" in row for row in found)
     assert "targets: 0 met" in done.stdout and "Kernels against float64" in done.stdout
-    known = json.loads(verified.read_text())["sm_00"]
-    assert known["lstm"]["dtypes"] == known["lstm_persist"]["dtypes"] == ["bfloat16"]
+    assert json.loads(verified.read_text())["sm_00"]["lstm"]["dtypes"] == ["bfloat16"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -330,4 +329,4 @@ def test_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr("sys.argv", ["gpu", "--parts", "lstm,dream"])
     with pytest.raises(SystemExit) as exit:
         main.arguments()
-    assert exit.value.code == 2 and "--parts: dream is none of parity, limits" in capsys.readouterr().err
+    assert exit.value.code == 2 and "--parts: dream is none of persist-parity, persist" in capsys.readouterr().err

@@ -98,19 +98,41 @@ def test_the_library_is_carried_along_or_built_or_neither(
     assert row["told"] == "carried along: 90a"
 
 
-def test_without_its_library_it_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gate", ["passed", "cannot run: no library"])
+def test_without_its_library_it_is_left_out(gate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
     def part(self: Any, name: str, seconds: float, cores: Any, threads: int) -> list[dict[str, Any]]:
         begun.append(name)
-        return [{"op": "tests", "gate": "cannot run: no library"}] if name == "cuda" else []
+        return [{"op": "tests", "gate": gate, "told": "here"}] if name == "cuda" else []
 
     monkeypatch.setattr(main.Run, "part", part)
     wanted = ("persist-parity", "persist", "sanitizer", "limits")
     clock = type("Clock", (), {"left": 500.0})()
     run = main.Run(tmp_path, clock, False, wanted, [], [], None, None)  # type: ignore[arg-type]
-    main.lanes(run, 1.0, lambda: pytest.fail("nothing was verified"))
-    assert begun == ["cuda", "limits"] and run.notes == ["the persistent LSTM is left out: cannot run: no library"]
+    main.lanes(run, 1.0, lambda: begun.append("verified"))
+    assert run.notes[0] == "kernels for CUDA: here"
+    if gate == "passed":
+        count = len(main.PERSIST_PARITY)
+        assert begun[0] == "cuda" and set(begun[1 : 1 + count]) == set(main.PERSIST_PARITY)
+        assert begun[1 + count :] == ["verified", "persist:times", "persist:sanitizer", "limits"]
+    else:
+        assert begun == ["cuda", "limits"] and run.notes[1] == f"the persistent LSTM is left out: {gate}"
+
+
+def test_what_passed_is_verified_for_the_source_that_was_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "source", lambda: "ab")
+    checks = list(parity_persist.checks(Kernels(DRY, "bfloat16")))
+    plan = {"op": "plan", "module": "lstm_persist", "dtype": "bfloat16", "cases": len(checks)}
+    rows = [plan, *(row for check in checks for row in _row(check, "bfloat16"))]
+    facts = dict.fromkeys(("device", "driver", "torch", "triton", "date", "commit"), "x") | {"capability": "sm_90"}
+    assert main.verify(rows, facts, tmp_path / "verified.json") == ["lstm_persist: verified for bfloat16"]
+    row = json.loads((tmp_path / "verified.json").read_text())["sm_90"]["lstm_persist"]
+    assert row["source"] == "ab" and row["dtypes"] == ["bfloat16"]
+    gates = [row["gate"] for row in rows if row["op"] == "parity"]
+    assert gates.count("passed") == 6 and gates.count("cannot run: it needs a GPU") == 3
 
 
 def test_ten_minutes_hold_all_shares() -> None:
