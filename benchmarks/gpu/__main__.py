@@ -59,7 +59,7 @@ SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))
 STAGES: dict[tuple[str, ...], Share] = {
     PERSIST_PARITY: Share("persist-parity", 0, 60, 130),
     ("persist:times",): Share("persist", 1, 60, 170),
-    ("persist:sanitizer",): Share("sanitizer", 3, 25, 60),
+    ("persist:sanitizer",): Share("sanitizer", 3, 40, 95),
     PARITY: Share("parity", 4, 60, 170),
     ("limits",): Share("limits", 2, 20, 60),
     ("lstm",): Share("lstm", 5, 45, 170),

@@ -31,7 +31,7 @@ AIMED = [(16, 512), (1, 512), (16, 1024), (1, 1024), (16, 256), (1, 256), (1, 20
 REST = [(64, 512), (64, 256), (64, 1024), (256, 512), (256, 256), (64, 2048), (256, 1024), (256, 2048)]
 LABELS = (lstm.PERSIST, lstm.OURS, "stock", "stock float16", "stock float32")
 GATE_STEPS = 20
-TOOLS, TOOL_SECONDS = ("memcheck", "racecheck"), 150.0
+TOOLS, TOOL_SECONDS = ("memcheck", "racecheck"), 45.0  # each
 
 
 def _defined(call: Direction, grads: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype) -> list[Results]:
@@ -155,7 +155,7 @@ def units(context: Context, kind: str) -> list[Unit]:
     """Of the kind "sanitizer", or all that is timed."""
     if kind == "sanitizer":
         tools = context.pick(TOOLS, TOOLS[:1])
-        return [Unit(tool, 20.0, functools.partial(sanitized, context, tool), TOOL_SECONDS + 30) for tool in tools]
+        return [Unit(tool, 30.0, functools.partial(sanitized, context, tool), TOOL_SECONDS + 30) for tool in tools]
     if context.dry:
         return [*grid(context, [(2, 8)], torch.float32, LABELS[1:3]), _loop(context, 2, 40)]
     alone = [_loop(context, B, H) for B, H in (*AIMED, *REST)]
