@@ -19,6 +19,7 @@ from benchmarks.gpu.parity import Kernels, _row
 from benchmarks.gpu.part import Context
 from benchmarks.gpu.targets import targets
 from benchmarks.harness import CannotRun
+from tests.cuda.library import decisions
 
 DRY, REAL = (Context(torch.device("cpu"), dry) for dry in (True, False))
 CALL = persist_loop.drawn(4, 3, 40, torch.bfloat16, torch.device("cpu"))
@@ -95,7 +96,14 @@ def test_the_library_is_carried_along_or_built_or_neither(
     [row] = cuda.ready(REAL)
     assert row["gate"] == "passed" and re.fullmatch(r"built for 90a in \S+ s: 90a", row["told"])
     [row] = cuda.ready(REAL)
-    assert row["told"] == "carried along: 90a"
+    assert row["told"] == f"carried along: 90a, NOT of the source in this tree, {cuda.source_here()}"
+    monkeypatch.setattr(cuda, "source_here", lambda: "90a")
+    assert cuda.ready(REAL)[0]["told"] == "carried along: 90a"
+
+
+def test_the_hash_of_the_source_is_that_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = decisions(monkeypatch, FASTSEQ_BUILD="core")["digest"]
+    assert cuda.source_here() == digest("csrc/cuda", "csrc/torch_cuda")
 
 
 @pytest.mark.parametrize("gate", ["passed", "cannot run: no library"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,11 +21,19 @@ import torch
 from benchmarks.gpu.part import Context, Row, Unit
 from benchmarks.gpu.process import ROOT
 from benchmarks.harness import ABSENT
-from tests.cuda.library import compile_alone, why_no_nvcc
 
 PACKAGE = ROOT / "fastseq"
 LIBRARY, RECORD = "_cuda.abi3.so", "_build.json"
 SECONDS = 240.0  # that the build may take
+_BUILD = """
+import setuptools, sys
+real, setuptools.setup = setuptools.setup, lambda **options: None
+found = {"__name__": "__main__"}
+exec(open("setup.py").read(), found)
+alone = [e for e in found["extensions"] if e.name == "fastseq._cuda"]
+arguments = ["--quiet", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[1] + "/objects"]
+real(ext_modules=alone, cmdclass={"build_ext": found["BuildDoors"]}, script_args=arguments)
+"""
 FAMILY = {9: "90a"}  # major of the capability -> as nvcc should have it, where not by its number
 
 
@@ -38,6 +48,36 @@ def source() -> str | None:
     """The hash of the source that was compiled."""
     found: str | None = (record().get("cuda") or {}).get("source")
     return found
+
+
+def why_no_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = Path(home, "bin", "nvcc").exists() if home else shutil.which("nvcc")
+    return None if found else "nvcc is not on PATH and CUDA_HOME is not set"
+
+
+def compile_alone(folder: Path, archs: str, seconds: float) -> str | None:
+    """``folder/fastseq``: a library of csrc/cuda and its record of the build, or what was said last."""
+    (folder / "fastseq").mkdir()
+    environment = {**os.environ, "FASTSEQ_BUILD": "cuda", "FASTSEQ_CUDA_ARCHS": archs}
+    command = [sys.executable, "-c", _BUILD, str(folder)]
+    try:
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not done after {seconds:.0f} s"
+    if run.returncode:
+        print(run.stdout, run.stderr)
+    said = [line for line in (run.stdout + run.stderr).splitlines() if line.strip()] or ["nothing was said"]
+    return said[-1] if run.returncode else None
+
+
+def source_here() -> str:
+    """The hash of the source in this tree, as setup.py makes it."""
+    found = hashlib.sha256()
+    names = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))
+    for name in (n for n in names if n.startswith(("csrc/cuda/", "csrc/torch_cuda/"))):
+        found.update(name.encode() + b"\0" + (ROOT / name).read_bytes() + b"\0")
+    return found.hexdigest()[:16]
 
 
 def place(folder: Path, keep: Sequence[str]) -> None:
@@ -64,7 +104,8 @@ def ready(context: Context) -> list[Row]:
     if context.dry:
         return [{**row, "gate": "passed", "told": "the kernels are emulated"}]
     if (PACKAGE / LIBRARY).exists() and source() is not None:
-        return [{**row, "gate": "passed", "told": f"carried along: {source()}"}]
+        stale = "" if source() == source_here() else f", NOT of the source in this tree, {source_here()}"
+        return [{**row, "gate": "passed", "told": f"carried along: {source()}{stale}"}]
     major, minor = torch.cuda.get_device_capability()
     archs = FAMILY.get(major, f"{major}{minor}")
     reason = why_no_nvcc()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +12,11 @@ from typing import Any
 import pytest
 import setuptools
 
+from benchmarks.gpu.cuda import compile_alone
+from benchmarks.gpu.cuda import why_no_nvcc as why_no_nvcc
+
 ROOT = Path(__file__).parents[2]
 TARGET = "80"
-_BUILD = """
-import setuptools, sys
-real, setuptools.setup = setuptools.setup, lambda **options: None
-found = {"__name__": "__main__"}
-exec(open("setup.py").read(), found)
-alone = [e for e in found["extensions"] if e.name == "fastseq._cuda"]
-arguments = ["--quiet", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[1] + "/objects"]
-real(ext_modules=alone, cmdclass={"build_ext": found["BuildDoors"]}, script_args=arguments)
-"""
 
 
 def decisions(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
@@ -35,25 +28,6 @@ def decisions(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     return runpy.run_path("setup.py")
-
-
-def why_no_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = Path(home, "bin", "nvcc").exists() if home else shutil.which("nvcc")
-    return None if found else "nvcc is not on PATH and CUDA_HOME is not set"
-
-
-def compile_alone(folder: Path, archs: str, seconds: float) -> str | None:
-    """``folder/fastseq``: a library of csrc/cuda and its record of the build, or what was said last."""
-    (folder / "fastseq").mkdir()
-    environment = {**os.environ, "FASTSEQ_BUILD": "cuda", "FASTSEQ_CUDA_ARCHS": archs}
-    command = [sys.executable, "-c", _BUILD, str(folder)]
-    try:
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"not done after {seconds:.0f} s"
-    said = [line for line in (run.stdout + run.stderr).splitlines() if line.strip()] or ["nothing was said"]
-    return said[-1] if run.returncode else None
 
 
 def build(folder: Path) -> None:
