@@ -62,7 +62,8 @@ budget: $(VENV)/.built
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(or $(ARGS),lstm)
 
-# ten minutes on a machine with a GPU, with the torch and Triton of $(PYTHON): no .venv, nothing is downloaded
+# ten minutes on a machine with a GPU, with the torch and Triton of $(PYTHON): no .venv, nothing is downloaded; the
+# kernels for CUDA are those of fastseq/_cuda.abi3.so and _build.json, or built for that GPU where nvcc is
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 

@@ -280,7 +280,9 @@ def test_readme_says_that_numbers_are_pending(tmp_path: Path) -> None:
     assert "| N65536_K8192_D256 | bfloat16 | cdist | 4 | 137.5 | 0.00% |" in full and "| 9 |" not in full
 
 
-@pytest.mark.parametrize("part", ["facts", "limits", "lstm", "vq", "layers"])
+@pytest.mark.parametrize(
+    "part", ["facts", "limits", "lstm", "vq", "layers", "persist:times", "persist:sanitizer", "cuda"]
+)
 def test_every_part_runs_dry(part: str) -> None:
     torch.set_num_threads(1)
     status, rows = run_units(worker.units(part, DRY)[: 2 if part == "lstm" else None])
@@ -289,7 +291,8 @@ def test_every_part_runs_dry(part: str) -> None:
     for row in rows:
         verdict = row.get("gate", "passed")
         assert verdict == "passed" or verdict.startswith(("not installed", "cannot run")), row
-    assert part == "facts" or any("ms" in row or "value" in row for row in rows)
+    untimed = part in ("facts", "cuda", "persist:sanitizer")
+    assert untimed or any("ms" in row or "value" in row for row in rows)
 
 
 def test_dry_run_from_end_to_end(tmp_path: Path) -> None:
@@ -326,4 +329,4 @@ def test_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr("sys.argv", ["gpu", "--parts", "lstm,dream"])
     with pytest.raises(SystemExit) as exit:
         main.arguments()
-    assert exit.value.code == 2 and "--parts: dream is none of parity, limits" in capsys.readouterr().err
+    assert exit.value.code == 2 and "--parts: dream is none of persist-parity, persist" in capsys.readouterr().err

@@ -128,9 +128,9 @@ def _moved(value: Any, generator: torch.Generator) -> Any:
     def one(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             return tensor
-        way = torch.randint(0, 4, tensor.shape, generator=generator).to(tensor.device)
-        up, down = (torch.nextafter(tensor.detach(), tensor.new_tensor(end)) for end in (torch.inf, -torch.inf))
-        out = torch.where(way == 0, down, torch.where(way == 1, up, tensor.detach()))
+        way, here = torch.randint(0, 4, tensor.shape, generator=generator), tensor.detach().cpu()
+        up, down = (torch.nextafter(here, here.new_tensor(end)) for end in (torch.inf, -torch.inf))
+        out = torch.where(way == 0, down, torch.where(way == 1, up, here)).to(tensor.device)
         return out.requires_grad_(tensor.requires_grad)
 
     return pytree.tree_map(one, value)

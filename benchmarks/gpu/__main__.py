@@ -1,9 +1,10 @@
 """``make gpu``, or ``python -m benchmarks.gpu``: everything that has to be seen on a GPU, in ten minutes.
 
-Facts of the machine; every Triton host function against float64, which decides ``verified.json``; what the device can
-do; the LSTM, the lookup and layers beside their rivals; the tests that have a device. On cores of their own, or
-afterwards where there are few, the compiled core is built, and the tests and benchmarks of the processor run. Every
-part is a process: what fails or hangs costs no other part its rows. Nothing is downloaded.
+Facts of the machine; the persistent LSTM, whose library is carried along or built, and every Triton host function
+against float64, which decides ``verified.json``; what the device can do; the LSTM, the lookup and layers beside their
+rivals; the tests that have a device. On cores of their own, or afterwards where there are few, the compiled core is
+built, and the tests and benchmarks of the processor run. Every part is a process: what fails or hangs costs no other
+part its rows. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import harness, table
-from benchmarks.gpu import process, tables
+from benchmarks.gpu import cuda, process, tables
 from benchmarks.gpu.clock import Clock, Share, shares
 from benchmarks.gpu.part import Row
 
@@ -38,20 +39,37 @@ SHARDS = {
     ("lstm", "tf32"): 1,
     **{("mimo", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
     **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in DTYPES},
+    **{("persist", dtype): 3 for dtype in ("bfloat16", "float16")},
 }
-PARITY = tuple(f"parity:{family}-{dtype}-{n}/{of}" for (family, dtype), of in SHARDS.items() for n in range(of))
-DRY_PARITY = ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1")
+
+
+def parity(persistent: bool) -> tuple[str, ...]:
+    """The parts of the persistent LSTM, or of all else."""
+    shards = {shard: of for shard, of in SHARDS.items() if (shard[0] == "persist") == persistent}
+    return tuple(f"parity:{family}-{dtype}-{n}/{of}" for (family, dtype), of in shards.items() for n in range(of))
+
+
+PERSIST_PARITY, PARITY = parity(True), parity(False)
+DRY = {  # share -> its parts, where not the first alone
+    "persist-parity": ("parity:persist-bfloat16-0/1",),
+    "parity": ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1"),
+}
 SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))
 # in the order in which they run: parts that go side by side, since nothing is timed in them, or one that is timed
 STAGES: dict[tuple[str, ...], Share] = {
-    PARITY: Share("parity", 1, 60, 170),
-    ("limits",): Share("limits", 0, 20, 90),
-    ("lstm",): Share("lstm", 2, 45, 170),
-    ("vq",): Share("vq", 3, 30, 110),
-    ("layers",): Share("layers", 5, 20, 60),
-    SUITES: Share("tests", 4, 60, 180),
+    PERSIST_PARITY: Share("persist-parity", 0, 60, 130),
+    ("persist:times",): Share("persist", 1, 60, 170),
+    ("persist:sanitizer",): Share("sanitizer", 3, 40, 95),
+    PARITY: Share("parity", 4, 60, 170),
+    ("limits",): Share("limits", 2, 20, 60),
+    ("lstm",): Share("lstm", 5, 45, 170),
+    ("vq",): Share("vq", 6, 30, 110),
+    ("layers",): Share("layers", 8, 20, 60),
+    SUITES: Share("tests", 7, 60, 180),
 }
+PERSISTENT = ("persist-parity", "persist", "sanitizer")  # shares that need the library of csrc/cuda
 FACTS_SECONDS = 60.0
+CUDA_SECONDS = 300.0  # to have the library of csrc/cuda
 HOST_CORES = 8  # so many and more: half of them are the host's own
 LANE_CORES = 2  # of each process of the host's tests
 LEAST_HOST_SECONDS = 30.0
@@ -105,7 +123,7 @@ def device_lane(run: Run, cores: list[int], scale: float, stages: dict[tuple[str
         if not seconds:
             run.notes.append(f"dropped, no time: {share.name}")
         elif run.dry:
-            run.parts(DRY_PARITY if share.name == "parity" else parts[:1], seconds, cores)
+            run.parts(DRY.get(share.name, parts[:1]), seconds, cores)
         else:
             run.parts(parts, seconds, cores)
         if share.name == last:
@@ -138,6 +156,16 @@ def host_lane(run: Run, cores: list[int]) -> None:
         list(pool.map(one, range(1 if run.dry else len(lanes))))
 
 
+def persistent(run: Run, cores: list[int]) -> bool:
+    """Whether the library of csrc/cuda is there; it is built where that can be. Says where it is from, or why not."""
+    rows = run.part("cuda", min(CUDA_SECONDS, run.clock.left), cores, len(cores))
+    run.notes.extend(f"kernels for CUDA: {row['told']}" for row in rows if "told" in row)
+    wrong = [row["gate"] for row in rows if row["gate"] != "passed"]
+    if not rows or wrong:
+        run.notes.append(f"the persistent LSTM is left out: {(wrong or ['no answer'])[0]}")
+    return bool(rows) and not wrong
+
+
 def lanes(run: Run, scale: float, after_parity: Callable[[], None]) -> None:
     """The parity on all cores; then device and host side by side where there are cores for both, else in turn.
 
@@ -146,8 +174,11 @@ def lanes(run: Run, scale: float, after_parity: Callable[[], None]) -> None:
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     stages = {parts: share for parts, share in STAGES.items() if run.wants(share.name)}
-    if PARITY in stages:
-        device_lane(run, cores, scale, stages, "parity")
+    if any(share.name in PERSISTENT for share in stages.values()) and not persistent(run, cores):
+        stages = {parts: share for parts, share in stages.items() if share.name not in PERSISTENT}
+    last = [share.name for share in stages.values() if "parity" in share.name][-1:]
+    if last:
+        device_lane(run, cores, scale, stages, last[0])
         after_parity()
     if len(cores) < HOST_CORES or run.dry or not run.wants("host"):
         device_lane(run, cores, scale, stages)
@@ -177,7 +208,10 @@ def verify(rows: Sequence[Row], facts: Row, path: Path) -> list[str]:
     """Write ``verified.json``; returns lines to print."""
     from fastseq_kernels._sources import source_hash
 
-    return list(importlib.import_module("benchmarks.gpu.parity").record(rows, facts, path, source_hash))
+    def source(module: str) -> str:
+        return cuda.source() or "" if module == "lstm_persist" else source_hash(module)
+
+    return list(importlib.import_module("benchmarks.gpu.parity").record(rows, facts, path, source))
 
 
 def bad(rows: Sequence[Row]) -> list[str]:

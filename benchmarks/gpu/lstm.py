@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ from benchmarks.gpu import providers, rivals
 from benchmarks.gpu.lstm_case import Case, Inputs, Work, inputs, judge, run
 from benchmarks.gpu.part import Context, Row, Unit, backend
 from benchmarks.gpu.routes import route
+from benchmarks.harness import CannotRun
 from benchmarks.lstm import SEED, TAU, WEIGHTS
 
 SECONDS = 1.2  # of the rounds of one case
 T = 1024
 OURS, BINARY, AUTO = "fastseq", "fastseq binary p=0.2", "fastseq as it chooses"
+PERSIST = "fastseq persist"  # the kernels of csrc/cuda
 ROUTES = ("resident", "step", "graph")
 USUAL = (OURS, "stock", BINARY)
 ALL = (*USUAL, *(f"fastseq {route}" for route in ROUTES), AUTO, "stock float16", "loop", "loop compiled", "TorchRL")
@@ -118,9 +121,10 @@ PROVIDERS: dict[str, Provider] = {
     OURS: Provider(_fastseq, "triton"),
     BINARY: Provider(functools.partial(_fastseq, p=0.2), "triton"),
     **{f"fastseq {route}": Provider(_fastseq, "triton", route) for route in ROUTES},
+    PERSIST: Provider(_fastseq, "cuda"),
     AUTO: Provider(_fastseq),
     "stock": Provider(_stock),
-    "stock float16": Provider(functools.partial(_stock, dtype=torch.float16)),
+    **{f"stock {n}": Provider(functools.partial(_stock, dtype=getattr(torch, n))) for n in ("float16", "float32")},
     "loop": Provider(_loop),
     "loop compiled": Provider(functools.partial(_loop, compiled=True)),
     "FlashRNN": Provider(rivals.flashrnn),
@@ -128,7 +132,24 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
-def measure(case: Case, context: Context, labels: tuple[str, ...]) -> list[Row]:
+def _judged(case: Case, work: Work, given: Inputs) -> tuple[str, float | None]:
+    """``judge``.
+
+    Raises:
+        CannotRun: the only backend that is allowed does not take the call.
+    """
+    try:
+        return judge(case, work, given)
+    except RuntimeError as error:
+        refused = re.search(r"no backend can run this call \(.*?cuda: (?!FASTSEQ_BACKEND)([^;)]*)", str(error))
+        if refused is None:
+            raise
+        raise CannotRun(refused[1]) from error
+
+
+def measure(
+    case: Case, context: Context, labels: tuple[str, ...], table: str = "lstm", seconds: float = SECONDS
+) -> list[Row]:
     given = inputs(case, context.device)
 
     @contextlib.contextmanager
@@ -139,13 +160,13 @@ def measure(case: Case, context: Context, labels: tuple[str, ...]) -> list[Row]:
 
     def prepare(label: str) -> tuple[providers.Call, Row]:
         work = PROVIDERS[label].make(case, context, given)
-        verdict, error = judge(case, work, given)
+        verdict, error = _judged(case, work, given)
         call = functools.partial(run, case, work, given.x, given.dy)
         return call, {"gate": verdict, "error": error, "gate_steps": case.gate_steps}
 
-    shared: Row = {"op": "lstm", "table": "lstm", "case": case.name, "mode": case.mode}
+    shared: Row = {"op": "lstm", "table": table, "case": case.name, "mode": case.mode}
     shared |= {"dtype": str(case.dtype).removeprefix("torch.")}
-    rows = providers.measure(context, shared, labels, prepare, SECONDS, around=around)
+    rows = providers.measure(context, shared, labels, prepare, seconds, around=around)
     for row in rows:
         if "ms" in row:
             row["us_per_step"] = round(row["ms"] * 1e3 / case.T, 4)
@@ -165,6 +186,6 @@ def units(context: Context) -> list[Unit]:
             found.append(Unit(name, seconds, functools.partial(measure, case, context, own)))
     if not context.dry:  # it compiles for minutes: the last one
         case = Case(T, 16, 512, torch.bfloat16, "train")
-        call = functools.partial(measure, case, context, ("stock", "FlashRNN"))
+        call = functools.partial(measure, case, context, (PERSIST, "stock", "FlashRNN"))
         found.append(Unit(f"FlashRNN {case.name}", 60.0, call))
     return found

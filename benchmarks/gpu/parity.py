@@ -38,6 +38,7 @@ class Check(NamedTuple):
     op: str
     case: str
     run: Callable[[], None]
+    limit: float = LIMIT
 
 
 class Kernels(NamedTuple):
@@ -55,6 +56,15 @@ class Kernels(NamedTuple):
         """The dtype whose plain computation is as exact as the kernel may be: float16 rounds as TF32 does."""
         return torch.float16 if self.dtype == "tf32" else self.torch_dtype
 
+    def moved(self, args: Sequence[Any], stay: Sequence[Any]) -> list[Any]:
+        """``args`` on the device, but for those in ``stay``."""
+
+        def move(value: Any) -> Any:
+            moves = isinstance(value, Tensor) and not any(value is s for s in stay)
+            return value.to(self.context.device) if moves else value
+
+        return list(pytree.tree_map(move, list(args)))
+
     def call(self, module: str, op: str, args: Sequence[Any], stay: Sequence[Any] = ()) -> list[Tensor]:
         """Results on the CPU of a host function called with ``args``, moved to the device but for those in ``stay``.
 
@@ -65,16 +75,18 @@ class Kernels(NamedTuple):
         if not hasattr(kernels, op):
             raise CannotRun(f"fastseq_kernels.{module} has no {op}")
 
-        def move(value: Any) -> Any:
-            moves = isinstance(value, Tensor) and not any(value is s for s in stay)
-            return value.to(self.context.device) if moves else value
-
-        moved = pytree.tree_map(move, list(args))
+        moved = self.moved(args, stay)
         why_not = getattr(kernels, f"{op}_why_not", None)
         no = None if why_not is None else why_not(*moved)
         if no is not None:
             raise CannotRun(no)
         return [v.cpu() for v in pytree.tree_leaves(getattr(kernels, op)(*moved))]
+
+    def gradients(self, kept: list[Tensor]) -> list[Any]:
+        """Random ones of all outputs, in the dtype of each."""
+        from tests.ops import lstm_cases  # needs pytest, which who only reads verdicts need not have
+
+        return list(lstm_cases.upstream(tuple(kept)))
 
     def within_budget(
         self,
@@ -118,12 +130,14 @@ def units(context: Context, kind: str) -> list[Unit]:
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory is NaN until written
     if hasattr(torch.backends.cudnn, "rnn"):
         torch.backends.cudnn.rnn.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    checks = list(importlib.import_module(f"benchmarks.gpu.parity_{family}").checks(Kernels(context, dtype)))
+    module = importlib.import_module(f"benchmarks.gpu.parity_{family}")
+    seconds = getattr(module, "SECONDS", SECONDS)
+    checks = list(module.checks(Kernels(context, dtype)))
     planned = Counter(check.module for check in checks)  # in all parts: the plan of one that never began is known
     shared = {"op": "plan", "table": "parity", "dtype": dtype}
     plan = [{**shared, "module": module, "cases": count} for module, count in planned.items()]
     cases = [
-        Unit(f"{c.module} {c.op} {c.case} {dtype}", SECONDS, functools.partial(_row, c, dtype), LIMIT)
+        Unit(f"{c.module} {c.op} {c.case} {dtype}", seconds, functools.partial(_row, c, dtype), c.limit)
         for c in checks[first::count]
     ]
     return [Unit(f"plan {kind}", 0.0, lambda: plan), *cases]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.parity import Check, Kernels, definition
-from benchmarks.gpu.parity_lstm import arguments, compare, gradients, shortened
+from benchmarks.gpu.parity_lstm import arguments, compare, shortened
 from fastseq.ops import lstm_int8, lstm_lowrank
 from tests.ops import lstm_cases
 from tests.tolerance import GRADIENTS
@@ -43,7 +43,7 @@ def backward(kernels: Kernels, name: str, form: str) -> None:
     made = definition("lstm_lowrank_forward", lstm_lowrank.BACKENDS)(*exact)
     kept = shortened(list(made), kernels.torch_dtype, {1, 4})
     h, c, gates = kept[:3]
-    given = [*gradients(kept), gates, h, c, *args[1:10], *args[15:18], True]
+    given = [*kernels.gradients(kept), gates, h, c, *args[1:10], *args[15:18], True]
     table = lstm_lowrank.BACKENDS
     compare(kernels, "lstm_lowrank", "lstm_lowrank_backward", table, LOWRANK_GRADIENTS, given, args[6], GRADIENTS)
 

@@ -62,11 +62,6 @@ def outputs(args: list[Any], dtype: torch.dtype) -> list[Tensor]:
     return shortened(list(definition("lstm_forward", lstm.BACKENDS)(*exact)), dtype, {1, 4})
 
 
-def gradients(kept: list[Tensor]) -> list[Any]:
-    """Random ones of all outputs, in the dtype of each."""
-    return list(lstm_cases.upstream(tuple(kept)))
-
-
 def compare(
     kernels: Kernels, module: str, op: str, table: Any, names: str, args: list[Any], sizes: Any, factor: int = OUTPUTS
 ) -> None:
@@ -94,7 +89,7 @@ def rebuilt(kernels: Kernels, name: str) -> None:
 def backward(kernels: Kernels, name: str) -> None:
     args = arguments(name, kernels.torch_dtype)
     kept = outputs(args, kernels.torch_dtype)
-    grads = gradients(kept)
+    grads = kernels.gradients(kept)
     h, c, gates = kept[:3]
     given = [*grads, gates, h, c, *args[1:10], *args[15:18], True]
     compare(kernels, "lstm", "lstm_backward", lstm.BACKENDS, lstm_cases.GRADIENTS, given, args[6], GRADIENTS)
@@ -119,7 +114,7 @@ def layer_backward(kernels: Kernels, name: str) -> None:
     exact = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
     kept = shortened(list(definition("lstm_layer_forward", lstm_layer.BACKENDS)(*exact)), kernels.torch_dtype, {1, 4})
     h, c, gates = kept[:3]
-    given = [*gradients(kept), *args[:3], gates, h, c, *args[3:-1], True, True, True, True]
+    given = [*kernels.gradients(kept), *args[:3], gates, h, c, *args[3:-1], True, True, True, True]
     table = lstm_layer.BACKENDS
     compare(kernels, "lstm_layer", "lstm_layer_backward", table, LAYER_GRADIENTS, given, args[8], GRADIENTS)
 
@@ -163,7 +158,7 @@ def both_backward(kernels: Kernels, name: str) -> None:
     exact = pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, args)
     kept = shortened(_both_defined(*exact), kernels.torch_dtype, {2, 3, 8, 9})
     h, c, gates = kept[0:2], kept[2:4], kept[4:6]
-    grads = gradients(kept)
+    grads = kernels.gradients(kept)
     given = [[*grads], *args[:3], gates, h, c, *args[3:-1], True, True, True, True]
     got = kernels.call("lstm_layer", "lstm_layer_both_backward", given, (args[7],))
 

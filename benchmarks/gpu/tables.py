@@ -41,7 +41,7 @@ def _over(row: Row, group: dict[str, Row], label: str) -> str:
     return table.times_faster(row, label) if label in group else "-"
 
 
-def lstm(rows: list[Row]) -> Table:
+def lstm(rows: list[Row], title: str = "LSTM, one layer") -> Table:
     header = ["case", "dtype", "mode", "provider", "ms", "us/step", "than stock", "than loop", "TFLOP/s", "peak MB"]
     lines = []
     for key in dict.fromkeys((r["mode"], r["dtype"]) for r in rows):
@@ -50,7 +50,23 @@ def lstm(rows: list[Row]) -> Table:
                 line = [case, key[1], key[0], label, ms(r), f"{r['us_per_step']:.3g}" if "ms" in r else "-"]
                 line += [_over(r, group, "stock"), _over(r, group, "loop")]
                 lines.append([*line, f"{r['tflops']:.3g}" if "ms" in r else "-", f"{r.get('peak_mb', '-')}"])
-    return Table("LSTM, one layer", header, lines, failed(rows))
+    return Table(title, header, lines, failed(rows))
+
+
+def persist(rows: list[Row]) -> Table:
+    return lstm(rows, "Persistent LSTM, one layer")
+
+
+def loop(rows: list[Row]) -> Table:
+    """A line for each tile: what the cost model is fitted to."""
+    header = ["case", "dtype", "tile", "units", "rows", "blocks", "of", "forward us/step", "backward us/step"]
+    lines = []
+    for case, dtype, tile in dict.fromkeys((r["case"], r["dtype"], r["tile"]) for r in rows):
+        mine = {r["mode"]: r for r in rows if (r["case"], r["dtype"], r["tile"]) == (case, dtype, tile)}
+        steps = [f"{mine[m]['us_per_step']:.3g}" if "ms" in mine.get(m, {}) else "-" for m in ("forward", "backward")]
+        first = next(iter(mine.values()))
+        lines.append([case, dtype, str(tile), *(str(first[k]) for k in ("units", "rows", "blocks", "room")), *steps])
+    return Table("The loop of the persistent LSTM alone, by tile", header, lines, failed(rows))
 
 
 def vq(rows: list[Row]) -> Table:
@@ -105,6 +121,8 @@ def aims(rows: Sequence[Row]) -> Table:
 
 TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "parity": parity,
+    "persist": persist,
+    "persist loop": loop,
     "limits": limits,
     "stock": stock,
     "lstm": lstm,
@@ -144,6 +162,20 @@ def brief_lstm(rows: Sequence[Row]) -> Table:
     return Table("LSTM, one layer of as many inputs as units", header, lines, [])
 
 
+def brief_persist(rows: Sequence[Row]) -> Table:
+    """The persistent LSTM where it has room, Triton's kernels and stock nn.LSTM, microseconds a step."""
+    header = ["case", "dtype", "mode", "persistent us/step", "Triton", "stock", "stock float16", "faster than stock by"]
+    mine = [r for r in rows if r.get("table") == "persist"]
+    lines = []
+    for key in dict.fromkeys((r["case"], r["dtype"], r["mode"]) for r in mine):
+        shared = dict(zip(("case", "dtype", "mode"), key, strict=True))
+        found = [find(mine, **shared, label=n) for n in ("fastseq persist", "fastseq", "stock", "stock float16")]
+        if found[0] and found[2]:
+            steps = [f"{r['us_per_step']:.3g}" if r else "-" for r in found]
+            lines.append([*key, *steps, table.times_faster(found[0], "stock")])
+    return Table("Persistent LSTM, one layer of as many inputs as units", header, lines, [])
+
+
 def brief_vq(rows: Sequence[Row]) -> Table:
     """Ours and the fastest of those whose indices are exact."""
     header = ["case", "dtype", "fastseq ms", "TFLOP/s", "peak MB", "fastest exact rival", "fastseq's time over it"]
@@ -159,7 +191,7 @@ def brief_vq(rows: Sequence[Row]) -> Table:
 
 def brief(rows: Sequence[Row], full: str) -> list[str]:
     """What README shows."""
-    drawn = [t for t in (brief_lstm(rows), brief_vq(rows)) if t.lines]
+    drawn = [t for t in (brief_persist(rows), brief_lstm(rows), brief_vq(rows)) if t.lines]
     missed = [f"{t.name}: {t.value:.3g} {t.unit}".strip() for t in targets(rows) if t.verdict == "missed"]
     told = [f"Missed of {len(targets(rows))} targets: {'; '.join(missed)}."] if missed else []
     return [*(table.markdown(t) for t in drawn), *told, f"{source(rows)} All tables: `{full}`."]

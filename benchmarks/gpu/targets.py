@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,11 @@ EXACT_BYTES = (64, 8, 1 << 20)  # that a lookup may take per row, per number of 
 RATE = {"bfloat16": 0.6, "bfloat16/float32": 0.3}  # least share of the measured rate of the bf16 product
 FASTER, BINARY, LOOP = 2.0, 1.15, 20.0
 LSTM_B, LSTM_H = (1, 16), (256, 512, 1024)
+# Of the persistent LSTM: us per step of the model, by rows; H = 256, 512, 1024, 2048.
+FLOOR = {1: (0.7, 1.1, 1.6, 2.4), 16: (0.7, 1.1, 1.8, 3.8), 64: (0.7, 1.1, 3.1, 9.1), 256: (0.95, 2.4, 6.9, 18.8)}
+FLOOR_H = (256, 512, 1024, 2048)
+AIMED = {*((1, H) for H in FLOOR_H), *((16, H) for H in FLOOR_H[:3])}  # where AIM holds, elsewhere 1
+AIM, OVER_FLOOR, BACKWARD, FLASHRNN = 3.0, 1.3, 1.8, 2.0
 
 
 class Target(NamedTuple):
@@ -96,5 +102,38 @@ def _lstms(rows: Sequence[Row]) -> Iterable[Target]:
         yield Target(f"LSTM {case} {mode}: times faster than the loop", _inverse(_ratio(ours, loop)), LOOP, "x")
 
 
+def _fastest(rows: Sequence[Row], **fields: object) -> Row | None:
+    """Of all tiles."""
+    found = [r for r in rows if all(r.get(k) == v for k, v in fields.items()) and "ms" in r]
+    return min(found, key=lambda r: r["ms"]) if found else None
+
+
+def _fastest_lstm(rows: Sequence[Row], **fields: object) -> Row | None:
+    """Ours where each call may choose: the persistent one, or Triton's where that is faster or alone has room."""
+    return _fastest([r for r in rows if r.get("label") in ("fastseq persist", "fastseq")], **fields)
+
+
+def _persistent(rows: Sequence[Row]) -> Iterable[Target]:
+    """None where the run had no persistent LSTM."""
+    if not any(r.get("table") in ("persist", "persist loop") for r in rows):
+        return
+    for (B, steps), (n, H) in itertools.product(FLOOR.items(), enumerate(FLOOR_H)):
+        case = f"T1024_B{B}_H{H}"
+        for mode in ("infer", "train"):
+            shared = {"table": "persist", "case": case, "mode": mode, "dtype": "bfloat16"}
+            value = _inverse(_ratio(_fastest_lstm(rows, **shared), find(rows, **shared, label="stock")))
+            aim = AIM if (B, H) in AIMED else 1.0
+            yield Target(f"persistent LSTM {case} {mode} bf16: times faster than stock", value, aim, "x")
+        shared = {"table": "persist loop", "case": case, "dtype": "bfloat16"}
+        forward, backward = (_fastest(rows, **shared, mode=mode) for mode in ("forward", "backward"))
+        over = forward["us_per_step"] / steps[n] if forward else None
+        yield Target(f"persistent LSTM {case}: step over the model's {steps[n]:g} us", over, OVER_FLOOR, "", False)
+        value = _ratio(backward, forward) if forward else None
+        yield Target(f"persistent LSTM {case}: backward over forward", value, BACKWARD, "", False)
+    shared = {"table": "lstm", "case": "T1024_B16_H512", "mode": "train", "dtype": "bfloat16"}
+    ours, theirs = (find(rows, **shared, label=label) for label in ("fastseq persist", "FlashRNN"))
+    yield Target("persistent LSTM: times faster than FlashRNN", _inverse(_ratio(ours, theirs)), FLASHRNN, "x")
+
+
 def targets(rows: Sequence[Row]) -> list[Target]:
-    return [*_lookups(rows), *_lstms(rows)]
+    return [*_persistent(rows), *_lookups(rows), *_lstms(rows)]

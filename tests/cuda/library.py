@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +12,11 @@ from typing import Any
 import pytest
 import setuptools
 
+from benchmarks.gpu.cuda import compile_alone
+from benchmarks.gpu.cuda import why_no_nvcc as why_no_nvcc
+
 ROOT = Path(__file__).parents[2]
 TARGET = "80"
-_BUILD = """
-import setuptools, sys
-real, setuptools.setup = setuptools.setup, lambda **options: None
-found = {"__name__": "__main__"}
-exec(open("setup.py").read(), found)
-alone = [e for e in found["extensions"] if e.name == "fastseq._cuda"]
-arguments = ["--quiet", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[1] + "/objects"]
-real(ext_modules=alone, cmdclass={"build_ext": found["BuildDoors"]}, script_args=arguments)
-"""
 
 
 def decisions(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
@@ -37,19 +30,10 @@ def decisions(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, 
     return runpy.run_path("setup.py")
 
 
-def why_no_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = Path(home, "bin", "nvcc").exists() if home else shutil.which("nvcc")
-    return None if found else "nvcc is not on PATH and CUDA_HOME is not set"
-
-
 def build(folder: Path) -> None:
     """``folder/fastseq``: this package, but with a library of csrc/cuda for TARGET, and its record of the build."""
-    (folder / "fastseq").mkdir()
-    environment = {**os.environ, "FASTSEQ_BUILD": "cuda", "FASTSEQ_CUDA_ARCHS": TARGET}
-    command = [sys.executable, "-c", _BUILD, str(folder)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert run.returncode == 0, run.stdout + run.stderr
+    reason = compile_alone(folder, TARGET, 1200)
+    assert reason is None, reason
     for path in (ROOT / "fastseq").iterdir():
         if not path.name.startswith(("_cuda", "_build.json", "__pycache__")):
             (folder / "fastseq" / path.name).symlink_to(path)
