@@ -37,9 +37,9 @@ def read(patch: Path) -> Break:
     return Break(*(match[1] for match in found if match))
 
 
-def pytest_of(test: str, root: Path, **environment: str) -> Ran:
+def pytest_of(test: str, root: Path, *options: str, **environment: str) -> Ran:
     """One test in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options, test]
     return subprocess.run(command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
