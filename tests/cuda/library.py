@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import setuptools
@@ -17,6 +18,32 @@ from benchmarks.gpu.cuda import why_no_nvcc as why_no_nvcc
 
 ROOT = Path(__file__).parents[2]
 TARGET = "80"
+_COMPILE = """
+import json, setuptools, sys
+setuptools.setup = lambda **options: None
+found = {"__name__": "__main__"}
+exec(open("setup.py").read(), found)
+every, only = found["kernel_objects"](found["cuda"]), json.loads(sys.argv[1])
+objects = {s: o for s, o in every.items() if only is None or s in only}
+found["kernel_objects"] = lambda cuda: objects
+found["compile_kernels"](found["cuda"])
+print(json.dumps({"objects": objects, "flags": found["NVCC_FLAGS"], "nvcc": found["cuda"].version}))
+"""
+
+
+class Compiled(NamedTuple):
+    objects: dict[str, str]  # of each source
+    flags: list[str]
+    nvcc: str
+
+
+def kernels(arch: str, only: list[str] | None = None) -> Compiled:
+    """The objects of csrc/cuda for one GPU, as setup.py makes them and where it keeps them; those of ``only``."""
+    environment = {**os.environ, "FASTSEQ_BUILD": "cuda", "FASTSEQ_CUDA_ARCHS": arch}
+    command = [sys.executable, "-c", _COMPILE, json.dumps(only)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return Compiled(**json.loads(run.stdout.splitlines()[-1]))
 
 
 def decisions(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
