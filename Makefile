@@ -52,7 +52,7 @@ test-triton-rest: $(VENV)/.built
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels -k "triton or kernels" \
 	  $(addprefix --ignore=,$(INTERPRETED_LSTM)) $(ARGS)
 
-# every kernel for every GPU, without one: within both budget.json, no warnings, no spills that are not in there
+# every kernel for every GPU, without one: within the two budget.json, no warnings, no spills that are not listed
 check-gpu: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.budget --check
 	$(BIN)/python -m tests.cuda.budget --check

@@ -58,7 +58,7 @@ def row(budget: dict[str, Any], **change: Any) -> tuple[dict[str, Any], Taken]:
     """What exactly fills the row of ``FORWARD``, and the budget with that row changed."""
     changed = copy.deepcopy(budget)
     values = changed["rows"][FORWARD.row]
-    taken = Taken(*(values[name] for name in budgets.ROW), threads=256)
+    taken = Taken(values["registers"], 0, values["shared"], 256)
     values.update(change)
     return changed, taken
 
@@ -86,13 +86,15 @@ def test_what_no_launch_can_have_is_named(change: dict[str, Any], values: dict[s
     assert line.startswith(f"{FORWARD.row}: {complaint}")
 
 
-def test_targets_without_rows_spill_no_more() -> None:
-    """Than the one before them."""
+@pytest.mark.parametrize("arch", ["80", "89"])
+def test_a_stack_that_is_not_listed_is_named(arch: str) -> None:
+    """Of targets without rows too, which may have more registers."""
     budget, taken = row(budgets.load())
-    other, of = FORWARD._replace(arch="89"), taken._replace(registers=taken.registers + 9)
-    assert not budgets.exceeded(budget, other, of)
-    (line,) = budgets.exceeded(budget, other, of._replace(stack=4))
-    assert line.startswith(f"{other.row}: 4 stack, budget 0")
+    kernel, more = FORWARD._replace(arch=arch), 0 if arch == "80" else 1
+    of = taken._replace(registers=taken.registers + more, stack=8)
+    (line,) = budgets.exceeded({**budget, "stack": {kernel.row: 4}}, kernel, of)
+    assert line == f"{kernel.row}: 8 bytes of stack, budget 4; {budgets.REWRITE}"
+    assert not budgets.exceeded({**budget, "stack": {kernel.row: 8}}, kernel, of)
 
 
 def test_missing_rows_are_named() -> None:
