@@ -22,6 +22,12 @@ FASTSEQ_DEVICE unsigned char* shared_bytes() {
   return bytes;
 }
 
+// v as if it were new to the compiler, which then keeps nothing in registers that it has computed from v before.
+FASTSEQ_DEVICE int64_t anew(int64_t v) {
+  asm volatile("" : "+l"(v));
+  return v;
+}
+
 // The value of the lane across the bits of mask. All lanes of the warp call it.
 template <class V>
 FASTSEQ_DEVICE V across(V value, int mask) {
