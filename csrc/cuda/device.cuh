@@ -16,12 +16,16 @@ FASTSEQ_DEVICE int block_x() { return blockIdx.x; }
 FASTSEQ_DEVICE int block_y() { return blockIdx.y; }
 FASTSEQ_DEVICE int block_z() { return blockIdx.z; }
 FASTSEQ_DEVICE void sync_block() { __syncthreads(); }
-// Nothing is asked of memory for what comes later: registers are not taken for hundreds of loads at a time.
-FASTSEQ_DEVICE void settle() { __syncwarp(); }
 
 FASTSEQ_DEVICE unsigned char* shared_bytes() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return bytes;
+}
+
+// v as if it were new to the compiler, which then keeps nothing in registers that it has computed from v before.
+FASTSEQ_DEVICE int64_t anew(int64_t v) {
+  asm volatile("" : "+l"(v));
+  return v;
 }
 
 // The value of the lane across the bits of mask. All lanes of the warp call it.

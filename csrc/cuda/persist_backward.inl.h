@@ -53,7 +53,7 @@ struct Backward {
 
   // Numbers k and k + 1 of row j of the transpose: their column is unit * 4 + gate.
   FASTSEQ_DEVICE uint32_t weight_pair(int64_t j, int k) const {
-    const int64_t H = call.shape.H, unit = first_unit + k / 4;
+    const int64_t H = anew(call.shape.H), unit = first_unit + k / 4;
     if (unit >= H || j >= H) return 0;
     const uint16_t* const from = static_cast<const uint16_t*>(own.weight_hh) + unit * H + j;
     return from[k % 4 * H * H] | static_cast<uint32_t>(from[(k % 4 + 1) * H * H]) << 16;
@@ -76,10 +76,7 @@ struct Backward {
 
   FASTSEQ_DEVICE void begin(Cell (&cells)[Tile::kCells]) {
     FASTSEQ_UNROLL
-    for (int tile = 0; tile < Tile::kInRegisters; ++tile) {
-      load_tile(tile, weights[tile]);
-      settle();
-    }
+    for (int tile = 0; tile < Tile::kInRegisters; ++tile) load_tile(tile, weights[tile]);
     for (int tile = 0; tile < Tile::kInShared; ++tile) {
       uint32_t found[4];
       load_tile(Tile::kInRegisters + tile, found);

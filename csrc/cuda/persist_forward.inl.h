@@ -67,10 +67,7 @@ struct Forward {
 
   FASTSEQ_DEVICE void begin() {
     FASTSEQ_UNROLL
-    for (int tile = 0; tile < Tile::kInRegisters; ++tile) {
-      load_tile(tile, weights[tile]);
-      settle();
-    }
+    for (int tile = 0; tile < Tile::kInRegisters; ++tile) load_tile(tile, weights[tile]);
     for (int tile = 0; tile < Tile::kInShared; ++tile) {
       uint32_t found[4];
       load_tile(Tile::kInRegisters + tile, found);

@@ -184,6 +184,7 @@ FASTSEQ_UNSEEN inline void run(int x, int y, int z, int threads, size_t shared, 
 
 }  // namespace emulated
 
+inline int64_t anew(int64_t v) { return v; }
 FASTSEQ_UNSEEN inline int thread_index() { return emulated::current->thread; }
 FASTSEQ_UNSEEN inline int block_x() { return emulated::current->block->x; }
 FASTSEQ_UNSEEN inline int block_y() { return emulated::current->block->y; }
@@ -204,8 +205,6 @@ FASTSEQ_UNSEEN inline void sync_block() {
   while (block.done == before) leave();
   order_after(&block);
 }
-
-inline void settle() {}
 
 template <class V>
 FASTSEQ_UNSEEN V across(V value, int mask) {
