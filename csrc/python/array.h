@@ -32,6 +32,7 @@ inline door::Array view(const char* op, const char* name, const py::array& array
              : py::isinstance<py::array_t<int8_t>>(array)   ? door::Type::i8
              : py::isinstance<py::array_t<uint8_t>>(array)  ? door::Type::u8
              : py::isinstance<py::array_t<bool>>(array)     ? door::Type::boolean
+             : array.dtype().char_() == 'e'                 ? door::Type::f16
                                                             : door::Type::other;
   out.bytes = array.itemsize();
   out.dims = static_cast<int>(array.ndim());

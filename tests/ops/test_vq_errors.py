@@ -216,7 +216,7 @@ CALLS: dict[str, dict[str, Any]] = {
 ONLY_TORCH = ("vq_backward", "vq_residual_backward")
 LOOKUP: dict[str, tuple[str, Any, str]] = {
     "x_rank": ("x", ROWS, r"x must be \[G, N, D\], got \[6, 4\]"),
-    "x_dtype": ("x", X.half(), "x must be float32 or float64, got another type"),
+    "x_dtype": ("x", X.half(), "x must be float32 or float64, got float16"),
     "x_stride": ("x", strided(X), "x must be contiguous"),
     "codebook_rank": ("codebook", CODES, r"codebook must be \[G, K, D\], got \[5, 4\]"),
     "codebook_groups": ("codebook", BOOK3, r"codebook must be \[G, K, D\] = \[1, 5, 4\], got \[3, 5, 4\]"),
@@ -267,7 +267,7 @@ RAW: dict[str, dict[str, tuple[str, Any, str]]] = {
     },
     "vq_residual": {
         "x_rank": ("x", X, r"x must be \[N, D\], got \[1, 6, 4\]"),
-        "x_dtype": ("x", ROWS.half(), "x must be float32 or float64, got another type"),
+        "x_dtype": ("x", ROWS.half(), "x must be float32 or float64, got float16"),
         "x_stride": ("x", strided(ROWS), "x must be contiguous"),
         "no_levels": ("codebooks", [], "there must be at least one codebook and one dimension, got M = 0, D = 4"),
         "codes_rank": ("codebooks", [CODES, BOOK], r"codebooks\[1\] must be \[K, D\], got \[1, 5, 4\]"),
@@ -288,7 +288,7 @@ RAW: dict[str, dict[str, tuple[str, Any, str]]] = {
         "x_stride": ("x", strided(ROWS), "x must be contiguous"),
         "codes_rank": ("codes", BOOK, r"codes must be \[K, D\], got \[1, 5, 4\]"),
         "codes_dtype": ("codes", torch.cat((CODES, CODES)).double(), r"codebooks\[0\] must be float32, got float64"),
-        "codes_half": ("codes", torch.cat((CODES, CODES)).half(), "codes must be float32 or float64, got another type"),
+        "codes_half": ("codes", torch.cat((CODES, CODES)).half(), "codes must be float32 or float64, got float16"),
         "codes_stride": ("codes", strided(torch.cat((CODES, CODES))), "codes must be contiguous"),
         "sizes": ("sizes", [5, 6], "sizes must be those of the codebooks in codes, got 6"),
         "sizes_zero": ("sizes", [10, 0], "sizes must be those of the codebooks in codes, got 0"),
@@ -347,7 +347,7 @@ def test_wrong_argument_of_a_prepared_codebook() -> None:
     book, x = BOOK.numpy(), X.numpy()
     for wrong, says in (
         (book[0], r"Codebook: codebook must be \[G, K, D\], got \[5, 4\]"),
-        (book.astype(np.float16), "Codebook: .* must be float32 or float64, got another type"),
+        (book.astype(np.float16), "Codebook: .* must be float32 or float64, got float16"),
         (book[:, :0], r"Codebook: codebook must have K and D of at least 1, got \[1, 0, 4\]"),
         (book[:, ::2], "Codebook: .* must be contiguous"),
     ):
