@@ -181,9 +181,9 @@ def _noise_reference(seed: Tensor, *args: Any) -> Tensor:
 
 
 BACKENDS = {
-    "lstm_forward": backends("lstm_forward", forward_reference, "lstm", lstm_persist.BACKENDS["lstm_forward"]),
+    "lstm_forward": backends("lstm_forward", forward_reference, "lstm", lstm_persist.BACKEND["lstm_forward"]),
     "lstm_gates": backends("lstm_gates", _gates_reference, "lstm"),
-    "lstm_backward": backends("lstm_backward", backward_reference, "lstm", lstm_persist.BACKENDS["lstm_backward"]),
+    "lstm_backward": backends("lstm_backward", backward_reference, "lstm", lstm_persist.BACKEND["lstm_backward"]),
     "lstm_noise": backends("lstm_noise", _noise_reference, "lstm_noise"),
 }
 

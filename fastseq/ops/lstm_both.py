@@ -103,7 +103,7 @@ def _(*args: Any) -> list[Tensor]:
 
 
 _DEFINITIONS = {"lstm_layer_both_forward": _forward, "lstm_layer_both_backward": _backward}
-BACKENDS = {op: without_core(op, run, "lstm_layer", lstm_persist.BACKENDS[op]) for op, run in _DEFINITIONS.items()}
+BACKENDS = {op: without_core(op, run, "lstm_layer", lstm_persist.BACKEND[op]) for op, run in _DEFINITIONS.items()}
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])
 

@@ -76,6 +76,6 @@ _DEFINITIONS = {
     "lstm_layer_forward": in_float32(_forward, 0, 5, 0, 4, 5),
     "lstm_layer_backward": in_float32(_backward, 5, 6, 6, 11, 12, 13, 11, 12, 13),
 }
-BACKENDS = {op: backends(op, run, "lstm_layer", lstm_persist.BACKENDS[op]) for op, run in _DEFINITIONS.items()}
+BACKENDS = {op: backends(op, run, "lstm_layer", lstm_persist.BACKEND[op]) for op, run in _DEFINITIONS.items()}
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])

@@ -310,7 +310,7 @@ def _both_backward(call: Call) -> list[Tensor]:
     return [dx.add_(other_dx), *(v for pair in pairs for v in pair)]
 
 
-BACKENDS = {
+BACKEND = {
     op: cuda_backend("lstm_persist", call_of, run, _why_not, _detail, _doubt)
     for op, call_of, run in (
         ("lstm_forward", _of_forward, lambda call: _forward(call)[0]),

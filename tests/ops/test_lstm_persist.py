@@ -137,7 +137,7 @@ def test_around_its_loop_it_does_what_triton_does(op: str, layout: str, monkeypa
     module = kernels("lstm" if op == "lstm" else "lstm_layer")
 
     def both(way: str, *args: Any) -> Any:
-        got = lstm_persist.BACKENDS[f"{op}_{way}"].run(*args)
+        got = lstm_persist.BACKEND[f"{op}_{way}"].run(*args)
         expected = getattr(module, f"{op}_{way}")(*args)
         assert type(got) is type(expected)
         assert [v.dtype for v in got] == [v.dtype for v in expected]
