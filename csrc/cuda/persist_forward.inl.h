@@ -260,7 +260,7 @@ struct Forward {
         publish(h, row, s);
         if (alive) c[block] = after;
         keep(a, after, h, row, t, alive);
-        if (t == (own.reverse ? 0 : steps[row] - 1)) keep_last(after, h, row);
+        if (alive && t == (own.reverse ? 0 : steps[row] - 1)) keep_last(after, h, row);
       }
     }
     for (int t = longest; part == 0 && !call.shape.offsets && t < call.shape.T; ++t) {

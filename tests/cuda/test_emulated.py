@@ -119,6 +119,17 @@ def test_what_is_not_finite(unit: int, dtype: torch.dtype) -> None:
     assert out[0][1, 2].isnan().all() and out[0].isnan().sum() == 1 + 2 * 35
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_row_without_steps_beside_others(reverse: bool) -> None:
+    """It keeps the state that it was given, and the gradient of it."""
+    args = drawn(Case(3, 4, 5, layout="lengths", reverse=reverse), torch.bfloat16)
+    args = args._replace(options=args.options._replace(lengths=torch.tensor([0, 3, 0, 2])))
+    out = outputs(args, 0, 3)
+    for row in (0, 2):
+        assert torch.equal(out[3][row], args.h0[row]) and torch.equal(out[4][row], args.c0[row])
+    check(args, 0, 3, out)
+
+
 def test_rows_that_have_no_steps() -> None:
     args = drawn(Case(3, 2, 5, layout="lengths"), torch.bfloat16)
     options = args.options._replace(lengths=torch.tensor([0, 0]))
