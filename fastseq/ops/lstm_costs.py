@@ -57,9 +57,9 @@ class Tile(NamedTuple):
 
     @property
     def in_shared(self) -> int:
-        """Bytes of weights that registers have no room for: beyond 36 pieces of 512 a warp."""
+        """Bytes of weights that registers have no room for: beyond 32 pieces of 512 a warp."""
         warps = self.threads // 32
-        return max(0, 4 * self.units * self.depth * 2 - warps * 36 * 512)
+        return max(0, 4 * self.units * self.depth * 2 - warps * 32 * 512)
 
 
 def persist(tile: Tile, B: int, H: int, directions: int = 1, backward: bool = False) -> Cost:

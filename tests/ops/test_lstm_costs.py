@@ -39,7 +39,7 @@ def test_more_work_costs_more() -> None:
         assert steps == sorted(steps) and steps[0] > lstm_costs.EXCHANGE
         few, many = (lstm_costs.persist(t, t.rows, 1024, 1, backward).step for t in (NARROW, WIDE))
         assert few < many
-    assert NARROW.in_shared == 0 and DEEP.in_shared == (4 * 16 * 2048 * 2 - 8 * 36 * 512)
+    assert NARROW.in_shared == 0 and DEEP.in_shared == (4 * 16 * 2048 * 2 - 8 * 32 * 512)
 
 
 def test_many_rows_are_cheaper_in_blocks_of_many_only_for_want_of_room() -> None:
