@@ -15,6 +15,10 @@ struct BackwardCall {
 
 template <class Low, class Tile>
 struct Backward {
+  using Call = BackwardCall;
+  using Sizes = Tile;
+  static constexpr size_t kShared = Tile::kBackwardShared;
+
   const BackwardCall& call;
   const PersistBackward& own;
   int lane, warp;

@@ -14,6 +14,10 @@ struct ForwardCall {
 
 template <class Low, class Tile>
 struct Forward {
+  using Call = ForwardCall;
+  using Sizes = Tile;
+  static constexpr size_t kShared = Tile::kForwardShared;
+
   const ForwardCall& call;
   const PersistForward& own;
   int lane, band, part, first_unit;

@@ -1,10 +1,11 @@
-// One kernel per tile, number type and direction of the computation, each compiled in a file of its own. The included
-// bodies need the names of device.cuh.
+// One kernel per tile, number type and direction of the computation; each pair of the latter is compiled in a file of
+// its own. The included bodies need the names of device.cuh.
 #pragma once
 
 #include "cuda/device.cuh"
 // first what the bodies use
 #include "cuda/exchange.h"
+#include "cuda/launch.cuh"
 #include "cuda/lstm_persist.h"
 #include "cuda/persist_tile.h"
 // then what both share
@@ -12,13 +13,30 @@
 
 namespace fastseq::cuda {
 
-struct Kernel {
-  const void* function;
-  size_t shared;
-};
 Kernel forward_bfloat16(int tile);
 Kernel forward_float16(int tile);
 Kernel backward_bfloat16(int tile);
 Kernel backward_float16(int tile);
+
+template <class Body>
+__global__ void __launch_bounds__(Body::Sizes::kThreads, 1)
+    persist_kernel(const __grid_constant__ typename Body::Call call) {
+  Body(call).run();
+}
+
+// The kernel of a tile.
+template <template <class, class> class Body, class Low>
+Kernel kernel_of(int tile) {
+  switch (tile) {
+#define FASTSEQ_CASE(n, ...)                                                  \
+  case n: {                                                                   \
+    using Of = Body<Low, Tile<__VA_ARGS__>>;                                  \
+    return {reinterpret_cast<const void*>(&persist_kernel<Of>), Of::kShared}; \
+  }
+    FASTSEQ_PERSIST_TILES(FASTSEQ_CASE)
+#undef FASTSEQ_CASE
+  }
+  return {nullptr, 0};
+}
 
 }  // namespace fastseq::cuda

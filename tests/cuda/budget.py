@@ -35,12 +35,12 @@ REWRITE = "if that is meant, `make budget` rewrites the row"
 
 class Kernel(NamedTuple):
     source: str  # csrc/cuda/NAME.cu
-    tile: int
+    tile: str
     arch: str
 
     @property
     def row(self) -> str:
-        return f"{Path(self.source).stem} tile {self.tile} sm_{self.arch}"
+        return f"{Path(self.source).stem} {self.tile} sm_{self.arch}"
 
 
 class Taken(NamedTuple):
@@ -57,22 +57,23 @@ class Taken(NamedTuple):
 
 
 class Tile(NamedTuple):
-    number: int
+    name: str
     threads: int
     shared: dict[str, int]  # of each direction
 
 
 @functools.cache
-def tiles() -> dict[tuple[int, ...], Tile]:
-    """By the sizes of which the names of kernels are made."""
+def tiles() -> dict[str, Tile]:
+    """By their types, as they stand in the names of kernels."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "tiles"
         emulated.compile_cpp("tiles.cpp", program, 0)
         lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
     found = {}
-    for number, sizes, threads, forward, backward in (line.split(";") for line in lines):
+    for kind, sizes, name, threads, forward, backward in (line.split(";") for line in lines):
         shared = {"forward": int(forward), "backward": int(backward)}
-        found[tuple(map(int, sizes.split(",")))] = Tile(int(number), int(threads), shared)
+        numbers = "".join(f"Li{n.strip()}E" for n in sizes.split(","))
+        found[f"{len(kind)}{kind}I{numbers}E"] = Tile(name, int(threads), shared)
     return found
 
 
@@ -99,12 +100,11 @@ def measure(objects: dict[str, str]) -> dict[Kernel, Taken]:
     for source, path in objects.items():
         direction = next((d for d in ("forward", "backward") if d in Path(source).stem), "")
         for arch, name, (registers, stack, shared, local) in _resources(ROOT / path):
-            sizes = re.search(r"4TileI((?:Li\d+E)+)E", name)
-            assert sizes is not None and direction, f"{source}: {name} is of no tile"
-            tile = tiles()[tuple(map(int, re.findall(r"\d+", sizes[1])))]
+            tile = next((tile for text, tile in tiles().items() if text in name), None)
+            assert tile is not None and direction, f"{source}: {name} is of no tile"
             static = shared - (RESERVED if number_of(arch) >= 90 else 0)
             taken = Taken(registers, stack + local, static + tile.shared[direction], tile.threads)
-            found[Kernel(source, tile.number, arch)] = taken
+            found[Kernel(source, tile.name, arch)] = taken
     return dict(sorted(found.items()))
 
 

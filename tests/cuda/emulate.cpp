@@ -14,9 +14,10 @@
 namespace fastseq::cuda {
 namespace {
 
-template <template <class, class> class Kernel, class Low, class Of, class Call>
-void launch(const Call& call, int count, size_t shared, unsigned seed) {
-  emulated::run(call.blocks, call.groups, count, Of::kThreads, shared, seed, [&] { Kernel<Low, Of>(call).run(); });
+template <class Body>
+void launch(const typename Body::Call& call, int count, unsigned seed) {
+  constexpr int kThreads = Body::Sizes::kThreads;
+  emulated::run(call.blocks, call.groups, count, kThreads, Body::kShared, seed, [&] { Body(call).run(); });
 }
 
 template <class Of>
@@ -31,7 +32,7 @@ void forward(const PersistShape& shape, const PersistForward* directions, int co
   auto* const aligned = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(exchange.data()) + 15) / 16 * 16);
   ForwardCall call{shape, {}, aligned, grid.blocks, grid.groups};
   std::copy(directions, directions + count, call.direction);
-  launch<Forward, Low, Of>(call, count, Of::kForwardShared, seed);
+  launch<Forward<Low, Of>>(call, count, seed);
 }
 
 template <class Of, class Low>
@@ -40,7 +41,7 @@ void backward(const PersistShape& shape, const PersistBackward* directions, int 
   std::vector<uint32_t> exchange(count * backward_words(grid, described<Of>()));
   BackwardCall call{shape, {}, exchange.data(), grid.blocks, grid.groups};
   std::copy(directions, directions + count, call.direction);
-  launch<Backward, Low, Of>(call, count, Of::kBackwardShared, seed);
+  launch<Backward<Low, Of>>(call, count, seed);
 }
 
 // Calls f with the tile; FASTSEQ_ONLY_TILE keeps the others out of a build.

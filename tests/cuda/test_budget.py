@@ -15,7 +15,7 @@ from tests.cuda.library import TARGET
 
 pytest.importorskip("triton", reason="cuobjdump comes with triton")
 
-FORWARD = Kernel("csrc/cuda/persist_forward_float16.cu", 3, "80")
+FORWARD = Kernel("csrc/cuda/persist_forward_float16.cu", "tile 3", "80")
 
 
 class Found:
@@ -116,7 +116,7 @@ def test_a_changed_file_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         (tmp_path / "csrc" / "cuda").mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / "cuda" / name).write_text({"a.cu": '#include "cuda/b.h"\n'}.get(name, "\n"))
     monkeypatch.setattr(budgets, "ROOT", tmp_path)
-    kernel = Kernel("csrc/cuda/a.cu", 0, "80")
+    kernel = Kernel("csrc/cuda/a.cu", "tile 0", "80")
     budget = {"rows": {kernel.row: {"source": budgets.digest(kernel.source, ["-O3"])}}}
     (tmp_path / "csrc" / "cuda" / "c.h").write_text("other\n")
     assert budgets.changed(budget, [kernel], ["-O3"]) == []
