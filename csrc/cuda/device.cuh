@@ -16,11 +16,14 @@ FASTSEQ_DEVICE int block_x() { return blockIdx.x; }
 FASTSEQ_DEVICE int block_y() { return blockIdx.y; }
 FASTSEQ_DEVICE int block_z() { return blockIdx.z; }
 FASTSEQ_DEVICE void sync_block() { __syncthreads(); }
+FASTSEQ_DEVICE void sync_warp() { __syncwarp(); }
 
 FASTSEQ_DEVICE unsigned char* shared_bytes() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return bytes;
 }
+
+FASTSEQ_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // v as if it were new to the compiler, which then keeps nothing in registers that it has computed from v before.
 FASTSEQ_DEVICE int64_t anew(int64_t v) {
@@ -34,7 +37,7 @@ FASTSEQ_DEVICE V across(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-struct Words {
+struct alignas(16) Words {
   uint32_t x, y, z, w;
 };
 
@@ -58,6 +61,10 @@ FASTSEQ_DEVICE void write_word(uint32_t* p, uint32_t v) {
 FASTSEQ_DEVICE void write_words(uint32_t* p, uint32_t first, uint32_t second) {  // 8-byte aligned
   asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(first), "r"(second) : "memory");
 }
+FASTSEQ_DEVICE void write_words(uint32_t* p, const Words& v) {  // 16-byte aligned
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 
 // What a thread does between two looks at a word. With FASTSEQ_WATCHDOG a wait of seconds ends the kernel with an
 // error.
@@ -72,10 +79,59 @@ struct Waiting {
 
 // Four 8 x 8 blocks of 16-bit numbers from shared memory; lane l gives the address of row l % 8 of block l / 8.
 FASTSEQ_DEVICE void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  const uint32_t at = shared_address(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(at)
+               : "memory");
+}
+
+// Clusters, from sm_90 on: blocks of threads that write into each other's shared memory. Where numbers arrive, a
+// barrier beside them counts their bytes: nobody looks at the numbers before, and no fence is needed.
+using Arrivals = uint64_t;
+
+// All threads of the cluster meet; what each wrote before is seen by all after.
+FASTSEQ_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// One thread, before sync_cluster.
+FASTSEQ_DEVICE void prepare(Arrivals* a) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(a))
+               : "memory");
+}
+// One thread: so many bytes make the next use complete. Some may have come already.
+FASTSEQ_DEVICE void expect(Arrivals* a, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(a)), "r"(bytes)
+               : "memory");
+}
+// Whether the use of this parity, counted from 0, is complete; may take its time to answer.
+FASTSEQ_DEVICE bool arrived(Arrivals* a, int parity) {
+  uint32_t found;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n}"
+      : "=r"(found)
+      : "r"(shared_address(a)), "r"(parity)
+      : "memory");
+  return found;
+}
+// The same place of shared memory in another block of the cluster.
+FASTSEQ_DEVICE uint32_t place_of(const void* own, int block) {
+  uint32_t found;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(shared_address(own)), "r"(block));
+  return found;
+}
+// Words into the shared memory of a block of the cluster, which its barrier counts; places are named by our own.
+FASTSEQ_DEVICE void push_words(int block, uint32_t* to, uint32_t first, uint32_t second, Arrivals* a) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(place_of(to, block)),
+      "r"(first), "r"(second), "r"(place_of(a, block))
+      : "memory");
+}
+FASTSEQ_DEVICE void push_words(int block, uint32_t* to, const Words& v, Arrivals* a) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   place_of(to, block)),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(place_of(a, block))
                : "memory");
 }
 

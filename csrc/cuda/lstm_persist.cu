@@ -12,9 +12,9 @@
 namespace fastseq::cuda {
 namespace {
 
+constexpr int kMostGroups = 65535;  // of blocks along the second dimension of a launch
 constexpr PersistTile kTiles[] = {
-#define FASTSEQ_TILE(n, ...) \
-  {Tile<__VA_ARGS__>::kUnits, Tile<__VA_ARGS__>::kRows, Tile<__VA_ARGS__>::kDepth, Tile<__VA_ARGS__>::kThreads},
+#define FASTSEQ_TILE(n, ...) described<Tile<__VA_ARGS__>>(),
     FASTSEQ_PERSIST_TILES(FASTSEQ_TILE)
 #undef FASTSEQ_TILE
 };
@@ -26,6 +26,11 @@ Kernel backward_kernel(const PersistShape& shape, int tile) {
   return shape.bfloat16 ? backward_bfloat16(tile) : backward_float16(tile);
 }
 
+int64_t room_of(const Kernel& kernel, const PersistShape& shape, int tile) {
+  const Grid grid = grid_of(shape, kTiles[tile]);
+  return grid.groups > kMostGroups ? 0 : room(kernel, grid.blocks, static_cast<int>(kTiles[tile].threads));
+}
+
 bool is_tile(int tile) { return tile >= 0 && tile < persist_tiles(); }
 
 const char* refused(const PersistShape& shape, int count, int tile) {
@@ -34,6 +39,7 @@ const char* refused(const PersistShape& shape, int count, int tile) {
   if (shape.T < 1 || shape.B < 1 || shape.H < 1) return "T, B and H must be at least 1";
   if (shape.T > INT32_MAX || shape.B > INT32_MAX) return "T and B must be less than 2**31";
   if (shape.H > kTiles[tile].depth) return "H is larger than the tile's depth";
+  if (grid_of(shape, kTiles[tile]).groups > kMostGroups) return "B is larger than 65535 times the tile's rows";
   return nullptr;
 }
 
@@ -52,13 +58,13 @@ size_t persist_backward_scratch(const PersistShape& shape, int tile, int directi
 int64_t persist_blocks(const PersistShape& shape, int tile, int directions) {
   if (!is_tile(tile)) return 0;
   const Grid grid = grid_of(shape, kTiles[tile]);
-  return int64_t{grid.blocks} * grid.groups * directions;
+  return kTiles[tile].cluster ? grid.blocks : int64_t{grid.blocks} * grid.groups * directions;
 }
 int64_t persist_forward_room(const PersistShape& shape, int tile) {
-  return is_tile(tile) ? room(forward_kernel(shape, tile), static_cast<int>(kTiles[tile].threads)) : 0;
+  return is_tile(tile) ? room_of(forward_kernel(shape, tile), shape, tile) : 0;
 }
 int64_t persist_backward_room(const PersistShape& shape, int tile) {
-  return is_tile(tile) ? room(backward_kernel(shape, tile), static_cast<int>(kTiles[tile].threads)) : 0;
+  return is_tile(tile) ? room_of(backward_kernel(shape, tile), shape, tile) : 0;
 }
 
 const char* persist_forward(const PersistShape& shape, const PersistForward* directions, int count, int tile,

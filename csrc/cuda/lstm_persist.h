@@ -52,6 +52,7 @@ struct PersistBackward {
 // rows are more groups of blocks, which never wait for each other.
 struct PersistTile {
   int64_t units, rows, depth, threads;
+  bool cluster;  // the blocks of a group are a cluster, of 1, 2, 4, 8 or 16: for sm_90 and later
 };
 int persist_tiles();
 PersistTile persist_tile(int tile);
@@ -60,8 +61,8 @@ PersistTile persist_tile(int tile);
 size_t persist_forward_scratch(const PersistShape& shape, int tile, int directions);
 size_t persist_backward_scratch(const PersistShape& shape, int tile, int directions);
 
-// Blocks of threads that a call needs at a time, and how many the current device can hold; 0 where the kernel cannot
-// run on it at all. A call that needs more is refused, never started.
+// Blocks of threads that a call needs at a time, all of them or those of one cluster, and how many the current device
+// can hold; 0 where the kernel cannot run on it at all. A call that needs more is refused, never started.
 int64_t persist_blocks(const PersistShape& shape, int tile, int directions);
 int64_t persist_forward_room(const PersistShape& shape, int tile);
 int64_t persist_backward_room(const PersistShape& shape, int tile);

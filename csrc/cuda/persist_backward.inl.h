@@ -1,15 +1,16 @@
 // The backward recurrence of one block of threads: the same rows of weight_hh as in forward, transposed.
 //
-// A step: every thread adds up what all blocks have found for its cells' gradient of h, goes back through the cells,
-// and puts the gradients of the pre-activations into shared memory; every warp multiplies them with its tiles, which
-// gives this block's part of the gradient of h for all units, and hands each part to the block that owns the unit. So
-// float32 sums of H units go between blocks instead of 4 * H numbers; they are added in the order of the blocks.
+// A step: the threads add up what all blocks have found for the gradient of h of this block's units, go back through
+// the cells, and put the gradients of the pre-activations into shared memory; every warp multiplies them with its
+// tiles, which gives this block's part of the gradient of h for all units, and hands each part to the block that owns
+// the unit. So float32 sums of H units go between blocks instead of 4 * H numbers; they are added in a fixed order. In
+// a cluster they go into shared memory, see forward.
 namespace fastseq::cuda {
 
 struct BackwardCall {
   PersistShape shape;
   PersistBackward direction[2];
-  uint32_t* exchange;  // [direction][slot][group][to block][from block][rows][units], zeros at the start
+  uint32_t* exchange;  // [direction][slot][group][to block][from block][part of a tile], zeros at the start
   int blocks, groups;
 };
 
@@ -22,7 +23,10 @@ struct Backward {
   const BackwardCall& call;
   const PersistBackward& own;
   int lane, warp;
-  int64_t first_unit, first_row;
+  int first_unit, first_row;
+  Arrivals* arrivals;  // of even and odd steps, in a cluster
+  uint32_t* room;      // [slot][from block][part], in a cluster
+  float* sums;         // [adder][part], those that are added up
   uint16_t *shared_weights, *gradients;
   int* steps;          // of each row
   uint32_t* exchange;  // of this group
@@ -36,21 +40,24 @@ struct Backward {
 
   FASTSEQ_DEVICE explicit Backward(const BackwardCall& given) : call(given), own(given.direction[block_z()]) {
     lane = thread_index() % 32, warp = thread_index() / 32;
-    first_unit = static_cast<int64_t>(block_x()) * Tile::kUnits;
-    first_row = static_cast<int64_t>(block_y()) * Tile::kRows;
-    shared_weights = reinterpret_cast<uint16_t*>(shared_bytes());
+    first_unit = block_x() * Tile::kUnits;
+    first_row = block_y() * Tile::kRows;  // far from 2^31: a launch has less than 2^16 groups
+    arrivals = reinterpret_cast<Arrivals*>(shared_bytes());
+    room = reinterpret_cast<uint32_t*>(shared_bytes() + Tile::kArrivals);
+    sums = reinterpret_cast<float*>(room + Tile::kRoom);
+    shared_weights = reinterpret_cast<uint16_t*>(sums + Tile::kAdders * Tile::kPart);
     gradients = shared_weights + Tile::kSharedTiles;
-    steps = reinterpret_cast<int*>(gradients + 2 * Tile::kRows * Tile::kGateStride);
+    steps = reinterpret_cast<int*>(gradients + Tile::kRows * Tile::kGateStride);
     exchange = call.exchange + block_z() * 2 * slot_words() + block_y() * group_words();
   }
 
-  FASTSEQ_DEVICE int64_t group_words() const { return int64_t(call.blocks) * call.blocks * Tile::kRows * Tile::kUnits; }
+  FASTSEQ_DEVICE int64_t group_words() const { return int64_t(call.blocks) * call.blocks * Tile::kPart; }
   FASTSEQ_DEVICE int64_t slot_words() const { return call.groups * group_words(); }
-  // Of a group, where block `to` finds what block `from` has for one of its rows; a group has far less than 2^31 words.
-  FASTSEQ_DEVICE int part(int to, int from, int row) const {
-    return ((to * call.blocks + from) * Tile::kRows + row) * Tile::kUnits;
+  // Where block `to` finds what block `from` has for it; in a cluster that is in its own shared memory.
+  FASTSEQ_DEVICE uint32_t* part(int s, int to, int from) const {
+    if constexpr (Tile::kCluster) return room + (slot_of(s) * (Tile::kDepth / Tile::kUnits) + from) * Tile::kPart;
+    return exchange + (slot_of(s) ? slot_words() : 0) + (to * call.blocks + from) * Tile::kPart;
   }
-  FASTSEQ_DEVICE uint32_t* slot(int s) const { return exchange + (slot_of(s) ? slot_words() : 0); }
   // Steps are undone from the last in the order of the forward recurrence. All rows are exchanged at every step.
   FASTSEQ_DEVICE int time_of(int s) const { return own.reverse ? s : longest - 1 - s; }
   FASTSEQ_DEVICE bool alive(int row, int s) const { return time_of(s) < steps[row]; }
@@ -101,6 +108,24 @@ struct Backward {
       cell.dh = own.dh_n ? Low::wide(static_cast<const uint16_t*>(own.dh_n)[last]) : 0.0f;
       cell.dc = own.dc_n ? own.dc_n[last] : 0.0f;
     }
+    if constexpr (Tile::kCluster) open();
+  }
+
+  // In a cluster: the barriers of the first two steps.
+  FASTSEQ_DEVICE void open() const {
+    for (int s = 0; thread_index() == 0 && s < 2; ++s) {
+      prepare(arrivals + s);
+      expect_parts(s);
+    }
+    sync_cluster();
+  }
+  FASTSEQ_DEVICE void expect_parts(int s) const {
+    if (s < longest) expect(arrivals + slot_of(s), static_cast<uint32_t>(call.blocks * Tile::kPart * sizeof(float)));
+  }
+  FASTSEQ_DEVICE void await(int s) const {
+    Waiting wait;
+    while (!arrived(arrivals + slot_of(s), s / 2 % 2)) wait.look_again();
+    if (thread_index() == 0) expect_parts(s + 2);
   }
 
   FASTSEQ_DEVICE bool exists(const Cell& cell) const {
@@ -110,35 +135,63 @@ struct Backward {
     return (first_row + cell.row) * call.shape.H + first_unit + cell.unit;
   }
 
-  // The sum of what all blocks have found at step s, for one cell.
-  FASTSEQ_DEVICE float sum_of_parts(const Cell& cell, int s) const {
-    constexpr int kSome = 4;
-    const uint32_t* const from = slot(s) + part(block_x(), 0, cell.row) + cell.unit;
-    float sum = 0.0f;
-    for (int first = 0; first < call.blocks; first += kSome) {
-      uint32_t found[kSome];
+  // Adds up what all blocks have found at step s: every thread four neighbours, over some of the blocks, whose words it
+  // waits for together.
+  FASTSEQ_DEVICE void gather(int s) const {
+    constexpr int kQuads = Tile::kPart / 4, kSome = 4;
+    if constexpr (Tile::kCluster) await(s);
+    const uint32_t* const from = part(s, block_x(), 0) + thread_index() % kQuads * 4;
+    float sum[4] = {};
+    for (int first = thread_index() / kQuads; first < call.blocks; first += kSome * Tile::kAdders) {
+      Words found[kSome];
       FASTSEQ_UNROLL
       for (int n = 0; n < kSome; ++n) {
-        if (first + n < call.blocks) found[n] = read_word(from + (first + n) * (Tile::kRows * Tile::kUnits));
+        const int block = first + n * Tile::kAdders;
+        if (block < call.blocks) found[n] = read(from + block * Tile::kPart);
       }
       FASTSEQ_UNROLL
       for (int n = 0; n < kSome; ++n) {
-        if (first + n >= call.blocks) continue;
-        Waiting wait;
-        while (Float::stale(found[n], s)) {
-          wait.look_again();
-          found[n] = read_word(from + (first + n) * (Tile::kRows * Tile::kUnits));
+        const int block = first + n * Tile::kAdders;
+        if (block >= call.blocks) continue;
+        if constexpr (!Tile::kCluster) {
+          Waiting wait;
+          while (stale(found[n], s)) {
+            wait.look_again();
+            found[n] = read(from + block * Tile::kPart);
+          }
         }
-        sum += float_of(Float::read(found[n]));
+        sum[0] += sum_in(found[n].x), sum[1] += sum_in(found[n].y);
+        sum[2] += sum_in(found[n].z), sum[3] += sum_in(found[n].w);
       }
     }
+    FASTSEQ_UNROLL
+    for (int n = 0; n < 4; ++n) sums[4 * thread_index() + n] = sum[n];
+  }
+  static FASTSEQ_DEVICE Words read(const uint32_t* from) {
+    return Tile::kCluster ? *reinterpret_cast<const Words*>(from) : read_words(from);
+  }
+  static FASTSEQ_DEVICE float sum_in(uint32_t word) { return float_of(Tile::kCluster ? word : Float::read(word)); }
+  static FASTSEQ_DEVICE bool stale(const Words& w, int s) {
+    return Float::stale(w.x, s) | Float::stale(w.y, s) | Float::stale(w.z, s) | Float::stale(w.w, s);
+  }
+
+  // What was added up for one cell.
+  FASTSEQ_DEVICE float sum_of(const Cell& cell) const {
+    float sum = 0.0f;
+    FASTSEQ_UNROLL
+    for (int n = 0; n < Tile::kAdders; ++n) sum += sums[n * Tile::kPart + Tile::place_in_part(cell.unit, cell.row)];
     return sum;
   }
 
+  // What forward kept of a cell, in few registers.
   struct Kept {
-    Gates gates;
-    float c, c_before, dh;
+    uint32_t i_f, g_o;
+    float c, c_before;
+    uint16_t dh;
   };
+  static FASTSEQ_DEVICE Gates gates_in(const Kept& of) {
+    return {Low::wide(of.i_f & 0xffff), Low::wide(of.i_f >> 16), Low::wide(of.g_o & 0xffff), Low::wide(of.g_o >> 16)};
+  }
 
   FASTSEQ_DEVICE Kept ask(const Cell& cell, int t) const {
     const int64_t H = call.shape.H, unit = first_unit + cell.unit, b = first_row + cell.row;
@@ -146,18 +199,15 @@ struct Backward {
     const uint16_t* const gates = static_cast<const uint16_t*>(own.gates) + at * 4 * H + unit;
     const int before = own.reverse ? t + 1 : t - 1;
     const bool first = own.reverse ? before == steps[cell.row] : t == 0;
-    return {{Low::wide(gates[0]), Low::wide(gates[H]), Low::wide(gates[2 * H]), Low::wide(gates[3 * H])},
-            own.c[at * H + unit],
-            first ? own.c0[b * H + unit] : own.c[element(call.shape, before, b) * H + unit],
-            own.dh ? Low::wide(static_cast<const uint16_t*>(own.dh)[at * H + unit]) : 0.0f};
+    return {gates[0] | static_cast<uint32_t>(gates[H]) << 16, gates[2 * H] | static_cast<uint32_t>(gates[3 * H]) << 16,
+            own.c[at * H + unit], first ? own.c0[b * H + unit] : own.c[element(call.shape, before, b) * H + unit],
+            own.dh ? static_cast<const uint16_t*>(own.dh)[at * H + unit] : uint16_t{0}};
   }
-
-  FASTSEQ_DEVICE uint16_t* gradient(int s) const { return gradients + (s & 1) * Tile::kRows * Tile::kGateStride; }
 
   // Writes the gradients of one cell's pre-activations, to memory and for the product.
   FASTSEQ_DEVICE void give(const Cell& cell, Gates d, int s) const {
     const uint16_t i = Low::narrow(d.i), f = Low::narrow(d.f), g = Low::narrow(d.g), o = Low::narrow(d.o);
-    uint32_t* const to = reinterpret_cast<uint32_t*>(gradient(s) + cell.row * Tile::kGateStride + 4 * cell.unit);
+    uint32_t* const to = reinterpret_cast<uint32_t*>(gradients + cell.row * Tile::kGateStride + 4 * cell.unit);
     to[0] = i | static_cast<uint32_t>(f) << 16, to[1] = g | static_cast<uint32_t>(o) << 16;
     if (exists(cell) && (alive(cell.row, s) || !call.shape.offsets)) write(cell, time_of(s), i, f, g, o);
   }
@@ -167,14 +217,20 @@ struct Backward {
     out[0] = i, out[H] = f, out[2 * H] = g, out[3 * H] = o;
   }
 
-  // What is kept is asked for before the wait for other blocks, which is longer.
-  FASTSEQ_DEVICE void step_back(Cell (&cells)[Tile::kCells], int s) const {
-    Kept kept[Tile::kCells];
+  FASTSEQ_DEVICE void ask_all(const Cell (&cells)[Tile::kCells], int s, Kept (&kept)[Tile::kCells]) const {
     FASTSEQ_UNROLL
     for (int n = 0; n < Tile::kCells; ++n) {
       kept[n] = {};
       if (exists(cells[n]) && alive(cells[n].row, s)) kept[n] = ask(cells[n], time_of(s));
     }
+  }
+
+  // What is kept is asked for before the wait for other blocks, which is longer.
+  FASTSEQ_DEVICE void step_back(Cell (&cells)[Tile::kCells], int s) const {
+    Kept kept[Tile::kCells];
+    ask_all(cells, s, kept);
+    if (s > 0) gather(s - 1);
+    sync_block();  // which also tells that the gradients of the step before are multiplied
     FASTSEQ_UNROLL
     for (int n = 0; n < Tile::kCells; ++n) {
       Cell& cell = cells[n];
@@ -183,19 +239,18 @@ struct Backward {
       Gates d{};
       if (exists(cell) && alive(cell.row, s)) {
         const Kept& of = kept[n];
-        d = cell_backward(of.gates, of.c, of.c_before, cell.dh + of.dh, cell.dc, call.shape);
+        d = cell_backward(gates_in(of), of.c, of.c_before, cell.dh + Low::wide(of.dh), cell.dc, call.shape);
       }
       give(cell, d, s);
     }
   }
   FASTSEQ_DEVICE void take(Cell& cell, int s) const {
-    const float sum = sum_of_parts(cell, s);
-    if (alive(cell.row, s)) cell.dh = sum;
+    if (alive(cell.row, s)) cell.dh = sum_of(cell);
   }
 
   // This block's part of the gradient of h, to the blocks that own the units.
   FASTSEQ_DEVICE void multiply(int s) const {
-    const uint16_t* const from = gradient(s) + (lane % 8) * Tile::kGateStride + 8 * (lane / 8);
+    const uint16_t* const from = gradients + (lane % 8) * Tile::kGateStride + 8 * (lane / 8);
     FASTSEQ_UNROLL
     for (int band = 0; band < Tile::kBackwardBands; ++band) {
       if (first_of_band(band) >= call.blocks * Tile::kUnits) continue;
@@ -225,14 +280,18 @@ struct Backward {
   }
 
   FASTSEQ_DEVICE void publish(int first, const float (&d)[Tile::kRowBlocks][4], int s) const {
-    const Place at = place_in_d(lane, 0);
-    const int unit = first + at.row;  // and the one 8 further, which lies in the same block
-    uint32_t* const to = slot(s) + part(unit / Tile::kUnits, block_x(), at.column) + unit % Tile::kUnits;
+    const int to = first / Tile::kUnits, unit = first % Tile::kUnits + place_in_d(lane, 0).row;
+    const bool odd = unit / 16 & 1;
     FASTSEQ_UNROLL
     for (int block = 0; block < Tile::kRowBlocks; ++block) {
-      FASTSEQ_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        write_word(to + (8 * block + i % 2) * Tile::kUnits + i / 2 * 8, Float::write(bits_of(d[block][i]), s));
+      const int row = 8 * block + place_in_d(lane, 0).column;
+      uint32_t* const at = part(s, to, block_x()) + (Tile::place_in_part(unit, row) & ~3);
+      const auto number = [&](int n) { return bits_of(odd ? d[block][n ^ 1] : d[block][n]); };
+      if constexpr (Tile::kCluster) {
+        push_words(to, at, {number(0), number(1), number(2), number(3)}, arrivals + slot_of(s));
+      } else {
+        const auto word = [&](int n) { return Float::write(number(n), s); };
+        write_words(at, {word(0), word(1), word(2), word(3)});
       }
     }
   }
@@ -244,6 +303,10 @@ struct Backward {
       step_back(cells, s);
       sync_block();
       multiply(s);
+    }
+    if (longest > 0) {
+      gather(longest - 1);
+      sync_block();
     }
     FASTSEQ_UNROLL
     for (int n = 0; n < Tile::kCells; ++n) end(cells[n]);

@@ -2,7 +2,9 @@
 //
 // A step: h of the step before comes from the blocks that made it into shared memory; every warp multiplies it with its
 // tiles; the lanes of the first part of each band go on to the cells, hand h on, and write what is kept. Inputs of the
-// step are asked for before the wait for h, which is longer.
+// step are asked for before the wait for h, which is longer. In a cluster h comes on its own, into the shared memory of
+// all blocks: a place is written anew two steps later, when the writer has what all warps here, done with reading, have
+// handed on since.
 namespace fastseq::cuda {
 
 struct ForwardCall {
@@ -22,6 +24,7 @@ struct Forward {
   const PersistForward& own;
   int lane, band, part, first_unit;
   int64_t first_row, width;  // width: units of all blocks, at least H
+  Arrivals* arrivals;        // of even and odd steps, in a cluster
   uint16_t *shared_weights, *states;
   float* sums;
   int* steps;  // of each row
@@ -35,7 +38,8 @@ struct Forward {
     first_unit = block_x() * Tile::kUnits + 4 * band;
     first_row = static_cast<int64_t>(block_y()) * Tile::kRows;
     width = static_cast<int64_t>(call.blocks) * Tile::kUnits;
-    shared_weights = reinterpret_cast<uint16_t*>(shared_bytes());
+    arrivals = reinterpret_cast<Arrivals*>(shared_bytes());
+    shared_weights = reinterpret_cast<uint16_t*>(shared_bytes() + Tile::kArrivals);
     states = shared_weights + Tile::kSharedTiles;
     sums = reinterpret_cast<float*>(states + Tile::kStates * Tile::kRows * Tile::kStride);
     steps = reinterpret_cast<int*>(sums + Tile::kSums);
@@ -82,6 +86,7 @@ struct Forward {
     }
     sync_block();
     for (int row = 0; row < Tile::kRows; ++row) longest = steps[row] > longest ? steps[row] : longest;
+    if constexpr (Tile::kCluster) open();
   }
 
   // Eight neighbours of the state that a row begins with.
@@ -97,6 +102,33 @@ struct Forward {
 
   FASTSEQ_DEVICE uint16_t* state(int s) const {
     return states + (Tile::kStates > 1 ? s & 1 : 0) * Tile::kRows * Tile::kStride;
+  }
+
+  // In a cluster: the first state, and the barriers of the next two.
+  FASTSEQ_DEVICE void open() const {
+    for (int s = 1; thread_index() == 0 && s <= 2; ++s) {
+      prepare(arrivals + slot_of(s));
+      expect_state(s);
+    }
+    for (int at = thread_index(); at < Tile::kRows * Tile::kDepth / 8; at += Tile::kThreads) {
+      const int row = at / (Tile::kDepth / 8), k = at % (Tile::kDepth / 8) * 8;
+      store_state(0, row, k, begins(row, 0) && steps[row] > 0 ? first_state(row, k) : Words{0, 0, 0, 0});
+    }
+    sync_cluster();
+  }
+  FASTSEQ_DEVICE void expect_state(int s) const {
+    if (s < longest) expect(arrivals + slot_of(s), static_cast<uint32_t>(Tile::kRows * width * sizeof(uint16_t)));
+  }
+  FASTSEQ_DEVICE void await(int s) const {
+    if (s == 0) return;
+    Waiting wait;
+    while (!arrived(arrivals + slot_of(s), (s - 1) / 2 % 2)) wait.look_again();
+    if (thread_index() == 0) expect_state(s + 2);
+  }
+
+  FASTSEQ_DEVICE void store_state(int s, int row, int k, const Words& of) const {
+    uint32_t* const to = reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride + k);
+    to[0] = of.x, to[1] = of.y, to[2] = of.z, to[3] = of.w;
   }
 
   // The state that enters step s; words are waited for together, a few at a time.
@@ -122,8 +154,7 @@ struct Forward {
         }
         Words of{Pair::read(found[n].x), Pair::read(found[n].y), Pair::read(found[n].z), Pair::read(found[n].w)};
         if (begins(row, s) && steps[row] > 0) of = first_state(row, k);
-        uint32_t* const to = reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride + k);
-        to[0] = of.x, to[1] = of.y, to[2] = of.z, to[3] = of.w;
+        store_state(s, row, k, of);
       }
     }
   }
@@ -201,11 +232,29 @@ struct Forward {
 
   // Hands on h of four units, of which this lane has one.
   FASTSEQ_DEVICE void publish(uint16_t h, int row, int s) const {
+    if constexpr (Tile::kCluster) return push(h, row, s + 1);
     const uint32_t next = across(static_cast<uint32_t>(h), 8);
     const uint32_t pair = Pair::write(safe_pair(h, next, Low::kInfinity), s);  // of even units
     const uint32_t other = across(pair, 16);
     if (cell_unit(lane) == 0) {
       write_words(exchange + slot_of(s) * slot_words() + ((first_row + row) * width + first_unit) / 2, pair, other);
+    }
+  }
+
+  // The same to all blocks of the cluster, each lane of the four to every fourth; where a row begins, its first state.
+  FASTSEQ_DEVICE void push(uint32_t h, int row, int s) const {
+    if (s == longest) return;
+    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane);
+    if (begins(row, s) && steps[row] > 0) {
+      h = unit < H ? static_cast<const uint16_t*>(own.h0)[(first_row + row) * H + unit] : 0;
+    }
+    const uint32_t next = across(h, 8), pair = cell_unit(lane) % 2 ? next | h << 16 : h | next << 16;
+    const uint32_t other = across(pair, 16), first = cell_unit(lane) < 2 ? pair : other,
+                   second = cell_unit(lane) < 2 ? other : pair;
+    uint32_t* const to = reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride + first_unit);
+    sync_warp();  // what its lanes have read may be written anew by whoever hears of this
+    for (int block = cell_unit(lane); block < call.blocks; block += 4) {
+      push_words(block, to, first, second, arrivals + slot_of(s));
     }
   }
 
@@ -246,8 +295,12 @@ struct Forward {
     for (int s = 0; s < longest; ++s) {
       uint16_t x[Tile::kRowBlocks][4];
       ask(s, x);
-      gather(s);
-      sync_block();
+      if constexpr (Tile::kCluster) {
+        await(s);
+      } else {
+        gather(s);
+        sync_block();
+      }
       float d[Tile::kRowBlocks][4];
       multiply(s, d);
       add_parts(d);

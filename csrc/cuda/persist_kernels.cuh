@@ -21,17 +21,20 @@ Kernel backward_float16(int tile);
 template <class Body>
 __global__ void __launch_bounds__(Body::Sizes::kThreads, 1)
     persist_kernel(const __grid_constant__ typename Body::Call call) {
-  Body(call).run();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (!Body::Sizes::kCluster)  // is never launched there
+#endif
+    Body(call).run();
 }
 
 // The kernel of a tile.
 template <template <class, class> class Body, class Low>
 Kernel kernel_of(int tile) {
   switch (tile) {
-#define FASTSEQ_CASE(n, ...)                                                  \
-  case n: {                                                                   \
-    using Of = Body<Low, Tile<__VA_ARGS__>>;                                  \
-    return {reinterpret_cast<const void*>(&persist_kernel<Of>), Of::kShared}; \
+#define FASTSEQ_CASE(n, ...)                                                                       \
+  case n: {                                                                                        \
+    using Of = Body<Low, Tile<__VA_ARGS__>>;                                                       \
+    return {reinterpret_cast<const void*>(&persist_kernel<Of>), Of::kShared, Of::Sizes::kCluster}; \
   }
     FASTSEQ_PERSIST_TILES(FASTSEQ_CASE)
 #undef FASTSEQ_CASE

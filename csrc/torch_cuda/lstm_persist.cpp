@@ -175,7 +175,7 @@ std::vector<int64_t> lstm_persist_tiles() {
   std::vector<int64_t> found;
   for (int n = 0; n < cuda::persist_tiles(); ++n) {
     const cuda::PersistTile tile = cuda::persist_tile(n);
-    found.insert(found.end(), {tile.units, tile.rows, tile.depth, tile.threads});
+    found.insert(found.end(), {tile.units, tile.rows, tile.depth, tile.threads, tile.cluster});
   }
   return found;
 }

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+PUSH = 0.35  # estimate: a store into another block's shared memory, counted there by its barrier
+PUSHED = 25e3  # estimate: bytes that a multiprocessor takes or sends so
 EXCHANGE = 0.7  # estimate: one write to and one read from the second-level cache, seen by another multiprocessor
 CELL = 0.3  # estimate: the pointwise part, a barrier or two
 READ = 57e3  # bytes a multiprocessor reads of the second-level cache; measured, all reading the same 64 KiB
@@ -50,10 +52,12 @@ class Tile(NamedTuple):
     rows: int
     depth: int
     threads: int
+    cluster: int  # 0 or 1
 
     def grid(self, B: int, H: int) -> tuple[int, int]:
         """Blocks of threads along the units and along the rows."""
-        return math.ceil(H / self.units), math.ceil(B / self.rows)
+        blocks = math.ceil(H / self.units)
+        return 1 << (blocks - 1).bit_length() if self.cluster else blocks, math.ceil(B / self.rows)
 
     @property
     def in_shared(self) -> int:
@@ -62,16 +66,21 @@ class Tile(NamedTuple):
         return max(0, 4 * self.units * self.depth * 2 - warps * 32 * 512)
 
 
-def persist(tile: Tile, B: int, H: int, directions: int = 1, backward: bool = False) -> Cost:
-    """The persistent kernels: every block reads all of h of its rows, or in backward its part of everyone's sums."""
+def persist(tile: Tile, B: int, H: int, directions: int = 1, backward: bool = False, room: int = 1 << 30) -> Cost:
+    """The persistent kernels: every block reads all of h of its rows, or in backward its part of everyone's sums. A
+    device that has room for so many blocks runs clusters one after the other."""
     blocks, groups = tile.grid(B, H)
     width = blocks * tile.units
     exchanged = tile.rows * width * (4 if backward else 2)
-    everyone = exchanged * blocks * groups * directions * (2 if backward else 1)  # sums are written as often
-    read = max(exchanged / READ, everyone / READ_ALL)
+    if tile.cluster:
+        exchange, rounds = PUSH + exchanged / PUSHED, math.ceil(blocks * groups * directions / max(blocks, room))
+    else:
+        everyone = exchanged * blocks * groups * directions * (2 if backward else 1)  # sums are written as often
+        exchange, rounds = EXCHANGE + max(exchanged / READ, everyone / READ_ALL), 1
     per_warp = 4 * tile.units * width / 256 / (tile.threads // 32)  # matrix instructions on 8 rows
     product = max(4 * tile.units * width * tile.rows / MULTIPLY, per_warp * CHAIN)
-    return Cost(PERSIST_START, EXCHANGE + read + product + tile.in_shared / SHARED + CELL)
+    step = exchange + product + tile.in_shared / SHARED + CELL
+    return Cost(rounds * PERSIST_START, rounds * step)
 
 
 def triton(T: int, B: int, H: int, resident: bool, backward: bool = False) -> Cost:

@@ -44,7 +44,8 @@ def _(*args: Any) -> None:
 TILES: tuple[Tile, ...] = ()
 if why_not_loaded is None:
     _numbers = torch.ops.fastseq.lstm_persist_tiles()
-    TILES = tuple(Tile(*_numbers[n : n + 4]) for n in range(0, len(_numbers), 4))
+    _wide = len(Tile._fields)
+    TILES = tuple(Tile(*_numbers[n : n + _wide]) for n in range(0, len(_numbers), _wide))
 
 
 class Shape(NamedTuple):
@@ -63,7 +64,8 @@ class Shape(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A tile, what it costs, and the blocks of threads that it needs at a time and that the device has room for."""
+    """A tile, what it costs, and the blocks of threads that it needs at a time (of a cluster those of one, which are
+    followed by the next) and that the device has room for."""
 
     tile: int
     cost: Cost
@@ -82,7 +84,7 @@ def chosen(shape: Shape) -> Chosen | str:
         room = _room(shape, n)
         if room is None:
             return "no CUDA device is here"
-        found.append(Chosen(n, lstm_costs.persist(TILES[n], *shape[1:4], shape.backward), *room))
+        found.append(Chosen(n, lstm_costs.persist(TILES[n], *shape[1:4], shape.backward, room[1]), *room))
     best = min(found, key=lambda c: (c.needs > c.room, c.cost.step, c.needs))
     return (
         best
@@ -212,9 +214,10 @@ def _doubt(call: Call) -> str | None:
 
 def _detail(call: Call) -> str:
     found = _tile(call)
-    units, rows, _, threads = TILES[found.tile]
+    units, rows, _, threads, cluster = TILES[found.tile]
+    blocks = f"{'clusters of ' if cluster else ''}{found.needs} blocks of {threads} threads"
     return (
-        f"persistent: {found.needs} blocks of {threads} threads, each of {units} units and up to {rows} rows, "
+        f"persistent: {blocks}, each of {units} units and up to {rows} rows, "
         f"{found.cost.step:.1f} us a step by our estimate"
     )
 

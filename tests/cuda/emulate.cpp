@@ -20,17 +20,20 @@ void launch(const typename Body::Call& call, int count, unsigned seed) {
   emulated::run(call.blocks, call.groups, count, kThreads, Body::kShared, seed, [&] { Body(call).run(); });
 }
 
-template <class Of>
-PersistTile described() {
-  return {Of::kUnits, Of::kRows, Of::kDepth, Of::kThreads};
-}
+// Zeros that begin where 16 bytes can.
+struct Exchange {
+  std::vector<uint32_t> words;
+  explicit Exchange(size_t size) : words(size + 4) {}
+  uint32_t* aligned() {
+    return reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(words.data()) + 15) / 16 * 16);
+  }
+};
 
 template <class Of, class Low>
 void forward(const PersistShape& shape, const PersistForward* directions, int count, unsigned seed) {
   const Grid grid = grid_of(shape, described<Of>());
-  std::vector<uint32_t> exchange(count * forward_words(grid, described<Of>()) + 4);
-  auto* const aligned = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(exchange.data()) + 15) / 16 * 16);
-  ForwardCall call{shape, {}, aligned, grid.blocks, grid.groups};
+  Exchange exchange(count * forward_words(grid, described<Of>()));
+  ForwardCall call{shape, {}, exchange.aligned(), grid.blocks, grid.groups};
   std::copy(directions, directions + count, call.direction);
   launch<Forward<Low, Of>>(call, count, seed);
 }
@@ -38,8 +41,8 @@ void forward(const PersistShape& shape, const PersistForward* directions, int co
 template <class Of, class Low>
 void backward(const PersistShape& shape, const PersistBackward* directions, int count, unsigned seed) {
   const Grid grid = grid_of(shape, described<Of>());
-  std::vector<uint32_t> exchange(count * backward_words(grid, described<Of>()));
-  BackwardCall call{shape, {}, exchange.data(), grid.blocks, grid.groups};
+  Exchange exchange(count * backward_words(grid, described<Of>()));
+  BackwardCall call{shape, {}, exchange.aligned(), grid.blocks, grid.groups};
   std::copy(directions, directions + count, call.direction);
   launch<Backward<Low, Of>>(call, count, seed);
 }

@@ -19,7 +19,8 @@ from fastseq.ops.lstm import Options
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{CSRC}", f"-I{ROOT}"]
-TILES = 11
+TILES = 17
+FIRST_CLUSTER = 11  # tiles from here on
 
 
 def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -37,7 +38,7 @@ _POINTERS = {
 Forward, Backward = (
     structure(name, **dict.fromkeys(fields.split(), P), reverse=ctypes.c_bool) for name, fields in _POINTERS.items()
 )
-TileSizes = structure("TileSizes", units=N, rows=N, depth=N, threads=N)
+TileSizes = structure("TileSizes", units=N, rows=N, depth=N, threads=N, cluster=ctypes.c_bool)
 
 
 def compiler() -> str:
@@ -63,6 +64,7 @@ class Sizes(NamedTuple):
     rows: int
     depth: int
     threads: int
+    cluster: bool
 
 
 def tile_sizes(tile: int) -> Sizes:

@@ -44,6 +44,11 @@ struct Warp {
 struct Block {
   int x, y, z;
   std::unique_ptr<unsigned char[]> shared;
+  unsigned char* base;  // of shared, where 16 bytes can begin
+  Block** cluster;      // its blocks
+  int cluster_size;
+  int cluster_arrived = 0;  // these two of its first block
+  int64_t cluster_done = 0;
   std::vector<Warp> warps;
   int threads, arrived = 0;
   int64_t done = 0;
@@ -61,7 +66,9 @@ struct Fiber {
 inline Fiber* current = nullptr;
 inline ucontext_t scheduler;
 inline void* sanitized_scheduler = nullptr;
-inline int64_t events = 0;  // whatever lets a waiting fiber go on
+inline int64_t events = 0;                            // whatever lets a waiting fiber go on
+inline std::vector<std::function<void()>> under_way;  // words that one block pushes into another
+inline bool late = false;                             // whether they come later than they are pushed
 inline const std::function<void()>* body = nullptr;
 
 FASTSEQ_UNSEEN inline void fail(const char* what) {
@@ -87,15 +94,15 @@ FASTSEQ_UNSEEN inline void enter(Fiber& fiber) {
   swapcontext(&scheduler, &fiber.context);
 }
 
-inline void order_before(void* what) {
+inline void order_before(const void* what) {
 #if defined(__SANITIZE_THREAD__)
-  __tsan_release(what);
+  __tsan_release(const_cast<void*>(what));
 #endif
   (void)what;
 }
-inline void order_after(void* what) {
+inline void order_after(const void* what) {
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(what);
+  __tsan_acquire(const_cast<void*>(what));
 #endif
   (void)what;
 }
@@ -138,10 +145,11 @@ __attribute__((noinline)) inline void prepare(Fiber& fiber) {
 }
 
 // Runs `of` once for every thread of every block of the grid. All blocks are there at a time, as a cooperative launch
-// has it; a fiber that waits is passed over, and it is an error when all wait for ever.
+// has it; those along x are a cluster. A fiber that waits is passed over; it is an error when all wait for ever.
 FASTSEQ_UNSEEN inline void run(int x, int y, int z, int threads, size_t shared, unsigned seed,
                                const std::function<void()>& of) {
   std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Block*> every(x * y * z);
   std::vector<std::unique_ptr<Fiber>> fibers;
   body = &of;
 #if defined(__SANITIZE_THREAD__)
@@ -152,6 +160,8 @@ FASTSEQ_UNSEEN inline void run(int x, int y, int z, int threads, size_t shared, 
     Block& block = *blocks.back();
     block.x = n % x, block.y = n / x % y, block.z = n / x / y, block.threads = threads;
     block.shared.reset(new unsigned char[shared + 16]);
+    block.base = block.shared.get() + (-reinterpret_cast<uintptr_t>(block.shared.get()) & 15);
+    every[n] = &block, block.cluster = &every[n - block.x], block.cluster_size = x;
     std::memset(block.shared.get(), 0xff, shared + 16);  // NaN of every kind
     block.warps.resize(threads / 32);
     for (int thread = 0; thread < threads; ++thread) {
@@ -162,6 +172,9 @@ FASTSEQ_UNSEEN inline void run(int x, int y, int z, int threads, size_t shared, 
     }
   }
   std::mt19937 random(seed);
+#if !defined(__SANITIZE_THREAD__)  // for it nobody may act but the fiber that pushes
+  late = seed != 0;
+#endif
   std::vector<Fiber*> left;
   for (auto& fiber : fibers) left.push_back(fiber.get());
   int64_t idle = 0;
@@ -171,6 +184,10 @@ FASTSEQ_UNSEEN inline void run(int x, int y, int z, int threads, size_t shared, 
     for (Fiber* fiber : left) {
       if (seed && random() % 4 == 0) continue;  // this one is late
       enter(*fiber);
+    }
+    std::shuffle(under_way.begin(), under_way.end(), random);
+    for (size_t some = under_way.size() - under_way.size() / 3; some > 0; --some) {
+      under_way.back()(), under_way.pop_back();
     }
     std::erase_if(left, [](Fiber* fiber) { return fiber->finished; });
     idle = events == before ? idle + 1 : 0;
@@ -189,21 +206,37 @@ FASTSEQ_UNSEEN inline int thread_index() { return emulated::current->thread; }
 FASTSEQ_UNSEEN inline int block_x() { return emulated::current->block->x; }
 FASTSEQ_UNSEEN inline int block_y() { return emulated::current->block->y; }
 FASTSEQ_UNSEEN inline int block_z() { return emulated::current->block->z; }
-FASTSEQ_UNSEEN inline unsigned char* shared_bytes() {
-  const auto at = reinterpret_cast<uintptr_t>(emulated::current->block->shared.get());
-  return reinterpret_cast<unsigned char*>((at + 15) / 16 * 16);
+FASTSEQ_UNSEEN inline unsigned char* shared_bytes() { return emulated::current->block->base; }
+
+namespace emulated {
+
+// Waits until `all` threads have come.
+FASTSEQ_UNSEEN inline void meet_all(const void* where, int all, int& arrived, int64_t& done) {
+  order_before(where);
+  const int64_t before = done;
+  if (++arrived == all) arrived = 0, ++done, ++events;
+  while (done == before) leave();
+  order_after(where);
 }
 
+}  // namespace emulated
+
 FASTSEQ_UNSEEN inline void sync_block() {
-  using namespace emulated;
-  Block& block = *current->block;
-  order_before(&block);
-  const int64_t before = block.done;
-  if (++block.arrived == block.threads) {
-    block.arrived = 0, ++block.done, ++events;
-  }
-  while (block.done == before) leave();
-  order_after(&block);
+  emulated::Block& block = *emulated::current->block;
+  emulated::meet_all(&block, block.threads, block.arrived, block.done);
+}
+FASTSEQ_UNSEEN inline void sync_cluster() {
+  const emulated::Block& own = *emulated::current->block;
+  emulated::Block& first = *own.cluster[0];
+  const int all = own.cluster_size * own.threads;
+  emulated::meet_all(&first.cluster_done, all, first.cluster_arrived, first.cluster_done);
+}
+
+FASTSEQ_UNSEEN inline void sync_warp() {
+  const void* const warp = &emulated::current->block->warps[emulated::current->thread / 32];
+  emulated::order_before(warp);
+  emulated::meet(0, [](emulated::Lane&) {});
+  emulated::order_after(warp);
 }
 
 template <class V>
@@ -216,7 +249,7 @@ FASTSEQ_UNSEEN V across(V value, int mask) {
   return found;
 }
 
-struct Words {
+struct alignas(16) Words {
   uint32_t x, y, z, w;
 };
 inline uint32_t read_word(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
@@ -232,9 +265,78 @@ inline void write_words(uint32_t* p, uint32_t first, uint32_t second) {
   if (reinterpret_cast<uintptr_t>(p) % 8) emulated::fail("8 bytes are written where they cannot begin");
   write_word(p, first), write_word(p + 1, second);
 }
+inline void write_words(uint32_t* p, const Words& v) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulated::fail("16 bytes are written where they cannot begin");
+  write_word(p, v.x), write_word(p + 1, v.y), write_word(p + 2, v.z), write_word(p + 3, v.w);
+}
 struct Waiting {
   void look_again() { emulated::leave(); }
 };
+
+// A barrier that counts bytes: a use is complete when the one thread has said how many, and so many have come.
+struct Arrivals {
+  int32_t missing;  // below 0: more came than are expected yet
+  int16_t uses;
+  bool open;  // nobody has said how many
+};
+static_assert(sizeof(Arrivals) == 8);
+
+namespace emulated {
+
+FASTSEQ_UNSEEN inline void count(Arrivals* a, int32_t bytes) {
+  a->missing += bytes;
+  if (!a->open && a->missing == 0) ++a->uses, a->open = true;
+  ++events;
+}
+
+// The block's own shared memory, or that of another block of the cluster at the same place.
+template <class V>
+FASTSEQ_UNSEEN V* place_of(V* own, int block) {
+  Block* const here = current->block;
+  if (block < 0 || block >= here->cluster_size) fail("there is no such block in the cluster");
+  const auto at = reinterpret_cast<unsigned char*>(own) - here->base;
+  return reinterpret_cast<V*>(here->cluster[block]->base + at);
+}
+
+// Writes that the sanitizer sees, of the fiber that pushes.
+template <size_t N>
+void push(int block, uint32_t* own, const uint32_t (&words)[N], Arrivals* counter) {
+  uint32_t* const to = place_of(own, block);
+  Arrivals* const a = place_of(counter, block);
+  if (reinterpret_cast<uintptr_t>(to) % (4 * N)) fail("words are pushed where they cannot begin");
+  const auto write = [=] {
+    for (size_t n = 0; n < N; ++n) to[n] = words[n];
+    order_before(a);
+    count(a, -static_cast<int32_t>(4 * N));
+  };
+  if (late) {
+    under_way.emplace_back(write);
+  } else {
+    write();
+  }
+}
+
+}  // namespace emulated
+
+FASTSEQ_UNSEEN inline void prepare(Arrivals* a) { *a = {0, 0, true}; }
+FASTSEQ_UNSEEN inline void expect(Arrivals* a, uint32_t bytes) {
+  if (!a->open) emulated::fail("two uses of a barrier at a time");
+  a->open = false;
+  emulated::count(a, static_cast<int32_t>(bytes));
+}
+FASTSEQ_UNSEEN inline bool arrived(Arrivals* a, int parity) {
+  if (a->uses % 2 == parity) return false;
+  emulated::order_after(a);
+  return true;
+}
+inline void push_words(int block, uint32_t* to, uint32_t first, uint32_t second, Arrivals* a) {
+  const uint32_t words[] = {first, second};
+  emulated::push(block, to, words, a);
+}
+inline void push_words(int block, uint32_t* to, const Words& v, Arrivals* a) {
+  const uint32_t words[] = {v.x, v.y, v.z, v.w};
+  emulated::push(block, to, words, a);
+}
 
 // A read that the sanitizer sees, of what the kernel keeps in shared memory.
 __attribute__((noinline)) inline uint32_t seen_pair(const uint16_t* at) { return at[0] | uint32_t{at[1]} << 16; }

@@ -16,6 +16,8 @@ from tests.ops.lstm_cases import Case, Inputs
 from tests.tolerance import assert_same_bits, assert_within_budget
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+WAYS = {"grid-bfloat16": (0, torch.bfloat16), "cluster-float16": (emulated.FIRST_CLUSTER, torch.float16)}
+each_way = pytest.mark.parametrize(("tile", "dtype"), WAYS.values(), ids=WAYS.keys())  # from block to block
 each_dtype = pytest.mark.parametrize("dtype", LOW.values(), ids=LOW.keys())
 GRADS = ("dx_gates", "dh0", "dc0")
 
@@ -75,65 +77,67 @@ LAYOUTS = {
 }
 
 
-@each_dtype
+@each_way
 @pytest.mark.parametrize("case", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layouts(case: Case, dtype: torch.dtype) -> None:
+def test_layouts(case: Case, tile: int, dtype: torch.dtype) -> None:
     """And gates may take the place of the pre-activations; bits do not depend on the order in which threads run."""
     args = drawn(case, dtype)
-    out, in_place = outputs(args, 0, 3), outputs(args, 0, 4, in_place=True)
+    out, in_place = outputs(args, tile, 3), outputs(args, tile, 4, in_place=True)
     assert_same_bits(cases.OUTPUTS, [v.float() for v in in_place], [v.float() for v in out])
-    check(args, 0, 3, out, only_h=case.T == 6)
+    check(args, tile, 3, out, only_h=case.T == 6)
 
 
-@each_dtype
-def test_both_directions(dtype: torch.dtype) -> None:
+@each_way
+def test_both_directions(tile: int, dtype: torch.dtype) -> None:
     """One launch for two directions gives the bits of two."""
     case = Case(4, 9, 35, layout="lengths")
     pair = [drawn(case._replace(reverse=n == 1), dtype, n) for n in (0, 1)]
     options = pair[0].options
     directions = [direction(args) for args in pair]
-    both = emulated.forward(directions, options, 0, 3)
-    apart = [emulated.forward([d], options, 0, 4)[0] for d in directions]
+    both = emulated.forward(directions, options, tile, 3)
+    apart = [emulated.forward([d], options, tile, 4)[0] for d in directions]
     for one, other in zip(both, apart, strict=True):
         assert_same_bits(cases.OUTPUTS, [v.float() for v in one], [v.float() for v in other])
     grads = [(out[0].flip(0), None, out[4]) for out in both]
-    found = emulated.backward(directions, both, grads, options, 0, 3)
+    found = emulated.backward(directions, both, grads, options, tile, 3)
     alone = [
-        emulated.backward([d], [o], [g], options, 0, 4)[0] for d, o, g in zip(directions, both, grads, strict=True)
+        emulated.backward([d], [o], [g], options, tile, 4)[0] for d, o, g in zip(directions, both, grads, strict=True)
     ]
     for one, other in zip(found, alone, strict=True):
         assert_same_bits(GRADS, [v.float() for v in one], [v.float() for v in other])
 
 
 @each_dtype
-@pytest.mark.parametrize("unit", [0, 1, 34])
-def test_what_is_not_finite(unit: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("unit", "tile"), [(0, 0), (1, 0), (34, 0), (1, emulated.FIRST_CLUSTER)])
+def test_what_is_not_finite(unit: int, tile: int, dtype: torch.dtype) -> None:
     """A NaN of one unit is one for all units of its row at the next step, and for no other row; so is a large h0."""
     args = drawn(Case(3, 9, 35), dtype)
     args.x_gates[0, 2, 2 * 35 + unit] = torch.nan
     args.h0[4] = 1000.0
-    [out] = emulated.forward([direction(args)], args.options, 0, 3)
+    [out] = emulated.forward([direction(args)], args.options, tile, 3)
     expected = cases.definition(*(t.double() for t in args[:4]), args.options, None)
     for name, got, want in zip(cases.OUTPUTS.split(), out, expected, strict=True):
         assert torch.equal(got.isnan(), want.isnan()), name
     assert out[0][1, 2].isnan().all() and out[0].isnan().sum() == 1 + 2 * 35
 
 
+@each_way
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_row_without_steps_beside_others(reverse: bool) -> None:
+def test_a_row_without_steps_beside_others(reverse: bool, tile: int, dtype: torch.dtype) -> None:
     """It keeps the state that it was given, and the gradient of it."""
-    args = drawn(Case(3, 4, 5, layout="lengths", reverse=reverse), torch.bfloat16)
+    args = drawn(Case(3, 4, 5, layout="lengths", reverse=reverse), dtype)
     args = args._replace(options=args.options._replace(lengths=torch.tensor([0, 3, 0, 2])))
-    out = outputs(args, 0, 3)
+    out = outputs(args, tile, 3)
     for row in (0, 2):
         assert torch.equal(out[3][row], args.h0[row]) and torch.equal(out[4][row], args.c0[row])
-    check(args, 0, 3, out)
+    check(args, tile, 3, out)
 
 
-def test_rows_that_have_no_steps() -> None:
-    args = drawn(Case(3, 2, 5, layout="lengths"), torch.bfloat16)
+@each_way
+def test_rows_that_have_no_steps(tile: int, dtype: torch.dtype) -> None:
+    args = drawn(Case(3, 2, 5, layout="lengths"), dtype)
     options = args.options._replace(lengths=torch.tensor([0, 0]))
-    [out] = emulated.forward([direction(args)], options, 0)
+    [out] = emulated.forward([direction(args)], options, tile)
     assert not any(v.any() for v in out[:3]) and torch.equal(out[3], args.h0) and torch.equal(out[4], args.c0)
-    [found] = emulated.backward([direction(args)], [out], [(out[0], args.h0, args.c0)], options, 0)
+    [found] = emulated.backward([direction(args)], [out], [(out[0], args.h0, args.c0)], options, tile)
     assert not found[0].any() and torch.equal(found[1], args.h0) and torch.equal(found[2], args.c0)

@@ -11,8 +11,8 @@ import pytest
 
 from tests.cuda import emulated
 
-# with two places for h and with one, weights in registers and in shared memory too
-TILES = [0, 9]
+# with two places for h and with one, weights in registers and in shared memory too, and a cluster
+TILES = [0, 9, emulated.FIRST_CLUSTER]
 
 
 def ran(source: str, folder: Path, tile: int) -> subprocess.CompletedProcess[str]:

@@ -5,11 +5,11 @@
 #include "cuda/persist_tile.h"
 
 int main() {
-#define FASTSEQ_LINE(n, ...)                                                                        \
-  {                                                                                                 \
-    using Of = fastseq::cuda::Tile<__VA_ARGS__>;                                                    \
-    std::printf("Tile;" #__VA_ARGS__ ";tile " #n ";%d;%zu;%zu\n", Of::kThreads, Of::kForwardShared, \
-                Of::kBackwardShared);                                                               \
+#define FASTSEQ_LINE(n, ...)                                                                                     \
+  {                                                                                                              \
+    using Of = fastseq::cuda::Tile<__VA_ARGS__>;                                                                 \
+    std::printf("Tile;" #__VA_ARGS__ ";%s " #n ";%d;%zu;%zu\n", Of::kCluster ? "cluster" : "tile", Of::kThreads, \
+                Of::kForwardShared, Of::kBackwardShared);                                                        \
   }
   FASTSEQ_PERSIST_TILES(FASTSEQ_LINE)
 }
