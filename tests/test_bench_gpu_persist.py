@@ -140,7 +140,7 @@ def test_what_passed_is_verified_for_the_source_that_was_compiled(
     row = json.loads((tmp_path / "verified.json").read_text())["sm_90"]["lstm_persist"]
     assert row["source"] == "ab" and row["dtypes"] == ["bfloat16"]
     gates = [row["gate"] for row in rows if row["op"] == "parity"]
-    assert gates.count("passed") == 6 and gates.count("cannot run: it needs a GPU") == 3
+    assert gates.count("passed") == 7 and gates.count("cannot run: it needs a GPU") == 3
 
 
 def test_ten_minutes_hold_all_shares() -> None:
@@ -189,13 +189,17 @@ def test_a_tile_without_room_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_every_tile_is_checked_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the table that a device has, here one deep and one shallow tile; float32 has no kernels."""
-    shallow, deep = (type("Tile", (), dict(units=8, rows=8, depth=d, threads=256)) for d in (256, 2048))
+    shallow, deep = (
+        type("Tile", (), dict(units=8, rows=8, depth=d, threads=256, int8_depth=int8))
+        for d, int8 in ((256, 512), (2048, 0))
+    )
     monkeypatch.setattr(persist_loop, "tiles", lambda dry: {0: shallow, 1: deep})
     checks = list(parity_persist.checks(Kernels(REAL, "float16")))
     names = [{c.case.removeprefix(f"tile {n} ") for c in checks if c.case.startswith(f"tile {n} ")} for n in (0, 1)]
     assert {"edges", "full", "odd", "long", "packed_reverse", "hard", "both", "NaN", "no steps"} <= names[0]
     assert names[1] - names[0] == {"100 times", "graph", "streams", "large streams"}
-    assert {c.op for c in checks} == {"lstm_persist", *parity_persist.OPERATORS}
+    assert {"int8 5x11x13", "int8 3x8x512"} <= names[0]
+    assert {c.op for c in checks} == {"lstm_persist", "lstm_int8_forward", *parity_persist.OPERATORS}
     assert all(c.limit <= 60 for c in checks if c.op == "lstm_persist")
     assert not list(parity_persist.checks(Kernels(REAL, "float32")))
 

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.gpu import parity_lstm, persist_loop
+from benchmarks.gpu import parity_compressed, parity_lstm, persist_loop
 from benchmarks.gpu.parity import Check, Kernels
 from benchmarks.gpu.part import backend
 from benchmarks.gpu.persist_loop import Direction, Results
 from benchmarks.harness import CannotRun
-from fastseq.ops import lstm, lstm_both, lstm_layer
+from fastseq.ops import lstm, lstm_both, lstm_int8, lstm_layer
 from fastseq.ops._select import consider
 from fastseq.ops.lstm import Options
 from tests import tolerance
+from tests.cuda import int8_cases
 from tests.ops import lstm_cases
 from tests.ops.lstm_cases import Case
 from tests.tolerance import assert_within_budget
@@ -54,7 +55,7 @@ class Persistent(Kernels):
     """Operators by their backend "cuda"."""
 
     def call(self, module: str, op: str, args: Sequence[Any], stay: Sequence[Any] = ()) -> list[Tensor]:
-        table = {**lstm.BACKENDS, **lstm_layer.BACKENDS, **lstm_both.BACKENDS}[op]
+        table = {**lstm.BACKENDS, **lstm_layer.BACKENDS, **lstm_both.BACKENDS, **lstm_int8.BACKENDS}[op]
         own = next(b for b in table if b.name == "cuda")
         moved = self.moved(args, stay)
         with backend("cuda"):
@@ -129,6 +130,20 @@ def loop(kernels: Kernels, case: Case, tile: int, only_h: bool = False) -> None:
     given = (*exact, (grads[0], None, None, *grads[1:]))
     low = [d.to(dtype) for d in found]
     assert_within_budget(persist_loop.GRADIENTS, low, _gradients, given, tolerance.GRADIENTS)
+
+
+def int8(kernels: Kernels, sizes: tuple[int, int, int], tile: int) -> None:
+    """Every step of every row, from the state before it; rows of other lengths, in both directions."""
+    given = int8_cases.drawn(*sizes, kernels.torch_dtype)
+    lengths = torch.arange(sizes[1]) % (sizes[0] + 1)
+    lengths[0] = sizes[0]
+    one = Direction(*(v.to(kernels.context.device) for v in given))
+    options = Options(lengths=lengths.to(kernels.context.device))
+    persist_loop.needs_room(one, options, tile)
+    for reverse in (False, True):
+        with persist_loop.runs(kernels.context.dry):
+            [out] = persist_loop.forward([one], options._replace(reverse=reverse), tile)
+        int8_cases.check(given, lengths, reverse, tuple(v.cpu() for v in out))
 
 
 def both(kernels: Kernels, case: Case, tile: int) -> None:
@@ -281,6 +296,10 @@ def _of_tile(kernels: Kernels, n: int, tile: Any) -> Iterator[tuple[str, Callabl
         cases, layouts = {"edges": Case(3, rows + 1, units + 5)}, {"packed_reverse": layouts["packed_reverse"]}
     for name, case in (cases | layouts).items():
         yield name, functools.partial(loop, kernels, case, n, name == "reverse")
+    if tile.int8_depth:
+        deep = () if kernels.context.dry else ((3, rows, tile.int8_depth), (40, 2 * rows + 1, units - 3))
+        for sizes in ((5, rows + 3, units + 5), *deep):
+            yield f"int8 {'x'.join(map(str, sizes))}", functools.partial(int8, kernels, sizes, n)
     yield "both", functools.partial(both, kernels, edges._replace(layout="lengths"), n)
     yield "NaN", functools.partial(not_finite, kernels, edges, n)
     yield "no steps", functools.partial(no_steps, kernels, edges, n)
@@ -306,3 +325,6 @@ def checks(kernels: Kernels) -> Iterator[Check]:
             kind = Compared if name == NAMES[0] else Persistent
             run = functools.partial(call, kind(*kernels), name)
             yield Check("lstm_persist", op, name, run)
+    for name in parity_compressed.INT8 if not kernels.context.dry else ():
+        run = functools.partial(parity_compressed.int8, Persistent(*kernels), name, 1)
+        yield Check("lstm_persist", "lstm_int8_forward", name, run)

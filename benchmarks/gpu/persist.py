@@ -36,7 +36,7 @@ TOOLS, TOOL_SECONDS = ("memcheck", "racecheck"), 45.0  # each
 
 def _defined(call: Direction, grads: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype) -> list[Results]:
     """Outputs, and where asked gradients, of the definition in ``dtype``."""
-    given = [t.to(dtype) for t in call]
+    given = [t.to(dtype) for t in call[:4]]
     outs = reference.lstm(*given)
     if grads is None:
         return [outs]

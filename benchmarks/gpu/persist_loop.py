@@ -27,10 +27,11 @@ class Direction(NamedTuple):
     weight_hh: Tensor
     h0: Tensor
     c0: Tensor  # float32
+    scale: Tensor | None = None  # of int8 weights
 
 
 def tiles(dry: bool) -> dict[int, Any]:
-    """Number -> units, rows, depth and threads; in a dry run of those that are emulated."""
+    """Number -> what a tile is; in a dry run of those that are emulated."""
     if dry:
         from tests.cuda import emulated
 
@@ -67,7 +68,8 @@ def room(first: Direction, options: Options, tile: int, count: int, backward: bo
 
     (B, H), packed = first.c0.shape, options.batch_sizes is not None
     flags = (packed or options.lengths is not None, packed, options.hard)
-    shape = lstm_persist.Shape(1, B, H, count, *flags, first.h0.dtype, first.h0.device, backward)
+    kind = (first.h0.dtype, first.h0.device, backward, first.scale is not None)
+    shape = lstm_persist.Shape(1, B, H, count, *flags, *kind)
     return lstm_persist._room(shape, tile) or (1, 1)  # None: a dry run
 
 
@@ -75,7 +77,7 @@ def needs_room(first: Direction, options: Options, tile: int, count: int = 1) ->
     """Raises:
     CannotRun: forward or backward needs more blocks of threads than the device holds.
     """
-    for backward in (False, True):
+    for backward in (False, True) if first.scale is None else (False,):
         needed, held = room(first, options, tile, count, backward)
         if needed > held:
             raise CannotRun(f"needs {needed} blocks of threads at a time, the device holds {held}")
@@ -94,9 +96,9 @@ def forward_of(
         gates = x if in_place else torch.full_like(x, torch.nan)
         h, c = x.new_full((*lead, H), torch.nan), d.c0.new_full((*lead, H), torch.nan)
         found.append((h, c, gates, torch.full_like(d.h0, torch.nan), torch.full_like(d.c0, torch.nan)))
-    others = ([getattr(d, name) for d in directions] for name in Direction._fields[1:])
-    outs = map(list, zip(*found, strict=True))
-    args = (given, *others, *places, *options.gate, tile, *outs)
+    weights, *states = ([getattr(d, name) for d in directions] for name in Direction._fields[1:4])
+    scales, outs = [d.scale for d in directions if d.scale is not None], map(list, zip(*found, strict=True))
+    args = (given, weights, scales, *states, *places, *options.gate, tile, *outs)
     return functools.partial(torch.ops.fastseq.lstm_persist_forward.default, *args), found
 
 

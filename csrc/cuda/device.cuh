@@ -122,6 +122,11 @@ FASTSEQ_DEVICE uint32_t place_of(const void* own, int block) {
   return found;
 }
 // Words into the shared memory of a block of the cluster, which its barrier counts; places are named by our own.
+FASTSEQ_DEVICE void push_word(int block, uint32_t* to, uint32_t v, Arrivals* a) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(place_of(to, block)),
+               "r"(v), "r"(place_of(a, block))
+               : "memory");
+}
 FASTSEQ_DEVICE void push_words(int block, uint32_t* to, uint32_t first, uint32_t second, Arrivals* a) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(place_of(to, block)),
@@ -135,7 +140,10 @@ FASTSEQ_DEVICE void push_words(int block, uint32_t* to, const Words& v, Arrivals
                : "memory");
 }
 
+// Numbers as they lie in memory, and as they are multiplied: so many in a word of 32 bits, with sums of this type.
 struct Bfloat16 {
+  using Sum = float;
+  static constexpr int kPerWord = 2;
   static constexpr uint32_t kInfinity = 0x7f80;
   static FASTSEQ_DEVICE float wide(uint16_t v) { return __uint_as_float(static_cast<uint32_t>(v) << 16); }
   static FASTSEQ_DEVICE uint16_t narrow(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
@@ -148,6 +156,8 @@ struct Bfloat16 {
   }
 };
 struct Float16 {
+  using Sum = float;
+  static constexpr int kPerWord = 2;
   static constexpr uint32_t kInfinity = 0x7c00;
   static FASTSEQ_DEVICE float wide(uint16_t v) { return __half2float(__ushort_as_half(v)); }
   static FASTSEQ_DEVICE uint16_t narrow(float v) { return __half_as_ushort(__float2half_rn(v)); }
@@ -160,6 +170,21 @@ struct Float16 {
   }
 };
 
+// As Low in memory, but multiplied as integers of 8 bits.
+template <class Low>
+struct Int8 : Low {
+  using Sum = int32_t;
+  static constexpr int kPerWord = 4;
+  static FASTSEQ_DEVICE void multiply_add(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+FASTSEQ_DEVICE int nearest(float x) { return __float2int_rn(x); }  // ties to even
 FASTSEQ_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 FASTSEQ_DEVICE float tanh_of(float x) { return 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * x)); }
 FASTSEQ_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }

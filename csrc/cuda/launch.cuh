@@ -53,7 +53,7 @@ inline int64_t room(const Kernel& kernel, int blocks, int threads) {
                      ask(&processors, cudaDevAttrMultiProcessorCount) == cudaSuccess &&
                      ask(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess;
   const int shared = static_cast<int>(kernel.shared);
-  if (!known || (kernel.cluster ? major < 9 : !together) || shared > most) return 0;
+  if (!known || kernel.function == nullptr || (kernel.cluster ? major < 9 : !together) || shared > most) return 0;
   cudaLaunchAttribute attribute{};
   const cudaLaunchConfig_t config = config_of(kernel, dim3(blocks), threads, attribute, nullptr);
   cudaError_t status = allow(kernel, blocks);

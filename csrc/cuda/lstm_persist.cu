@@ -20,6 +20,7 @@ constexpr PersistTile kTiles[] = {
 };
 
 Kernel forward_kernel(const PersistShape& shape, int tile) {
+  if (shape.int8) return shape.bfloat16 ? forward_int8_bfloat16(tile) : forward_int8_float16(tile);
   return shape.bfloat16 ? forward_bfloat16(tile) : forward_float16(tile);
 }
 Kernel backward_kernel(const PersistShape& shape, int tile) {
@@ -38,7 +39,7 @@ const char* refused(const PersistShape& shape, int count, int tile) {
   if (count < 1 || count > 2) return "one or two directions can be run";
   if (shape.T < 1 || shape.B < 1 || shape.H < 1) return "T, B and H must be at least 1";
   if (shape.T > INT32_MAX || shape.B > INT32_MAX) return "T and B must be less than 2**31";
-  if (shape.H > kTiles[tile].depth) return "H is larger than the tile's depth";
+  if (shape.H > (shape.int8 ? kTiles[tile].int8_depth : kTiles[tile].depth)) return "H is larger than the tile's depth";
   if (grid_of(shape, kTiles[tile]).groups > kMostGroups) return "B is larger than 65535 times the tile's rows";
   return nullptr;
 }
@@ -80,6 +81,7 @@ const char* persist_forward(const PersistShape& shape, const PersistForward* dir
 
 const char* persist_backward(const PersistShape& shape, const PersistBackward* directions, int count, int tile,
                              void* scratch, void* stream) noexcept {
+  if (shape.int8) return "int8 weights have no backward";
   if (const char* const why = refused(shape, count, tile)) return why;
   const PersistTile& of = kTiles[tile];
   const Grid grid = grid_of(shape, of);

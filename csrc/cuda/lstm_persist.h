@@ -18,12 +18,14 @@ struct PersistShape {
   float inverse_tau;       // of i and f
   bool hard;               // i and f are 1 where their pre-activation is positive, else 0
   bool bfloat16;           // what low means, else float16
+  bool int8;               // weight_hh is int8 with a scale, and h is rounded to 1/127 for the product: forward only
 };
 
 // One direction. Elements beyond a row's length become zeros where offsets is null.
 struct PersistForward {
   const void* x_gates;    // low [N, 4H]  input part of the pre-activations: biases and noise added
-  const void* weight_hh;  // low [4H, H]
+  const void* weight_hh;  // low or int8 [4H, H]
+  const float* scale;     // [4H], of each row of weight_hh where that is int8
   const void* h0;         // low [B, H]
   const float* c0;        // [B, H]
   void* h;                // low [N, H]   out
@@ -52,7 +54,8 @@ struct PersistBackward {
 // rows are more groups of blocks, which never wait for each other.
 struct PersistTile {
   int64_t units, rows, depth, threads;
-  bool cluster;  // the blocks of a group are a cluster, of 1, 2, 4, 8 or 16: for sm_90 and later
+  bool cluster;        // the blocks of a group are a cluster, of 1, 2, 4, 8 or 16: for sm_90 and later
+  int64_t int8_depth;  // depth with int8 weights; 0 where there are no such kernels
 };
 int persist_tiles();
 PersistTile persist_tile(int tile);

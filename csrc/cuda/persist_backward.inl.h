@@ -19,6 +19,7 @@ struct Backward {
   using Call = BackwardCall;
   using Sizes = Tile;
   static constexpr size_t kShared = Tile::kBackwardShared;
+  static constexpr bool kExists = true;
 
   const BackwardCall& call;
   const PersistBackward& own;

@@ -19,6 +19,19 @@ FASTSEQ_DEVICE uint32_t pair_at(const uint16_t* row, int64_t k, int64_t width) {
   return first | second << 16;
 }
 
+// Four neighbours of a row of bytes.
+FASTSEQ_DEVICE uint32_t bytes_at(const uint8_t* row, int64_t k, int64_t width) {
+  uint32_t found = 0;
+  for (int n = 0; n < 4; ++n) found |= k + n < width ? uint32_t{row[k + n]} << 8 * n : 0;
+  return found;
+}
+
+// 127 * h to the nearest integer, in -127 .. 127; NaN counts as 0. Its low byte.
+FASTSEQ_DEVICE uint32_t quantized(float h) {
+  const float scaled = h * 127.0f, bounded = scaled < -127.0f ? -127.0f : scaled > 127.0f ? 127.0f : scaled;
+  return static_cast<uint32_t>(h == h ? nearest(bounded) : 0) & 0xff;
+}
+
 struct Gates {
   float i, f, g, o;
 };

@@ -4,7 +4,7 @@
 // tiles; the lanes of the first part of each band go on to the cells, hand h on, and write what is kept. Inputs of the
 // step are asked for before the wait for h, which is longer. In a cluster h comes on its own, into the shared memory of
 // all blocks: a place is written anew two steps later, when the writer has what all warps here, done with reading, have
-// handed on since.
+// handed on since. With int8 weights h is multiplied and handed on as bytes.
 namespace fastseq::cuda {
 
 struct ForwardCall {
@@ -18,7 +18,12 @@ template <class Low, class Tile>
 struct Forward {
   using Call = ForwardCall;
   using Sizes = Tile;
+  using Sum = typename Low::Sum;
   static constexpr size_t kShared = Tile::kForwardShared;
+  static constexpr bool kInt8 = Low::kPerWord == 4;
+  // Numbers of the depth: of a tile of the matrix instruction, of all tiles.
+  static constexpr int kTile = 8 * Low::kPerWord, kDepth = Tile::kDepth / 16 * kTile;
+  static constexpr bool kExists = !kInt8 || Tile::kInt8Depth > 0;
 
   const ForwardCall& call;
   const PersistForward& own;
@@ -26,8 +31,9 @@ struct Forward {
   int64_t first_row, width;  // width: units of all blocks, at least H
   Arrivals* arrivals;        // of even and odd steps, in a cluster
   uint16_t *shared_weights, *states;
-  float* sums;
-  int* steps;  // of each row
+  Sum* sums;
+  int* steps;      // of each row
+  Gates scales{};  // of this lane's cell, where weights are int8
   uint32_t* exchange;
   int longest = 0;
   uint32_t weights[Tile::kInRegisters][4];
@@ -41,7 +47,7 @@ struct Forward {
     arrivals = reinterpret_cast<Arrivals*>(shared_bytes());
     shared_weights = reinterpret_cast<uint16_t*>(shared_bytes() + Tile::kArrivals);
     states = shared_weights + Tile::kSharedTiles;
-    sums = reinterpret_cast<float*>(states + Tile::kStates * Tile::kRows * Tile::kStride);
+    sums = reinterpret_cast<Sum*>(states + Tile::kStates * Tile::kRows * Tile::kStride);
     steps = reinterpret_cast<int*>(sums + Tile::kSums);
     exchange = call.exchange + block_z() * 2 * slot_words();
   }
@@ -51,19 +57,20 @@ struct Forward {
   // Whether step s is the first of a row. All rows are exchanged at every step, before they begin and after they end.
   FASTSEQ_DEVICE bool begins(int row, int s) const { return own.reverse ? time_of(s) == steps[row] - 1 : s == 0; }
 
-  // Two neighbours along the depth of row `row` of this warp's band.
-  FASTSEQ_DEVICE uint32_t weight_pair(int row, int64_t k) const {
-    const int64_t H = call.shape.H, unit = first_unit + unit_of(row);
+  // The neighbours of one word along the depth, of row `row` of this warp's band.
+  FASTSEQ_DEVICE uint32_t weight_word(int row, int64_t k) const {
+    const int64_t H = call.shape.H, unit = first_unit + unit_of(row), first = (gate_of(row) * H + unit) * H;
     if (unit >= H) return 0;
-    return pair_at(static_cast<const uint16_t*>(own.weight_hh) + (gate_of(row) * H + unit) * H, k, H);
+    if constexpr (kInt8) return bytes_at(static_cast<const uint8_t*>(own.weight_hh) + first, k, H);
+    return pair_at(static_cast<const uint16_t*>(own.weight_hh) + first, k, H);
   }
 
   FASTSEQ_DEVICE void load_tile(int tile, uint32_t (&to)[4]) const {
-    const int64_t k = 16 * (part * Tile::kTiles + tile);
+    const int64_t k = kTile * (part * Tile::kTiles + tile);
     FASTSEQ_UNROLL
     for (int r = 0; r < 4; ++r) {
-      const Place at = place_in_a(lane, 2 * r);
-      to[r] = weight_pair(at.row, k + at.column);
+      const Place at = place_in_a(lane, 2 * r);  // of numbers of 16 bits
+      to[r] = weight_word(at.row, k + at.column / 2 * Low::kPerWord);
     }
   }
 
@@ -87,13 +94,33 @@ struct Forward {
     sync_block();
     for (int row = 0; row < Tile::kRows; ++row) longest = steps[row] > longest ? steps[row] : longest;
     if constexpr (Tile::kCluster) open();
+    if constexpr (kInt8) load_scales();
+  }
+  FASTSEQ_DEVICE void load_scales() {
+    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane);
+    const float* const from = own.scale + unit;
+    if (unit < H) scales = {from[0] / 127, from[H] / 127, from[2 * H] / 127, from[3 * H] / 127};
   }
 
-  // Eight neighbours of the state that a row begins with.
-  FASTSEQ_DEVICE Words first_state(int row, int64_t k) const {
+  // A word of the state that a row begins with, and four.
+  FASTSEQ_DEVICE uint32_t first_word(int row, int64_t k) const {
     const int64_t H = call.shape.H;
     const uint16_t* const h0 = static_cast<const uint16_t*>(own.h0) + (first_row + row) * H;
-    return {pair_at(h0, k, H), pair_at(h0, k + 2, H), pair_at(h0, k + 4, H), pair_at(h0, k + 6, H)};
+    if (!kInt8) return pair_at(h0, k, H);
+    const uint32_t first = pair_at(h0, k, H), second = pair_at(h0, k + 2, H);
+    return bytes_in(number(first) | number(first >> 16) << 16, number(second) | number(second >> 16) << 16);
+  }
+  FASTSEQ_DEVICE Words first_state(int row, int64_t k) const {
+    constexpr int n = Low::kPerWord;
+    return {first_word(row, k), first_word(row, k + n), first_word(row, k + 2 * n), first_word(row, k + 3 * n)};
+  }
+  // h as it is multiplied and handed on: with int8 weights a byte.
+  static FASTSEQ_DEVICE uint32_t number(uint32_t h) {
+    return kInt8 ? quantized(Low::wide(static_cast<uint16_t>(h))) : h & 0xffff;
+  }
+  // The bytes of two pairs.
+  static FASTSEQ_DEVICE uint32_t bytes_in(uint32_t first, uint32_t second) {
+    return (first & 0xff) | (first >> 8 & 0xff00) | (second & 0xff) << 16 | (second << 8 & 0xff000000);
   }
 
   static FASTSEQ_DEVICE bool stale(const Words& w, int s) {
@@ -110,14 +137,15 @@ struct Forward {
       prepare(arrivals + slot_of(s));
       expect_state(s);
     }
-    for (int at = thread_index(); at < Tile::kRows * Tile::kDepth / 8; at += Tile::kThreads) {
-      const int row = at / (Tile::kDepth / 8), k = at % (Tile::kDepth / 8) * 8;
+    constexpr int kQuads = Tile::kDepth / 8;  // four words each
+    for (int at = thread_index(); at < Tile::kRows * kQuads; at += Tile::kThreads) {
+      const int row = at / kQuads, k = at % kQuads * 4 * Low::kPerWord;
       store_state(0, row, k, begins(row, 0) && steps[row] > 0 ? first_state(row, k) : Words{0, 0, 0, 0});
     }
     sync_cluster();
   }
   FASTSEQ_DEVICE void expect_state(int s) const {
-    if (s < longest) expect(arrivals + slot_of(s), static_cast<uint32_t>(Tile::kRows * width * sizeof(uint16_t)));
+    if (s < longest) expect(arrivals + slot_of(s), static_cast<uint32_t>(Tile::kRows * width * 4 / Low::kPerWord));
   }
   FASTSEQ_DEVICE void await(int s) const {
     if (s == 0) return;
@@ -126,47 +154,58 @@ struct Forward {
     if (thread_index() == 0) expect_state(s + 2);
   }
 
+  // Where number k of a row's state is.
+  FASTSEQ_DEVICE uint32_t* in_state(int s, int row, int k) const {
+    return reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride) + k / Low::kPerWord;
+  }
   FASTSEQ_DEVICE void store_state(int s, int row, int k, const Words& of) const {
-    uint32_t* const to = reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride + k);
+    uint32_t* const to = in_state(s, row, k);
     to[0] = of.x, to[1] = of.y, to[2] = of.z, to[3] = of.w;
   }
 
   // The state that enters step s; words are waited for together, a few at a time.
   FASTSEQ_DEVICE void gather(int s) const {
-    constexpr int kWords = Tile::kDepth / 8, kOwn = Tile::kRows * kWords / Tile::kThreads, kSome = kOwn < 4 ? kOwn : 4;
-    static_assert(kSome * Tile::kThreads * (kOwn / kSome) == Tile::kRows * kWords, "every thread has as many words");
+    constexpr int kQuads = kDepth / 8, kOwn = Tile::kRows * kQuads / Tile::kThreads, kSome = kOwn < 4 ? kOwn : 4;
+    static_assert(kSome * Tile::kThreads * (kOwn / kSome) == Tile::kRows * kQuads, "every thread has as many words");
     const uint32_t* const from = exchange + slot_of(s - 1) * slot_words() + first_row * width / 2;
     for (int first = 0; first < kOwn; first += kSome) {
       Words found[kSome];
       FASTSEQ_UNROLL
       for (int n = 0; n < kSome; ++n) {
-        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kWords, k = at % kWords * 8;
+        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kQuads, k = at % kQuads * 8;
         found[n] = {0, 0, 0, 0};
         if (s > 0 && k < width) found[n] = read_words(from + (row * width + k) / 2);
       }
       FASTSEQ_UNROLL
       for (int n = 0; n < kSome; ++n) {
-        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kWords, k = at % kWords * 8;
+        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kQuads, k = at % kQuads * 8;
         Waiting wait;
         while (s > 0 && k < width && stale(found[n], s - 1)) {
           wait.look_again();
           found[n] = read_words(from + (row * width + k) / 2);
         }
-        Words of{Pair::read(found[n].x), Pair::read(found[n].y), Pair::read(found[n].z), Pair::read(found[n].w)};
-        if (begins(row, s) && steps[row] > 0) of = first_state(row, k);
-        store_state(s, row, k, of);
+        const bool first = begins(row, s) && steps[row] > 0;
+        const Words of{Pair::read(found[n].x), Pair::read(found[n].y), Pair::read(found[n].z), Pair::read(found[n].w)};
+        if constexpr (kInt8) {
+          uint32_t* const to = in_state(s, row, k);
+          to[0] = first ? first_word(row, k) : bytes_in(of.x, of.y);
+          to[1] = first ? first_word(row, k + 4) : bytes_in(of.z, of.w);
+        } else {
+          store_state(s, row, k, first ? first_state(row, k) : of);
+        }
       }
     }
   }
 
   // Sums of this warp's band over its part of the depth; where there is one block of rows, in two chains.
-  FASTSEQ_DEVICE void multiply(int s, float (&d)[Tile::kRowBlocks][4]) const {
+  FASTSEQ_DEVICE void multiply(int s, Sum (&d)[Tile::kRowBlocks][4]) const {
     constexpr bool kTwo = Tile::kRowBlocks == 1;
-    float other[4] = {};
+    Sum other[4] = {};
     FASTSEQ_UNROLL
-    for (int n = 0; n < 4 * Tile::kRowBlocks; ++n) d[n / 4][n % 4] = 0.0f;
+    for (int n = 0; n < 4 * Tile::kRowBlocks; ++n) d[n / 4][n % 4] = 0;
     const uint16_t* const from = state(s) + (lane % 8) * Tile::kStride + 16 * part * Tile::kTiles + 8 * (lane / 8);
-    const int tiles = static_cast<int>((width - 16 * part * Tile::kTiles + 15) / 16);  // the others are zeros
+    const int tiles =
+        static_cast<int>((width - kTile * part * Tile::kTiles + kTile - 1) / kTile);  // the others are zeros
     FASTSEQ_UNROLL
     for (int tile = 0; tile < Tile::kTiles; tile += 2) {
       if (tile >= tiles) continue;
@@ -190,7 +229,7 @@ struct Forward {
   }
 
   // The first part of each band adds up the sums of all.
-  FASTSEQ_DEVICE void add_parts(float (&d)[Tile::kRowBlocks][4]) const {
+  FASTSEQ_DEVICE void add_parts(Sum (&d)[Tile::kRowBlocks][4]) const {
     if (Tile::kParts == 1) return;
     constexpr int kBand = Tile::kRowBlocks * 128;
     if (part > 0) {
@@ -222,19 +261,23 @@ struct Forward {
     }
   }
 
-  // All gates of this lane's cell, from its own two of two columns and the partner's.
-  FASTSEQ_DEVICE Gates whole(const float (&d)[4]) const {
+  // The products of all gates of this lane's cell, from its own two of two columns and the partner's.
+  FASTSEQ_DEVICE Gates whole(const Sum (&d)[4]) const {
     const bool second = is_second(lane);
-    const float first_gate = across(second ? d[0] : d[1], kPartner),
-                other_gate = across(second ? d[2] : d[3], kPartner);
-    return second ? Gates{first_gate, other_gate, d[1], d[3]} : Gates{d[0], d[2], first_gate, other_gate};
+    const auto first_gate = static_cast<float>(across(second ? d[0] : d[1], kPartner)),
+               other_gate = static_cast<float>(across(second ? d[2] : d[3], kPartner));
+    const auto own_first = static_cast<float>(second ? d[1] : d[0]),
+               own_other = static_cast<float>(second ? d[3] : d[2]);
+    const Gates z = second ? Gates{first_gate, other_gate, own_first, own_other}
+                           : Gates{own_first, own_other, first_gate, other_gate};
+    return kInt8 ? Gates{z.i * scales.i, z.f * scales.f, z.g * scales.g, z.o * scales.o} : z;
   }
 
   // Hands on h of four units, of which this lane has one.
-  FASTSEQ_DEVICE void publish(uint16_t h, int row, int s) const {
+  FASTSEQ_DEVICE void publish(uint32_t h, int row, int s) const {
     if constexpr (Tile::kCluster) return push(h, row, s + 1);
-    const uint32_t next = across(static_cast<uint32_t>(h), 8);
-    const uint32_t pair = Pair::write(safe_pair(h, next, Low::kInfinity), s);  // of even units
+    const uint32_t own_number = number(h), next = across(own_number, 8);
+    const uint32_t pair = Pair::write(safe_pair(own_number, next, Low::kInfinity), s);  // of even units
     const uint32_t other = across(pair, 16);
     if (cell_unit(lane) == 0) {
       write_words(exchange + slot_of(s) * slot_words() + ((first_row + row) * width + first_unit) / 2, pair, other);
@@ -244,17 +287,22 @@ struct Forward {
   // The same to all blocks of the cluster, each lane of the four to every fourth; where a row begins, its first state.
   FASTSEQ_DEVICE void push(uint32_t h, int row, int s) const {
     if (s == longest) return;
-    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane);
+    const int64_t H = call.shape.H;
+    const int place = cell_unit(lane), unit = first_unit + place;
     if (begins(row, s) && steps[row] > 0) {
       h = unit < H ? static_cast<const uint16_t*>(own.h0)[(first_row + row) * H + unit] : 0;
     }
-    const uint32_t next = across(h, 8), pair = cell_unit(lane) % 2 ? next | h << 16 : h | next << 16;
-    const uint32_t other = across(pair, 16), first = cell_unit(lane) < 2 ? pair : other,
-                   second = cell_unit(lane) < 2 ? other : pair;
-    uint32_t* const to = reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride + first_unit);
+    const uint32_t own_number = number(h), next = across(own_number, 8);
+    const uint32_t pair = place % 2 ? next | own_number << 16 : own_number | next << 16, other = across(pair, 16);
+    const uint32_t first = place < 2 ? pair : other, second = place < 2 ? other : pair;
+    uint32_t* const to = in_state(s, row, first_unit);
     sync_warp();  // what its lanes have read may be written anew by whoever hears of this
-    for (int block = cell_unit(lane); block < call.blocks; block += 4) {
-      push_words(block, to, first, second, arrivals + slot_of(s));
+    for (int block = place; block < call.blocks; block += 4) {
+      if constexpr (kInt8) {
+        push_word(block, to, bytes_in(first, second), arrivals + slot_of(s));
+      } else {
+        push_words(block, to, first, second, arrivals + slot_of(s));
+      }
     }
   }
 
@@ -301,7 +349,7 @@ struct Forward {
         gather(s);
         sync_block();
       }
-      float d[Tile::kRowBlocks][4];
+      Sum d[Tile::kRowBlocks][4];
       multiply(s, d);
       add_parts(d);
       FASTSEQ_UNROLL

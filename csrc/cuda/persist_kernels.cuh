@@ -15,6 +15,8 @@ namespace fastseq::cuda {
 
 Kernel forward_bfloat16(int tile);
 Kernel forward_float16(int tile);
+Kernel forward_int8_bfloat16(int tile);
+Kernel forward_int8_float16(int tile);
 Kernel backward_bfloat16(int tile);
 Kernel backward_float16(int tile);
 
@@ -27,14 +29,17 @@ __global__ void __launch_bounds__(Body::Sizes::kThreads, 1)
     Body(call).run();
 }
 
-// The kernel of a tile.
+// The kernel of a tile, if there is one.
 template <template <class, class> class Body, class Low>
 Kernel kernel_of(int tile) {
   switch (tile) {
-#define FASTSEQ_CASE(n, ...)                                                                       \
-  case n: {                                                                                        \
-    using Of = Body<Low, Tile<__VA_ARGS__>>;                                                       \
-    return {reinterpret_cast<const void*>(&persist_kernel<Of>), Of::kShared, Of::Sizes::kCluster}; \
+#define FASTSEQ_CASE(n, ...)                                                                         \
+  case n: {                                                                                          \
+    using Of = Body<Low, Tile<__VA_ARGS__>>;                                                         \
+    if constexpr (Of::kExists) {                                                                     \
+      return {reinterpret_cast<const void*>(&persist_kernel<Of>), Of::kShared, Of::Sizes::kCluster}; \
+    }                                                                                                \
+    break;                                                                                           \
   }
     FASTSEQ_PERSIST_TILES(FASTSEQ_CASE)
 #undef FASTSEQ_CASE

@@ -10,7 +10,7 @@ namespace fastseq::cuda {
 
 template <class Of>
 constexpr PersistTile described() {
-  return {Of::kUnits, Of::kRows, Of::kDepth, Of::kThreads, Of::kCluster};
+  return {Of::kUnits, Of::kRows, Of::kDepth, Of::kThreads, Of::kCluster, Of::kInt8Depth};
 }
 
 struct Grid {

@@ -21,6 +21,8 @@ struct Tile {
   static constexpr int kWarps = Bands * Parts, kThreads = 32 * kWarps;
   static constexpr int kUnits = 4 * Bands, kRows = 8 * RowBlocks, kDepth = 16 * Parts * kTiles;
   static constexpr int kSharedTiles = kWarps * InShared * 256;  // 16-bit numbers
+  // With int8 weights, of which a tile holds twice as many; 0 where there are no such kernels.
+  static constexpr int kInt8Depth = InShared || (Cluster && 2 * kDepth / kUnits > 16) ? 0 : 2 * kDepth;
   // A row of h in shared memory, 8 numbers longer than it need be: rows begin in different banks.
   static constexpr int kStride = kDepth + 8;
   // With several parts there is a barrier after the last reading of h anyway, else h has two places.

@@ -15,7 +15,7 @@ class Call {
  public:
   // `data` is x_gates or gates: [T, B, 4*H], or [N, 4*H] with offsets.
   Call(const char* op, const char* data_name, const Tensors& data, const Tensors& c0, const Optional& lengths,
-       const Optional& offsets, double tau, bool hard, int64_t tile)
+       const Optional& offsets, double tau, bool hard, int64_t tile, bool int8 = false)
       : op_(op), given_(op), count_(static_cast<int>(data.size())), packed_(offsets.has_value()), tile_(tile) {
     if (count_ != 1 && count_ != 2) door::fail(op, data_name, " must list 1 or 2 directions, got ", count_);
     same_count("c0", c0.size());
@@ -37,6 +37,7 @@ class Call {
     shape.inverse_tau = static_cast<float>(1 / tau);
     shape.hard = hard;
     shape.bfloat16 = low_ == door::Type::bf16;
+    shape.int8 = int8;
     check_tile();
     if (packed_ && !lengths) door::fail(op, "lengths must be given with offsets");
     const auto integers = [&](const char* name, const Optional& tensor, const char* meaning, int64_t size) {
@@ -57,7 +58,11 @@ class Call {
   }
 
   const void* weight(const Tensors& weight_hh, int n) {
-    return given_.in(named("weight_hh", n), weight_hh[n], low_, "[4*H, H]", {4 * shape.H, shape.H});
+    const door::Type type = shape.int8 ? door::Type::i8 : low_;
+    return given_.in(named("weight_hh", n), weight_hh[n], type, "[4*H, H]", {4 * shape.H, shape.H});
+  }
+  const float* scale(const Tensors& scales, int n) {
+    return static_cast<const float*>(given_.in(named("scale", n), scales[n], door::Type::f32, "[4*H]", {4 * shape.H}));
   }
   const void* state(const char* name, const Tensor& tensor, int n) {
     return given_.in(named(name, n), tensor, low_, "[B, H]", {shape.B, shape.H});
@@ -83,8 +88,12 @@ class Call {
   void check_tile() const {
     const int tiles = cuda::persist_tiles();
     if (tile_ < 0 || tile_ >= tiles) door::fail(op_, "tile must lie in 0 .. ", tiles - 1, ", got ", tile_);
-    const int64_t depth = cuda::persist_tile(tile()).depth;
-    if (shape.H > depth) door::fail(op_, "H must be at most ", depth, " with tile ", tile_, ", got ", shape.H);
+    const cuda::PersistTile of = cuda::persist_tile(tile());
+    const int64_t depth = shape.int8 ? of.int8_depth : of.depth;
+    if (shape.H > depth) {
+      door::fail(op_, "H must be at most ", depth, " with tile ", tile_, shape.int8 ? " and int8 weights" : "",
+                 ", got ", shape.H);
+    }
   }
 
   const char* op_;
@@ -102,12 +111,13 @@ T* writable(const void* data) {
 
 const Tensor* maybe(const Tensors& list, int n) { return list.empty() ? nullptr : &list[n]; }
 
-void lstm_persist_forward(Tensors x_gates, Tensors weight_hh, Tensors h0, Tensors c0, Optional lengths,
+void lstm_persist_forward(Tensors x_gates, Tensors weight_hh, Tensors scale, Tensors h0, Tensors c0, Optional lengths,
                           Optional offsets, double tau, bool hard, bool reverse, int64_t tile, Tensors h, Tensors c,
                           Tensors gates, Tensors h_n, Tensors c_n) {
   const char* const op = "lstm_persist_forward";
-  Call call(op, "x_gates", x_gates, c0, lengths, offsets, tau, hard, tile);
+  Call call(op, "x_gates", x_gates, c0, lengths, offsets, tau, hard, tile, !scale.empty());
   call.same_count("weight_hh", weight_hh.size());
+  call.same_count("scale", scale.size(), true);
   call.same_count("h0", h0.size());
   call.same_count("h", h.size());
   call.same_count("c", c.size(), true);
@@ -120,6 +130,7 @@ void lstm_persist_forward(Tensors x_gates, Tensors weight_hh, Tensors h0, Tensor
     const Tensor *const kept_c = maybe(c, n), *const kept_gates = maybe(gates, n);
     d.x_gates = call.elements("x_gates", x_gates[n], n, true, call.low());
     d.weight_hh = call.weight(weight_hh, n);
+    d.scale = scale.empty() ? nullptr : call.scale(scale, n);
     d.h0 = call.state("h0", h0[n], n);
     d.c0 = call.cell("c0", c0[n], n);
     d.h = writable<void>(call.elements("h", h[n], n, false, call.low()));
@@ -175,21 +186,21 @@ std::vector<int64_t> lstm_persist_tiles() {
   std::vector<int64_t> found;
   for (int n = 0; n < cuda::persist_tiles(); ++n) {
     const cuda::PersistTile tile = cuda::persist_tile(n);
-    found.insert(found.end(), {tile.units, tile.rows, tile.depth, tile.threads, tile.cluster});
+    found.insert(found.end(), {tile.units, tile.rows, tile.depth, tile.threads, tile.cluster, tile.int8_depth});
   }
   return found;
 }
 
 // Blocks of threads that a call needs at a time, and how many the device can hold.
 std::tuple<int64_t, int64_t> lstm_persist_room(int64_t device, int64_t T, int64_t B, int64_t H, bool lengths,
-                                               bool packed, bool hard, bool bfloat16, int64_t tile, int64_t directions,
-                                               bool backward) {
+                                               bool packed, bool hard, bool bfloat16, bool int8, int64_t tile,
+                                               int64_t directions, bool backward) {
   const char* const op = "lstm_persist_room";
   const int tiles = cuda::persist_tiles(), at = static_cast<int>(tile);
   if (tile < 0 || tile >= tiles) door::fail(op, "tile must lie in 0 .. ", tiles - 1, ", got ", tile);
   const int64_t somewhere = 0;  // what matters is whether they are given
   const int64_t *const rows = lengths || packed ? &somewhere : nullptr, *const elements = packed ? &somewhere : nullptr;
-  const cuda::PersistShape shape{T, B, H, rows, elements, 1.0f, hard, bfloat16};
+  const cuda::PersistShape shape{T, B, H, rows, elements, 1.0f, hard, bfloat16, int8};
   const torch::stable::accelerator::DeviceGuard here(static_cast<int32_t>(device));
   return {cuda::persist_blocks(shape, at, static_cast<int>(directions)),
           backward ? cuda::persist_backward_room(shape, at) : cuda::persist_forward_room(shape, at)};

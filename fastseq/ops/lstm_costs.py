@@ -53,6 +53,7 @@ class Tile(NamedTuple):
     depth: int
     threads: int
     cluster: int  # 0 or 1
+    int8_depth: int  # with weights of 8 bits, or 0
 
     def grid(self, B: int, H: int) -> tuple[int, int]:
         """Blocks of threads along the units and along the rows."""
@@ -66,28 +67,33 @@ class Tile(NamedTuple):
         return max(0, 4 * self.units * self.depth * 2 - warps * 32 * 512)
 
 
-def persist(tile: Tile, B: int, H: int, directions: int = 1, backward: bool = False, room: int = 1 << 30) -> Cost:
+def persist(
+    tile: Tile, B: int, H: int, directions: int = 1, backward: bool = False, int8: bool = False, room: int = 1 << 30
+) -> Cost:
     """The persistent kernels: every block reads all of h of its rows, or in backward its part of everyone's sums. A
     device that has room for so many blocks runs clusters one after the other."""
     blocks, groups = tile.grid(B, H)
     width = blocks * tile.units
-    exchanged = tile.rows * width * (4 if backward else 2)
+    every = blocks * groups * directions
     if tile.cluster:
-        exchange, rounds = PUSH + exchanged / PUSHED, math.ceil(blocks * groups * directions / max(blocks, room))
+        exchange = PUSH + tile.rows * width * (4 if backward else 1 if int8 else 2) / PUSHED
+        rounds = math.ceil(every / max(blocks, room))
     else:
-        everyone = exchanged * blocks * groups * directions * (2 if backward else 1)  # sums are written as often
+        exchanged = tile.rows * width * (4 if backward else 2)
+        everyone = exchanged * every * (2 if backward else 1)  # sums are written as often
         exchange, rounds = EXCHANGE + max(exchanged / READ, everyone / READ_ALL), 1
-    per_warp = 4 * tile.units * width / 256 / (tile.threads // 32)  # matrix instructions on 8 rows
-    product = max(4 * tile.units * width * tile.rows / MULTIPLY, per_warp * CHAIN)
-    step = exchange + product + tile.in_shared / SHARED + CELL
+    work = 4 * tile.units * width / (2 if int8 else 1)  # multiply-adds of a row, of 8 bits two for one
+    product = max(work * tile.rows / MULTIPLY, work / 256 / (tile.threads // 32) * CHAIN)  # instructions on 8 rows
+    step = exchange + product + (0 if int8 else tile.in_shared / SHARED) + CELL
     return Cost(rounds * PERSIST_START, rounds * step)
 
 
-def triton(T: int, B: int, H: int, resident: bool, backward: bool = False) -> Cost:
-    """The way that ``fastseq_kernels`` takes in 16 bits; ``resident``: one multiprocessor holds weight_hh."""
+def triton(T: int, B: int, H: int, resident: bool, backward: bool = False, graphs: bool = True) -> Cost:
+    """The way that ``fastseq_kernels`` takes in 16 bits; ``resident``: one multiprocessor holds weight_hh. ``graphs``:
+    there is one for many steps, which int8 weights do not have."""
     if resident:
         cost = Cost(*RESIDENT)
-    elif T >= LEAST_T:
+    elif T >= LEAST_T and graphs:
         work = B * H * H / 1e6
         cost = Cost(GRAPH_START, 2.0 + 1.9e-3 * H + (0.28 if B > 1 else 0.0) + 0.017 * work)
     else:

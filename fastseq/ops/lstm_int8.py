@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastseq import reference
 from fastseq.ops import lstm as _lstm
+from fastseq.ops import lstm_persist
 from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._select import choose
 from fastseq.ops._transforms import in_float32
@@ -38,7 +39,8 @@ def _forward(
 
 
 forward_reference = in_float32(_forward, 0, 4, 0, 3, 4)
-_cpu, *_others = backends("lstm_int8_forward", forward_reference, "lstm_int8")
+_persist = lstm_persist.BACKEND["lstm_int8_forward"]
+_cpu, *_others = backends("lstm_int8_forward", forward_reference, "lstm_int8", _persist)
 
 
 def _why_not_cpu(x_gates: Tensor, *args: Any) -> str | None:

@@ -1,7 +1,8 @@
 """``fastseq::lstm_persist_*``: the loop over time of ``csrc/cuda/lstm_persist.h``, and the backend "cuda" around it.
 
 What comes before and after the loop, noise, products and gradients of weights, is what ``fastseq_kernels`` does around
-its own loops. Lists hold one tensor per direction, ``reverse`` is that of the first; c and gates may be empty.
+its own loops. Lists hold one tensor per direction, ``reverse`` is that of the first; c and gates may be empty, scale is
+where weight_hh is not int8.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastseq.ops.lstm_costs import Cost, Tile
 
 _ROWS = "Tensor? lengths, Tensor? offsets, float tau, bool hard, bool reverse, int tile"
 library.define(
-    f"lstm_persist_forward(Tensor[] x_gates, Tensor[] weight_hh, Tensor[] h0, Tensor[] c0, {_ROWS}, "
+    f"lstm_persist_forward(Tensor[] x_gates, Tensor[] weight_hh, Tensor[] scale, Tensor[] h0, Tensor[] c0, {_ROWS}, "
     "Tensor(a!)[] h, Tensor(b!)[] c, Tensor(c!)[] gates, Tensor(d!)[] h_n, Tensor(e!)[] c_n) -> ()"
 )
 library.define(
@@ -30,8 +31,8 @@ library.define(
 )
 library.define("lstm_persist_tiles() -> int[]")
 library.define(
-    "lstm_persist_room(int device, int T, int B, int H, bool lengths, bool packed, bool hard, bool bfloat16, int tile, "
-    "int directions, bool backward) -> (int, int)"
+    "lstm_persist_room(int device, int T, int B, int H, bool lengths, bool packed, bool hard, bool bfloat16, "
+    "bool int8, int tile, int directions, bool backward) -> (int, int)"
 )
 
 
@@ -61,6 +62,7 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     backward: bool
+    int8: bool = False  # weight_hh
 
 
 class Chosen(NamedTuple):
@@ -76,15 +78,16 @@ class Chosen(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def chosen(shape: Shape) -> Chosen | str:
     """The cheapest tile that the device has room for; or why there is none. T does not count."""
-    deep = [n for n, tile in enumerate(TILES) if tile.depth >= shape.H]
+    depths = [tile.int8_depth if shape.int8 else tile.depth for tile in TILES]
+    deep = [n for n, depth in enumerate(depths) if depth >= shape.H]
     if not deep:
-        return f"H = {shape.H} is more than any tile has, H <= {max(tile.depth for tile in TILES)} is not"
+        return f"H = {shape.H} is more than any tile has, H <= {max(depths)} is not"
     found = []
     for n in deep:
         room = _room(shape, n)
         if room is None:
             return "no CUDA device is here"
-        found.append(Chosen(n, lstm_costs.persist(TILES[n], *shape[1:4], shape.backward, room[1]), *room))
+        found.append(Chosen(n, lstm_costs.persist(TILES[n], *shape[1:4], shape.backward, shape.int8, room[1]), *room))
     best = min(found, key=lambda c: (c.needs > c.room, c.cost.step, c.needs))
     return (
         best
@@ -98,8 +101,8 @@ def _room(shape: Shape, tile: int) -> tuple[int, int] | None:
     no device, as for fake tensors."""
     if not torch.cuda.is_available():
         return None
-    T, B, H, directions, *flags, dtype, device, backward = shape
-    kind = (dtype == torch.bfloat16, tile, directions, backward)
+    T, B, H, directions, *flags, dtype, device, backward, int8 = shape
+    kind = (dtype == torch.bfloat16, int8, tile, directions, backward)
     found: tuple[int, int] = torch.ops.fastseq.lstm_persist_room(device.index or 0, T, B, H, *flags, *kind)
     return found
 
@@ -114,6 +117,7 @@ class Call(NamedTuple):
     h0: Sequence[Tensor]
     c0: Sequence[Tensor]
     weight_hr: Tensor | None
+    scale: Sequence[Tensor]  # empty where weight_hh is not int8
     sizes: Sequence[Any]  # lengths, batch_sizes, reset
     starts: Sequence[tuple[Tensor | None, Tensor | None]]  # h_start and c_start
     noise: Sequence[Any]
@@ -128,13 +132,14 @@ class Call(NamedTuple):
         T, B, H = len(self.data if batch_sizes is None else batch_sizes), len(self.c0[0]), self.c0[0].shape[-1]
         packed = batch_sizes is not None
         ragged, kind = packed or lengths is not None, (self.data.dtype, self.data.device)
-        return Shape(T, B, H, len(self.c0), ragged, packed, self.gate[1], *kind, self.grads is not None)
+        backward, int8 = self.grads is not None, len(self.scale) > 0
+        return Shape(T, B, H, len(self.c0), ragged, packed, self.gate[1], *kind, backward, int8)
 
 
 def _one(state: Sequence[Any], noise: Sequence[Any], gate: Sequence[Any]) -> dict[str, Any]:
     """The part that the operators of one direction share, from weight_hh to c_start, and of noise and gates."""
     weight_hh, h0, c0, weight_hr, *sizes, h_start, c_start = state
-    own = {"weight_hh": [weight_hh], "h0": [h0], "c0": [c0], "weight_hr": weight_hr}
+    own = {"weight_hh": [weight_hh], "h0": [h0], "c0": [c0], "weight_hr": weight_hr, "scale": ()}
     return {**own, "sizes": sizes, "starts": [(h_start, c_start)], "noise": noise, "gate": gate}
 
 
@@ -159,11 +164,16 @@ def _of_layer_backward(*args: Any) -> Call:
     return Call(x, [weight_ih], [bias], **own, grads=[args[:5]], kept=([gates], [h], [c]), rest=args[28:])
 
 
+def _of_int8_forward(x_gates: Tensor, weight_hh: Tensor, scale: Tensor, h0: Tensor, c0: Tensor, *args: Any) -> Call:
+    own = _one((weight_hh, h0, c0, None, *args[:5]), args[5:10], args[10:13])
+    return Call(x_gates, (), (), **{**own, "scale": [scale]}, rest=args[13:])
+
+
 def _both(state: Sequence[Any], noise: Sequence[Any], gate: Sequence[Any]) -> dict[str, Any]:
     """``_one`` of the operators of both directions."""
     weight_hh, h0, c0, *sizes, h_start, c_start = state
     starts = list(zip(h_start or (None, None), c_start or (None, None), strict=True))
-    own = {"weight_hh": weight_hh, "h0": h0, "c0": c0, "weight_hr": None, "sizes": sizes, "starts": starts}
+    own = {"weight_hh": weight_hh, "h0": h0, "c0": c0, "weight_hr": None, "scale": (), "sizes": sizes, "starts": starts}
     return {**own, "noise": noise, "gate": (*gate, False)}
 
 
@@ -204,9 +214,12 @@ def _tile(call: Call) -> Chosen:
 def _doubt(call: Call) -> str | None:
     """Where a way in triton is said to cost less: few steps, or more rows than this one is made for."""
     (T, B, H, *_), ours = call.shape, _tile(call).cost
-    target = kernels("_launch").target(call.data.device)
-    resident = kernels("lstm_resident").why_not(H, call.data.dtype, False, target) is None
-    theirs = lstm_costs.triton(T, B, H, resident, call.grads is not None)
+    target, int8 = kernels("_launch").target(call.data.device), len(call.scale) > 0
+    if int8:
+        resident = kernels("lstm_int8").plan(H, target).route == "resident"
+    else:
+        resident = kernels("lstm_resident").why_not(H, call.data.dtype, False, target) is None
+    theirs = lstm_costs.triton(T, B, H, resident, call.grads is not None, not int8)
     if ours.of(T) <= theirs.of(T):
         return None
     return f"{ours.of(T):.0f} us for all steps by our estimate, {theirs.of(T):.0f} in triton"
@@ -214,19 +227,22 @@ def _doubt(call: Call) -> str | None:
 
 def _detail(call: Call) -> str:
     found = _tile(call)
-    units, rows, _, threads, cluster = TILES[found.tile]
-    blocks = f"{'clusters of ' if cluster else ''}{found.needs} blocks of {threads} threads"
+    tile = TILES[found.tile]
+    blocks = f"{'clusters of ' if tile.cluster else ''}{found.needs} blocks of {tile.threads} threads"
     return (
-        f"persistent: {blocks}, each of {units} units and up to {rows} rows, "
+        f"persistent: {blocks}, each of {tile.units} units and up to {tile.rows} rows, "
         f"{found.cost.step:.1f} us a step by our estimate"
     )
 
 
 def _recurrences(call: Call) -> list[Any]:
     """What ``fastseq_kernels`` is given, per direction; their rows are the same tensors."""
-    state, (tau, hard, reverse) = (call.weight_hr, *call.sizes, None, None), call.gate
+    state, (tau, hard, reverse) = (*call.sizes, None, None), call.gate
     own = list(zip(call.weight_hh, call.h0, call.c0, call.starts, strict=True))
-    first = kernels("lstm").recurrence(call.data, *own[0][:3], state, (tau, hard, reverse))
+    if call.scale:  # the door checks what it is given
+        first = kernels("_call").recurrence(call.data, *own[0][:3], state, (tau, hard, reverse))
+    else:
+        first = kernels("lstm").recurrence(call.data, *own[0][:3], (call.weight_hr, *state), (tau, hard, reverse))
     return [
         first._replace(weight_hh=w, h0=h0, c0=c0, h_start=start[0], c_start=start[1], reverse=reverse != (n == 1))
         for n, (w, h0, c0, start) in enumerate(own)
@@ -242,14 +258,15 @@ def _x_gates(call: Call, n: int) -> tuple[Tensor, Any, bool]:
     return kernels("lstm_layer")._x_gates(call.data, call.weight_ih[n], call.bias[n]), noise, True
 
 
-def loop_forward(directions: list[Any], tile: int) -> list[tuple[Tensor, Tensor]]:
+def loop_forward(directions: list[Any], scale: Sequence[Tensor], tile: int) -> list[tuple[Tensor, Tensor]]:
     """Write h, c and gates of ``fastseq_kernels.lstm_resident.Direction``; returns h_n and c_n of each."""
     call = directions[0].call
     h_n = [torch.empty_like(d.call.h0, memory_format=torch.contiguous_format) for d in directions]
     c_n = [torch.empty_like(d.call.c0) for d in directions]
     torch.ops.fastseq.lstm_persist_forward.default(
         [d.x_gates for d in directions],
-        *([getattr(d.call, name) for d in directions] for name in ("weight_hh", "h0", "c0")),
+        *([d.call.weight_hh for d in directions], list(scale)),
+        *([getattr(d.call, name) for d in directions] for name in ("h0", "c0")),
         *(call.rows.lengths, call.rows.offsets, call.tau, call.hard, call.reverse, tile),
         [d.h for d in directions],
         *([v for v in (getattr(d, name) for d in directions) if v is not None] for name in ("c", "gates")),
@@ -278,7 +295,7 @@ def _forward(call: Call) -> list[tuple[Tensor, ...]]:
     for n, recurrence in enumerate(_recurrences(call)):
         x_gates, noise, ours = _x_gates(call, n)
         directions.append(lstm.prepared(recurrence, x_gates, noise, call.rest[0], ours))
-    last = loop_forward(directions, tile)
+    last = loop_forward(directions, call.scale, tile)
     return [lstm.kept(d, *states) for d, states in zip(directions, last, strict=True)]
 
 
@@ -318,6 +335,7 @@ BACKEND = {
     for op, call_of, run in (
         ("lstm_forward", _of_forward, lambda call: _forward(call)[0]),
         ("lstm_backward", _of_backward, lambda call: _backward(call)[0]),
+        ("lstm_int8_forward", _of_int8_forward, lambda call: _forward(call)[0]),
         ("lstm_layer_forward", _of_layer_forward, lambda call: _forward(call)[0]),
         ("lstm_layer_backward", _of_layer_backward, lambda call: _backward(call)[0]),
         ("lstm_layer_both_forward", _of_both_forward, _both_forward),

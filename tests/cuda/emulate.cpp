@@ -72,6 +72,13 @@ extern "C" {
 
 int emulate_forward(const PersistShape* shape, const PersistForward* directions, int count, int tile, unsigned seed) {
   return with_tile(tile, [&]<class Of>(Of) {
+    if constexpr (Forward<Int8<Bfloat16>, Of>::kExists) {
+      if (shape->int8) {
+        shape->bfloat16 ? forward<Of, Int8<Bfloat16>>(*shape, directions, count, seed)
+                        : forward<Of, Int8<Float16>>(*shape, directions, count, seed);
+        return;
+      }
+    }
     shape->bfloat16 ? forward<Of, Bfloat16>(*shape, directions, count, seed)
                     : forward<Of, Float16>(*shape, directions, count, seed);
   });

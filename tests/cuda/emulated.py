@@ -29,16 +29,25 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 P, N = ctypes.c_void_p, ctypes.c_int64
 Shape = structure(
-    "Shape", T=N, B=N, H=N, lengths=P, offsets=P, inverse_tau=ctypes.c_float, hard=ctypes.c_bool, bfloat16=ctypes.c_bool
+    "Shape",
+    T=N,
+    B=N,
+    H=N,
+    lengths=P,
+    offsets=P,
+    inverse_tau=ctypes.c_float,
+    hard=ctypes.c_bool,
+    bfloat16=ctypes.c_bool,
+    int8=ctypes.c_bool,
 )
 _POINTERS = {
-    "Forward": "x_gates weight_hh h0 c0 h c gates h_n c_n",
+    "Forward": "x_gates weight_hh scale h0 c0 h c gates h_n c_n",
     "Backward": "dh dh_n dc_n gates c weight_hh c0 dx_gates dh0 dc0",
 }
 Forward, Backward = (
     structure(name, **dict.fromkeys(fields.split(), P), reverse=ctypes.c_bool) for name, fields in _POINTERS.items()
 )
-TileSizes = structure("TileSizes", units=N, rows=N, depth=N, threads=N, cluster=ctypes.c_bool)
+TileSizes = structure("TileSizes", units=N, rows=N, depth=N, threads=N, cluster=ctypes.c_bool, int8_depth=N)
 
 
 def compiler() -> str:
@@ -65,6 +74,7 @@ class Sizes(NamedTuple):
     depth: int
     threads: int
     cluster: bool
+    int8_depth: int
 
 
 def tile_sizes(tile: int) -> Sizes:
@@ -81,6 +91,7 @@ class Direction(NamedTuple):
     h0: Tensor
     c0: Tensor
     reverse: bool
+    scale: Tensor | None = None  # of int8 weights
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -102,7 +113,8 @@ def _shape(first: Direction, options: Options) -> tuple[Any, list[Any]]:
     B, H = first.c0.shape
     T, *places = layout(first.x_gates, options, B)
     pointers = [pointer(v) for v in places]
-    return Shape(T, B, H, *pointers, 1 / options.tau, options.hard, first.h0.dtype == torch.bfloat16), places
+    kind = (first.h0.dtype == torch.bfloat16, first.scale is not None)
+    return Shape(T, B, H, *pointers, 1 / options.tau, options.hard, *kind), places
 
 
 def forward(
@@ -117,7 +129,7 @@ def forward(
         gates = x if in_place else torch.full_like(x, torch.nan)
         h, c = x.new_full((*lead, H), torch.nan), d.c0.new_full((*lead, H), torch.nan)
         out = (h, c, gates, torch.full_like(d.h0, torch.nan), torch.full_like(d.c0, torch.nan))
-        given = [x, d.weight_hh, d.h0, d.c0]
+        given = [x, d.weight_hh, d.scale, d.h0, d.c0]
         calls[n] = Forward(*(pointer(t) for t in (*given, *out)), d.reverse)
         kept.append(given)
         found.append(out)

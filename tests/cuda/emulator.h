@@ -329,6 +329,10 @@ FASTSEQ_UNSEEN inline bool arrived(Arrivals* a, int parity) {
   emulated::order_after(a);
   return true;
 }
+inline void push_word(int block, uint32_t* to, uint32_t v, Arrivals* a) {
+  const uint32_t words[] = {v};
+  emulated::push(block, to, words, a);
+}
 inline void push_words(int block, uint32_t* to, uint32_t first, uint32_t second, Arrivals* a) {
   const uint32_t words[] = {first, second};
   emulated::push(block, to, words, a);
@@ -350,27 +354,36 @@ FASTSEQ_UNSEEN inline void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
   for (int block = 0; block < 4; ++block) r[block] = seen_pair(from[block]);
 }
 
-template <class Low>
-FASTSEQ_UNSEEN void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// d += a b, where number k of the depth is number k % per_word of a word: `add` has the arithmetic of two numbers.
+template <class Sum, class Add>
+FASTSEQ_UNSEEN void multiply_add(Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int per_word, Add add) {
   const emulated::Lane* const lanes = emulated::meet(3, [&](emulated::Lane& own) FASTSEQ_UNSEEN {
     std::memcpy(own.a, a, sizeof a);
     own.b[0] = b0, own.b[1] = b1;
   });
   // the groups of four lanes and the places in them, as the manual names them
-  const int lane = emulated::current->thread % 32, group = lane >> 2, in_group = lane & 3;
-  const auto half = [](uint32_t word, int k) { return Low::wide(static_cast<uint16_t>(word >> 16 * (k & 1))); };
+  const int lane = emulated::current->thread % 32, group = lane >> 2, in_group = lane & 3, half = 4 * per_word;
   for (int i = 0; i < 4; ++i) {
     const int row = i < 2 ? group : group + 8, column = 2 * in_group + (i & 1);
-    for (int k = 0; k < 16; ++k) {
-      const int holder = k % 8 / 2, high = k >= 8;
-      const float left = half(lanes[4 * (row & 7) + holder].a[(row >= 8) + 2 * high], k);
-      const float right = half(lanes[4 * column + holder].b[high], k);
-      d[i] = std::fma(left, right, d[i]);
+    for (int k = 0; k < 2 * half; ++k) {
+      const int holder = k % half / per_word, high = k >= half;
+      const int shift = 32 / per_word * (k % per_word);
+      const uint32_t left = lanes[4 * (row & 7) + holder].a[(row >= 8) + 2 * high];
+      const uint32_t right = lanes[4 * column + holder].b[high];
+      add(d[i], left >> shift, right >> shift);
     }
   }
 }
+template <class Low>
+FASTSEQ_UNSEEN void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply_add(d, a, b0, b1, 2, [](float& sum, uint32_t left, uint32_t right) FASTSEQ_UNSEEN {
+    sum = std::fma(Low::wide(static_cast<uint16_t>(left)), Low::wide(static_cast<uint16_t>(right)), sum);
+  });
+}
 
 struct Bfloat16 {
+  using Sum = float;
+  static constexpr int kPerWord = 2;
   static constexpr uint32_t kInfinity = 0x7f80;
   static float wide(uint16_t v) {
     const uint32_t bits = static_cast<uint32_t>(v) << 16;
@@ -388,6 +401,8 @@ struct Bfloat16 {
   }
 };
 struct Float16 {
+  using Sum = float;
+  static constexpr int kPerWord = 2;
   static constexpr uint32_t kInfinity = 0x7c00;
   static float wide(uint16_t v) {
     _Float16 found;
@@ -405,6 +420,18 @@ struct Float16 {
   }
 };
 
+template <class Low>
+struct Int8 : Low {
+  using Sum = int32_t;
+  static constexpr int kPerWord = 4;
+  static void multiply_add(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    cuda::multiply_add(d, a, b0, b1, 4, [](int32_t& sum, uint32_t left, uint32_t right) FASTSEQ_UNSEEN {
+      sum += static_cast<int8_t>(left) * static_cast<int8_t>(right);
+    });
+  }
+};
+
+inline int nearest(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 inline float tanh_of(float x) { return 1.0f - 2.0f / (1.0f + std::exp(2.0f * x)); }
 inline uint32_t bits_of(float x) {

@@ -16,7 +16,7 @@ void run(int tile, unsigned seed) {
   std::vector<int64_t> lengths(B);
   std::mt19937 random(seed);
   for (auto& n : lengths) n = static_cast<int64_t>(random() % (T + 1));
-  const PersistShape shape{T, B, H, lengths.data(), nullptr, 1.0f, false, true};
+  const PersistShape shape{T, B, H, lengths.data(), nullptr, 1.0f, false, true, false};
   Numbers numbers[2];
   PersistForward forward[2];
   PersistBackward backward[2];
@@ -29,7 +29,7 @@ void run(int tile, unsigned seed) {
     drawn(v.x, T * B * 4 * H), drawn(v.w, 4 * H * H), drawn(v.h0, B * H), drawn(v.dh, T * B * H);
     v.h.resize(T * B * H), v.gates.resize(T * B * 4 * H), v.h_n.resize(B * H), v.dx.resize(T * B * 4 * H);
     v.dh0.resize(B * H), v.c0.resize(B * H), v.c.resize(T * B * H), v.c_n.resize(B * H), v.dc0.resize(B * H);
-    forward[n] = {v.x.data(), v.w.data(),     v.h0.data(),  v.c0.data(),  v.h.data(),
+    forward[n] = {v.x.data(), v.w.data(),     nullptr,      v.h0.data(),  v.c0.data(), v.h.data(),
                   v.c.data(), v.gates.data(), v.h_n.data(), v.c_n.data(), n == 1};
     backward[n] = {v.dh.data(), nullptr,     nullptr,      v.gates.data(), v.c.data(), v.w.data(),
                    v.c0.data(), v.dx.data(), v.dh0.data(), v.dc0.data(),   n == 1};

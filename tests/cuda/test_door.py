@@ -28,7 +28,7 @@ def forward(T=3, B=2, H=8, low=torch.bfloat16, count=1, packed=None, device="cpu
     gate = {"tau": 1.0, "hard": False, "reverse": False, "tile": 0}
     out = {"h": kept(H), "c": kept(H, torch.float32), "gates": kept(4 * H), "h_n": some(B, H)}
     ends = {"c_n": some(B, H, dtype=torch.float32)}
-    given = {"x_gates": kept(4 * H), "weight_hh": some(4 * H, H), **state, **rows, **gate, **out, **ends}
+    given = {"x_gates": kept(4 * H), "weight_hh": some(4 * H, H), "scale": [], **state, **rows, **gate, **out, **ends}
     return list({**given, **change}.values())
 
 
@@ -42,6 +42,10 @@ def backward(T=3, B=2, H=8, low=torch.bfloat16, count=1, packed=None, device="cp
     return list({**grads, **given, **gate, **out, **change}.values())
 
 
+def int8(H=8, **change):
+    return forward(H=H, **{"weight_hh": [torch.zeros(4 * H, H, dtype=torch.int8)], "scale": [torch.ones(4 * H)], **change})
+
+
 def refused(op, args):
     try:
         getattr(ops, op).default.redispatch(CUDA, *args)
@@ -53,9 +57,9 @@ def refused(op, args):
 
 def test_schemas_and_tiles(package: Path) -> None:
     code = "print(_cuda.why_not_loaded, ops.lstm_persist_forward.default._schema)\nprint(lstm_persist.TILES)\n"
-    code += "with FakeTensorMode(): print(len(ops.lstm_persist_tiles()) == 5 * len(lstm_persist.TILES))"
+    code += "with FakeTensorMode(): print(len(ops.lstm_persist_tiles()) == 6 * len(lstm_persist.TILES))"
     first, tiles, fake = python(package, CALLS + code).splitlines()
-    assert first.startswith("None fastseq::lstm_persist_forward(Tensor[] x_gates, Tensor[] weight_hh, Tensor[] h0,")
+    assert first.startswith("None fastseq::lstm_persist_forward(Tensor[] x_gates, Tensor[] weight_hh, Tensor[] scale,")
     assert first.endswith("Tensor(d!)[] h_n, Tensor(e!)[] c_n) -> ()")
     assert tiles.startswith("(Tile(units=") and fake == "True"
 
@@ -106,6 +110,13 @@ REFUSED = {
     "forward(tile=-1)": "tile must lie in 0 .. {tiles}, got -1",
     "forward(tile=1000)": "tile must lie in 0 .. {tiles}, got 1000",
     "forward(H=lstm_persist.TILES[0].depth + 1)": "H must be at most {depth} with tile 0, got {more}",
+    "int8()": "x_gates must be on cuda",
+    "forward(scale=[torch.ones(32)])": "weight_hh must be int8, got bfloat16",
+    "forward(count=2, scale=[torch.ones(32)])": "scale must list 2 directions or none, got 1",
+    "int8(scale=[torch.ones(31)])": "scale must be [4*H] = [32], got [31]",
+    "int8(scale=[torch.ones(32).double()])": "scale must be float32, got float64",
+    "int8(H=lstm_persist.TILES[0].int8_depth + 1)": "H must be at most {int8} with tile 0 and int8 weights, got {int8_more}",
+    "int8(tile=9)": "H must be at most 0 with tile 9 and int8 weights, got 8",
     "backward()": "dh must be on cuda",
     "backward(count=2, dh=[None] * 2, dh_n=[None] * 2)": "gates[0] must be on cuda",
     "backward(dh=[])": "dh must list 1 directions, got 0",
@@ -115,14 +126,19 @@ REFUSED = {
 }
 
 
+def operator(call: str) -> str:
+    return "lstm_persist_backward" if call.startswith("backward") else "lstm_persist_forward"
+
+
 @pytest.fixture(scope="module")
 def messages(package: Path) -> dict[str, tuple[str, str]]:
     """Of each call what was said and what is expected, from one process."""
-    lines = ["print(len(lstm_persist.TILES) - 1, lstm_persist.TILES[0].depth)"]
-    lines += [f"print(refused('lstm_persist_{call.split('(')[0]}', {call}))" for call in REFUSED]
+    lines = ["print(len(lstm_persist.TILES) - 1, lstm_persist.TILES[0].depth, lstm_persist.TILES[0].int8_depth)"]
+    lines += [f"print(refused('{operator(call)}', {call}))" for call in REFUSED]
     numbers, *said = python(package, CALLS + "\n".join(lines)).splitlines()
-    tiles, depth = map(int, numbers.split())
-    expected = (words.format(tiles=tiles, depth=depth, more=depth + 1) for words in REFUSED.values())
+    tiles, depth, int8 = map(int, numbers.split())
+    known = {"tiles": tiles, "depth": depth, "more": depth + 1, "int8": int8, "int8_more": int8 + 1}
+    expected = (words.format(**known) for words in REFUSED.values())
     return dict(zip(REFUSED, zip(said, expected, strict=True), strict=True))
 
 
@@ -130,4 +146,4 @@ def messages(package: Path) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize("call", REFUSED)
 def test_what_the_door_refuses(call: str, messages: dict[str, tuple[str, str]]) -> None:
     said, expected = messages[call]
-    assert said == f"lstm_persist_{call.split('(')[0]}: {expected}"
+    assert said == f"{operator(call)}: {expected}"

@@ -261,5 +261,5 @@ def test_the_definition_on_the_cpu_is_announced(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING, "fastseq"):
         for _ in range(2):
             functional.lstm_int8(*args)
-    reasons = "cpu: x_gates is torch.float64, it takes torch.float32; triton: input is on cpu"
+    reasons = "cpu: x_gates is torch.float64, it takes torch.float32; cuda: input is on cpu; triton: input is on cpu"
     assert [r.message for r in caplog.records] == [f"lstm_int8_forward: using reference, because {reasons}"]

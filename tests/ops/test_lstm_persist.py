@@ -20,7 +20,9 @@ from tests.tolerance import assert_same_bits
 
 I = 7  # noqa: E741
 NOISE, LOW = (None, None, 0, 0, 1.0), torch.bfloat16
-TILES = tuple(lstm_persist.Tile(*t) for t in ((8, 16, 256, 256), (8, 16, 512, 256), (16, 64, 512, 256)))
+TILES = tuple(
+    lstm_persist.Tile(*t) for t in ((8, 16, 256, 256, 0, 512), (8, 16, 512, 256, 0, 0), (16, 64, 512, 256, 1, 0))
+)
 LAYOUTS = {
     "dense": Case(4, 3, 5),
     "hard_reverse": Case(4, 3, 5, hard=True, reverse=True),
@@ -96,7 +98,7 @@ class Stand:
 
     @staticmethod
     def forward(
-        x_gates: Any, weight_hh: Any, h0: Any, c0: Any, lengths: Any, offsets: Any, tau: float, hard: bool,
+        x_gates: Any, weight_hh: Any, scale: Any, h0: Any, c0: Any, lengths: Any, offsets: Any, tau: float, hard: bool,
         reverse: bool, tile: int, h: Any, c: Any, gates: Any, h_n: Any, c_n: Any,
     ) -> None:  # fmt: skip
         from fastseq_kernels import lstm_resident
