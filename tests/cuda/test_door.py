@@ -43,7 +43,8 @@ def backward(T=3, B=2, H=8, low=torch.bfloat16, count=1, packed=None, device="cp
 
 
 def int8(H=8, **change):
-    return forward(H=H, **{"weight_hh": [torch.zeros(4 * H, H, dtype=torch.int8)], "scale": [torch.ones(4 * H)], **change})
+    own = {"weight_hh": [torch.zeros(4 * H, H, dtype=torch.int8)], "scale": [torch.ones(4 * H)]}
+    return forward(H=H, **{**own, **change})
 
 
 def refused(op, args):
@@ -115,7 +116,7 @@ REFUSED = {
     "forward(count=2, scale=[torch.ones(32)])": "scale must list 2 directions or none, got 1",
     "int8(scale=[torch.ones(31)])": "scale must be [4*H] = [32], got [31]",
     "int8(scale=[torch.ones(32).double()])": "scale must be float32, got float64",
-    "int8(H=lstm_persist.TILES[0].int8_depth + 1)": "H must be at most {int8} with tile 0 and int8 weights, got {int8_more}",
+    "int8(H=lstm_persist.TILES[0].int8_depth + 1)": "H must be at most {int8} with tile 0 and int8 weights, got {over}",
     "int8(tile=9)": "H must be at most 0 with tile 9 and int8 weights, got 8",
     "backward()": "dh must be on cuda",
     "backward(count=2, dh=[None] * 2, dh_n=[None] * 2)": "gates[0] must be on cuda",
@@ -137,7 +138,7 @@ def messages(package: Path) -> dict[str, tuple[str, str]]:
     lines += [f"print(refused('{operator(call)}', {call}))" for call in REFUSED]
     numbers, *said = python(package, CALLS + "\n".join(lines)).splitlines()
     tiles, depth, int8 = map(int, numbers.split())
-    known = {"tiles": tiles, "depth": depth, "more": depth + 1, "int8": int8, "int8_more": int8 + 1}
+    known = {"tiles": tiles, "depth": depth, "more": depth + 1, "int8": int8, "over": int8 + 1}
     expected = (words.format(**known) for words in REFUSED.values())
     return dict(zip(REFUSED, zip(said, expected, strict=True), strict=True))
 
