@@ -23,6 +23,7 @@ from benchmarks.gpu.process import ROOT
 from benchmarks.harness import ABSENT, Budget, CannotRun, gate, relative_error
 from fastseq import reference
 from fastseq.ops.lstm import Options
+from tests.cuda import int8_cases
 
 SECONDS = 0.5  # of the rounds of one case
 T = 1024
@@ -98,6 +99,40 @@ def loops(context: Context, B: int, H: int, dtype: torch.dtype) -> list[Row]:
         except Exception as error:
             timing.synchronize(context)  # raises where the device is lost
             rows.append({**shared, "mode": "forward", "label": label, "gate": f"failed: {reason(error)}"})
+    return _timed(context, rows, calls, steps)
+
+
+def int8_loops(context: Context, B: int, H: int, dtype: torch.dtype) -> list[Row]:
+    """The same with int8 weights: forward alone."""
+    steps = context.pick(T, 4)
+    given = int8_cases.drawn(steps, B, H, dtype)
+    call = Direction(*(v.to(context.device) for v in given))
+    short = given._replace(x_gates=given.x_gates[:GATE_STEPS])
+    few = call._replace(x_gates=call.x_gates[:GATE_STEPS])
+    calls: dict[str, Callable[[], Any]] = {}
+    rows: list[Row] = []
+    for number, tile in persist_loop.tiles(context.dry).items():
+        if tile.int8_depth < H:
+            continue
+        label = f"{lstm.PERSIST} int8 tile {number} forward"
+        row: Row = {"op": "lstm_loop", "table": "persist loop", "case": f"T{steps}_B{B}_H{H}", "tile": number}
+        row |= {"provider": "fastseq", "dtype": "int8", **tile._asdict(), "mode": "forward", "label": label}
+        row["blocks"], row["room"] = persist_loop.room(call, Options(), number, 1, False)
+        rows.append(row)
+        try:
+            persist_loop.needs_room(call, Options(), number)
+            out = tuple(v.cpu() for v in persist_loop.forward([few], Options(), number)[0])
+            int8_cases.check(short, torch.full((B,), len(short.x_gates)), False, out)
+            row["gate"], calls[label] = "passed", persist_loop.forward_of([call], Options(), number)[0]
+        except CannotRun as error:
+            row["gate"] = f"{ABSENT[1]}{error}"
+        except Exception as error:
+            timing.synchronize(context)  # raises where the device is lost
+            row["gate"] = f"failed: {reason(error)}"
+    return _timed(context, rows, calls, steps)
+
+
+def _timed(context: Context, rows: list[Row], calls: dict[str, Callable[[], Any]], steps: int) -> list[Row]:
     samples = timing.interleave(context, calls, SECONDS)
     for row in rows:
         if row["label"] in samples:
@@ -108,7 +143,7 @@ def loops(context: Context, B: int, H: int, dtype: torch.dtype) -> list[Row]:
 
 def _loops(context: Context, B: int, H: int, dtype: torch.dtype) -> list[Row]:
     with persist_loop.runs(context.dry):
-        return loops(context, B, H, dtype)
+        return loops(context, B, H, dtype) + int8_loops(context, B, H, dtype)
 
 
 def sanitizer() -> str | None:
