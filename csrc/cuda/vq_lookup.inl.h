@@ -5,9 +5,9 @@
 // wait for the level before.
 //
 // All blocks of a row need its code, to know what is left of it. Each hands on the best of its part as two words, which
-// are zero until then and are written once: a reader polls the words themselves, one trip through the second-level cache
-// without a flag or a fence. Nothing but these words, relaxed atomics, goes from block to block, and no place is used
-// twice. The blocks of a launch are on the device together, so what is waited for comes.
+// are zero until then and are written once: a reader polls the words themselves, one trip through the second-level
+// cache without a flag or a fence. Nothing but these words, relaxed atomics, goes from block to block, and no place is
+// used twice. The blocks of a launch are on the device together, so what is waited for comes.
 namespace fastseq::cuda {
 
 struct LookupCall {
