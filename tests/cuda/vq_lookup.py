@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.cuda.emulated import CSRC as CSRC
 from tests.cuda.emulated import N, P, compile_cpp, pointer, structure
 
 MOST_LEVELS = 32

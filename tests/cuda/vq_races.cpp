@@ -14,8 +14,10 @@ int main() {
   std::vector<int64_t> depth(N), index(2 * N);
   for (auto& levels : depth) levels = static_cast<int64_t>(random() % 3);
   std::vector<float> distance(2 * N), score(2 * N), quantized(N * D);
-  VqLookup call{1, N, D, 2, {{K[0], first.data()}, {K[1], second.data()}}, x.data(), nullptr, depth.data()};
-  call.bits = 64, call.index = index.data(), call.distance = distance.data(), call.score = score.data();
-  call.quantized = quantized.data();
+  VqLookup call{};
+  call.G = 1, call.N = N, call.D = D, call.levels = 2, call.bits = 64;
+  call.level[0] = {K[0], first.data()}, call.level[1] = {K[1], second.data()};
+  call.x = x.data(), call.depth = depth.data(), call.index = index.data();
+  call.distance = distance.data(), call.score = score.data(), call.quantized = quantized.data();
   emulate_vq_lookup(&call, 3, 7);
 }
