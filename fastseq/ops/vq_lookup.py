@@ -43,7 +43,7 @@ def _(*args: Any) -> None:
 class Call(NamedTuple):
     """Arguments of any of the operators that have this backend, in one form."""
 
-    data: Tensor  # x [G, N, D]
+    data: Tensor  # x [G, N, D]; or [N, D], then codebooks and mask have no G either
     codebooks: Sequence[Tensor]
     mask: Tensor | None = None
     levels: Tensor | None = None
@@ -56,13 +56,19 @@ class Call(NamedTuple):
     lacks: str | None = None  # an option that it does not have
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        G, N, D = self.data.shape if self.data.dim() == 3 else (1, *self.data.shape)
+        return G, N, D
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(c.shape[-2] for c in self.codebooks)
 
     @property
     def groups(self) -> int:
         """Of rows that blocks of threads share."""
-        return self.data.shape[0] * math.ceil(self.data.shape[1] / ROWS)
+        G, N, _ = self.size
+        return G * math.ceil(N / ROWS)
 
 
 class Found(NamedTuple):
@@ -89,8 +95,7 @@ def _of_quantize(x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, su
 def _of_residual(
     x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, keep: bool
 ) -> Call:
-    own, lacks = None if mask is None else mask[None], "no sums by code" if sums else None
-    return Call(x[None], [c[None] for c in codebooks], own, levels, keep=keep, lacks=lacks)
+    return Call(x, codebooks, mask, levels, keep=keep, lacks="no sums by code" if sums else None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,11 +109,11 @@ def _parts(device: torch.device, G: int, N: int, D: int, sizes: tuple[int, ...])
 
 
 def _parts_of(call: Call) -> int | None:
-    return _parts(call.data.device, *call.data.shape, call.sizes)
+    return _parts(call.data.device, *call.size, call.sizes)
 
 
 def _why_not(call: Call) -> str | None:
-    (G, N, D), M = call.data.shape, len(call.codebooks)
+    (G, N, D), M = call.size, len(call.codebooks)
     for name, dtype in (("x", call.data.dtype), *(("codes", c.dtype) for c in call.codebooks)):
         if dtype not in DTYPES:
             return f"only float32, bfloat16 and float16, {name} are {str(dtype).removeprefix('torch.')}"
@@ -130,7 +135,7 @@ def _why_not(call: Call) -> str | None:
 
 def _doubt(call: Call) -> str | None:
     """Where triton's way is said to cost less: more rows, or more work than pays for its launches."""
-    (G, N, D), sizes = call.data.shape, call.sizes
+    (G, N, D), sizes = call.size, call.sizes
     if G * N > MOST_ROWS:
         return f"{G * N} rows are more than the {MOST_ROWS} up to which one launch is faster by our estimate"
     work = G * N * D * sum(sizes)
@@ -140,20 +145,24 @@ def _doubt(call: Call) -> str | None:
 
 
 def _detail(call: Call) -> str:
-    parts, few = _parts_of(call), ROWS if call.data.shape[1] > ROWS else call.data.shape[1]
+    parts, few = _parts_of(call), min(ROWS, call.size[1])
     return f"one launch: {call.groups} groups of up to {few} rows, the codes in {parts} parts"
 
 
 def lookup(call: Call, parts: int) -> Found:
-    x, M = call.data, len(call.codebooks)
-    G, N, _ = x.shape
+    x, (G, N, _), M = call.data, call.size, len(call.codebooks)
     index = torch.empty(G, N, M, dtype=INDEX[call.bits], device=x.device)
     wide = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     distance, score = (wide(G, M, N) if wanted else wide(0) for wanted in (call.distance, call.score))
     quantized = torch.empty_like(x) if call.quantized else x.new_empty(0)
-    outs = (t if t.numel() else None for t in (distance, score, quantized))
-    given = (x, call.codebooks, call.mask, call.levels, call.dot, parts)
-    torch.ops.fastseq.vq_lookup.default(*given, index, *outs)
+
+    def grouped(t: Tensor) -> Tensor:
+        return t if x.dim() == 3 else t.unsqueeze(0)
+
+    given = (grouped(x), [grouped(c) for c in call.codebooks], None if call.mask is None else grouped(call.mask))
+    outs = (distance if call.distance else None, score if call.score else None)
+    last = grouped(quantized) if call.quantized else None
+    torch.ops.fastseq.vq_lookup.default(*given, call.levels, call.dot, parts, index, *outs, last)
     return Found(index, distance, score, quantized)
 
 
@@ -175,8 +184,8 @@ def _quantize(call: Call) -> tuple[Tensor, ...]:
 
 def _residual(call: Call) -> tuple[Tensor, ...]:
     index, distance, none, quantized = _run(call)
-    codes = torch.cat([c[0] for c in call.codebooks]) if call.keep else call.codebooks[0].new_empty(0)
-    return quantized[0], index[0], distance[0], none, torch.empty_like(none), codes
+    codes = torch.cat(list(call.codebooks)) if call.keep else call.codebooks[0].new_empty(0)
+    return quantized, index[0], distance[0], none, torch.empty_like(none), codes
 
 
 BACKEND = {

@@ -44,7 +44,9 @@ def check(case: Case, parts: int, seed: int, row: Any = torch.float32, code: Any
     wide = x.float(), codebook.float()
     expected = reference.vq_nearest(*wide, mask, case.dot)
     assert_same_bits("index", index, expected)
-    assert_same_bits("score", score[:, 0] + 0.0, vq_cases.expected_scores(*wide, mask, case.dot, expected)[..., 0] + 0.0)
+    assert_same_bits(
+        "score", score[:, 0] + 0.0, vq_cases.expected_scores(*wide, mask, case.dot, expected)[..., 0] + 0.0
+    )
     codes = reference.vq_gather(codebook, expected[..., 0]).to(row)
     assert torch.equal(quantized.nan_to_num(7.0), codes.nan_to_num(7.0))
     if all(t.isfinite().all() and t.abs().max() < 1e15 for t in wide):
