@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "cuda/device.cuh"
-#include "cuda/fragment.h"
 #include "cuda/launch.cuh"
 #include "cuda/vq_plan.h"
 // after the names of the device
@@ -12,12 +11,12 @@
 namespace fastseq::cuda {
 namespace {
 
-__global__ void __launch_bounds__(Lookup::kThreads, 3) vq_lookup_kernel(const __grid_constant__ LookupCall call) {
+__global__ void __launch_bounds__(kVqThreads, 3) vq_lookup_kernel(const __grid_constant__ LookupCall call) {
   Lookup(call).run();
 }
 
 Kernel kernel_of(const VqLookup& call) {
-  return {reinterpret_cast<const void*>(&vq_lookup_kernel), Lookup::shared_of(call.D, call.levels)};
+  return {reinterpret_cast<const void*>(&vq_lookup_kernel), vq_shared(call.D, call.levels)};
 }
 
 const char* refused(const VqLookup& call, int parts) {
@@ -36,7 +35,7 @@ const char* refused(const VqLookup& call, int parts) {
 
 int vq_lookup_parts(const VqLookup& call) {
   if (refused(call, 1)) return 0;
-  const int64_t each = room(kernel_of(call), Lookup::kThreads) / (row_groups(call) * call.G);
+  const int64_t each = room(kernel_of(call), kVqThreads) / (row_groups(call) * call.G);
   return static_cast<int>(std::min({each, most_parts(call), int64_t{kVqMostParts}}));
 }
 
@@ -45,7 +44,7 @@ size_t vq_lookup_scratch(const VqLookup& call, int parts) { return 4 * lookup_wo
 const char* vq_lookup(const VqLookup& call, int parts, void* scratch, void* stream) noexcept {
   if (const char* const why = refused(call, parts)) return why;
   const LookupCall given{call, static_cast<uint32_t*>(scratch), parts, static_cast<int>(row_groups(call))};
-  return launch(kernel_of(call), given, static_cast<int>(call.G), Lookup::kThreads, lookup_words(call, parts),
+  return launch(kernel_of(call), given, static_cast<int>(call.G), kVqThreads, lookup_words(call, parts),
                 static_cast<cudaStream_t>(stream));
 }
 

@@ -68,15 +68,8 @@ struct alignas(16) Four {
 };
 
 struct Lookup {
-  static constexpr int kThreads = 128, kWarps = kThreads / 32, kRows = kVqRows, kCodes = kVqCodes;
+  static constexpr int kWarps = kVqThreads / 32, kRows = kVqRows, kCodes = kVqCodes;
   static constexpr int kOwn = kRows / kWarps;  // rows of a warp
-
-  // Columns of a row or code in shared memory: zeros behind the last, and so many that lanes which read four columns of
-  // codes one below the other do not meet in a bank.
-  static constexpr FASTSEQ_BOTH int stride_of(int64_t D) { return 4 * static_cast<int>((D + 3) / 4 | 1); }
-  static constexpr size_t shared_of(int64_t D, int levels) {
-    return sizeof(float) * ((kRows + kCodes) * stride_of(D) + kCodes) + sizeof(int) * levels * kRows;
-  }
 
   const LookupCall& call;
   const VqLookup& of;
@@ -90,7 +83,7 @@ struct Lookup {
   int code[kOwn];
 
   FASTSEQ_DEVICE explicit Lookup(const LookupCall& given) : call(given), of(given.of) {
-    lane = thread_index() % 32, warp = thread_index() / 32, part = block_x(), stride = stride_of(of.D);
+    lane = thread_index() % 32, warp = thread_index() / 32, part = block_x(), stride = vq_stride(of.D);
     g = block_z(), first_row = static_cast<int64_t>(block_y()) * kRows;
     rest = reinterpret_cast<float*>(shared_bytes());
     codes = rest + kRows * stride;

@@ -1,13 +1,23 @@
-// Sizes of a lookup, from its call and the number of parts.
+// Sizes of a lookup: of a block of threads, and from a call and its number of parts.
 #pragma once
 
 #include <algorithm>
 
+#include "cuda/fragment.h"
 #include "cuda/vq_lookup.h"
 
 namespace fastseq::cuda {
 
-constexpr int kVqRows = 16, kVqCodes = 32;  // of a block of threads, and of a tile
+constexpr int kVqThreads = 128, kVqRows = 16, kVqCodes = 32;  // of a block of threads; codes of a tile
+
+// Columns of a row or code in shared memory: zeros behind the last, and so many that lanes which read four columns of
+// codes one below the other do not meet in a bank.
+FASTSEQ_BOTH constexpr int vq_stride(int64_t D) { return 4 * static_cast<int>((D + 3) / 4 | 1); }
+// Bytes: rows, a tile, what its scores begin with, and the codes that rows were given.
+constexpr size_t vq_shared(int64_t D, int levels) {
+  return sizeof(float) * ((kVqRows + kVqCodes) * vq_stride(D) + kVqCodes) + sizeof(int) * levels * kVqRows;
+}
+static_assert(vq_shared(kVqMostD, kVqMostLevels) <= 99 << 10, "the smallest GPU has room");
 
 inline int64_t row_groups(const VqLookup& call) { return (call.N + kVqRows - 1) / kVqRows; }
 

@@ -106,4 +106,4 @@ def test_the_limits_are_those_of_the_backend() -> None:
     constants = (emulated.CSRC / "cuda" / "vq_lookup.h").read_text()
     assert f"kVqMostD = {vq_lookup.MOST_D};" in constants
     assert f"kVqMostLevels = {vq_lookup.MOST_LEVELS};" in constants
-    assert f"kVqRows = {vq_lookup.ROWS}, " in (emulated.CSRC / "cuda" / "vq_plan.h").read_text()
+    assert f" kVqRows = {vq_lookup.ROWS}, " in (emulated.CSRC / "cuda" / "vq_plan.h").read_text()

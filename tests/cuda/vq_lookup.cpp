@@ -3,7 +3,6 @@
 
 #include "tests/cuda/emulator.h"
 // after the names of the device
-#include "cuda/fragment.h"
 #include "cuda/vq_plan.h"
 // and last
 #include "cuda/vq_lookup.inl.h"
@@ -21,8 +20,8 @@ void emulate_vq_lookup(const VqLookup* of, int parts, unsigned seed) {
   auto* const aligned = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(exchange.data()) + 15) / 16 * 16);
   const int groups = static_cast<int>(row_groups(*of)), count = static_cast<int>(of->G);
   const LookupCall call{*of, aligned, parts, groups};
-  const size_t shared = Lookup::shared_of(of->D, of->levels);
-  emulated::run(parts, groups, count, Lookup::kThreads, shared, seed, [&] { Lookup(call).run(); });
+  const size_t shared = vq_shared(of->D, of->levels);
+  emulated::run(parts, groups, count, kVqThreads, shared, seed, [&] { Lookup(call).run(); });
 }
 
 }  // extern "C"
