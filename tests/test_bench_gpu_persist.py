@@ -125,7 +125,7 @@ def test_without_its_library_it_is_left_out(gate: str, tmp_path: Path, monkeypat
         assert begun[0] == "cuda" and set(begun[1 : 1 + count]) == set(main.PERSIST_PARITY)
         assert begun[1 + count :] == ["verified", "persist:times", "persist:sanitizer", "limits"]
     else:
-        assert begun == ["cuda", "limits"] and run.notes[1] == f"the persistent LSTM is left out: {gate}"
+        assert begun == ["cuda", "limits"] and run.notes[1] == f"what is compiled for CUDA is left out: {gate}"
 
 
 def test_what_passed_is_verified_for_the_source_that_was_compiled(

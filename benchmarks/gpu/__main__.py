@@ -40,18 +40,20 @@ SHARDS = {
     **{("mimo", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
     **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in DTYPES},
     **{("persist", dtype): 3 for dtype in ("bfloat16", "float16")},
+    **{("lookup", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
 }
+COMPILED = {"persist": "lstm_persist", "lookup": "vq_lookup"}  # families of csrc/cuda, and what they verify
 
 
-def parity(persistent: bool) -> tuple[str, ...]:
-    """The parts of the persistent LSTM, or of all else."""
-    shards = {shard: of for shard, of in SHARDS.items() if (shard[0] == "persist") == persistent}
+def parity(compiled: bool) -> tuple[str, ...]:
+    """The parts of the kernels of csrc/cuda, or of all else."""
+    shards = {shard: of for shard, of in SHARDS.items() if (shard[0] in COMPILED) == compiled}
     return tuple(f"parity:{family}-{dtype}-{n}/{of}" for (family, dtype), of in shards.items() for n in range(of))
 
 
 PERSIST_PARITY, PARITY = parity(True), parity(False)
 DRY = {  # share -> its parts, where not the first alone
-    "persist-parity": ("parity:persist-bfloat16-0/1",),
+    "persist-parity": ("parity:persist-bfloat16-0/1", "parity:lookup-float32-0/1"),
     "parity": ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1"),
 }
 SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))
@@ -162,7 +164,7 @@ def persistent(run: Run, cores: list[int]) -> bool:
     run.notes.extend(f"kernels for CUDA: {row['told']}" for row in rows if "told" in row)
     wrong = [row["gate"] for row in rows if row["gate"] != "passed"]
     if not rows or wrong:
-        run.notes.append(f"the persistent LSTM is left out: {(wrong or ['no answer'])[0]}")
+        run.notes.append(f"what is compiled for CUDA is left out: {(wrong or ['no answer'])[0]}")
     return bool(rows) and not wrong
 
 
@@ -209,7 +211,7 @@ def verify(rows: Sequence[Row], facts: Row, path: Path) -> list[str]:
     from fastseq_kernels._sources import source_hash
 
     def source(module: str) -> str:
-        return cuda.source() or "" if module == "lstm_persist" else source_hash(module)
+        return cuda.source() or "" if module in COMPILED.values() else source_hash(module)
 
     return list(importlib.import_module("benchmarks.gpu.parity").record(rows, facts, path, source))
 

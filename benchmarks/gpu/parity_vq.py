@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,15 +60,17 @@ def nearest(kernels: Kernels, name: str, mixed: bool, screen: int, best: int = 1
     _distances(kernels, x, codebook, index, distance)
 
 
-def quantize(kernels: Kernels, name: str, mixed: bool) -> None:
+def quantize(kernels: Kernels, name: str, mixed: bool, by_code: bool = True) -> None:
+    """``by_code``: sums too."""
     case = CASES[name]
     x, codebook, mask = inputs(name, kernels.torch_dtype, mixed)
-    got = kernels.call("vq_quantize", "vq_quantize", [x, codebook, mask, case.dot, True])
+    got = kernels.call("vq_quantize", "vq_quantize", [x, codebook, mask, case.dot, by_code])
     codes, index, distance, counts, sums = got
     same("index", index, reference.vq_nearest(x.float(), codebook.float(), mask, case.dot)[..., 0])
     same("codes", codes, reference.vq_gather(codebook, index).to(x.dtype))
     _distances(kernels, x, codebook, index[..., None], distance[..., None])
-    _same_sums(kernels, x, index, case.K, counts, sums)
+    if by_code:
+        _same_sums(kernels, x, index, case.K, counts, sums)
 
 
 def _same_sums(kernels: Kernels, x: Tensor, index: Tensor, K: int, counts: Tensor, sums: Tensor) -> None:
@@ -130,10 +132,18 @@ def _followed(x: Tensor, books: list[Tensor], index: Tensor) -> tuple[Tensor, Te
     return total, torch.stack(apart)
 
 
-def residual(kernels: Kernels, name: str) -> None:
+def residual(kernels: Kernels, name: str, by_code: bool = True) -> None:
+    """``by_code``: sums too."""
     x, books, levels = _residual(name, kernels.torch_dtype)
-    got = kernels.call("vq_residual", "vq_residual", [x, books, None, levels, True, True])
-    total, index, distance = got[:3]
+    got = kernels.call("vq_residual", "vq_residual", [x, books, None, levels, by_code, True])
+    check_residual(kernels, x, books, levels, got[:3])
+
+
+def check_residual(
+    kernels: Kernels, x: Tensor, books: list[Tensor], levels: Tensor | None, got: Sequence[Tensor]
+) -> None:
+    """Sum, index and distance of a residual quantizer."""
+    total, index, distance = got
     same("index", index, reference.vq_residual(x.float(), [b.float() for b in books], None, levels)[1])
     kernels.within_budget("quantized", [total], lambda *a: _followed(*a)[0], [x, books, index])
     single = Kernels(kernels.context, "float32")

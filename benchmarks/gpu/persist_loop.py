@@ -1,6 +1,7 @@
 """The loop of the persistent LSTM alone, ``fastseq::lstm_persist_*``, with every tile of choice.
 
-``python -m benchmarks.gpu.persist_loop`` runs small calls of all tiles: what compute-sanitizer looks at.
+``python -m benchmarks.gpu.persist_loop`` runs small calls of all tiles, and a lookup of few rows: that is what
+compute-sanitizer looks at.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import lookup
 from benchmarks.harness import CannotRun
 from fastseq.ops.lstm import Options
 
@@ -150,7 +152,7 @@ def drawn(T: int, B: int, H: int, dtype: torch.dtype, device: torch.device, seed
 
 
 def main() -> None:
-    """Every tile that has room, forward and backward: two groups of blocks, and a row that is shorter."""
+    """Every tile that has room, forward and backward: two groups of blocks, and a row that is shorter; and a lookup."""
     device = torch.device("cuda")
     for number, tile in tiles(False).items():
         call = drawn(3, tile.rows + 1, tile.units + 3, torch.bfloat16, device)
@@ -164,6 +166,7 @@ def main() -> None:
         backward([call], out, [(out[0][0], out[0][3], out[0][4])], options, number)
         torch.cuda.synchronize()
         print(f"tile {number}: done", flush=True)
+    lookup.small(device)
 
 
 if __name__ == "__main__":

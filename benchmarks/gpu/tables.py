@@ -82,6 +82,17 @@ def vq(rows: list[Row]) -> Table:
     return Table("Lookup of the nearest code, cold cache", header, lines, failed(rows))
 
 
+def few_rows(rows: list[Row]) -> Table:
+    header = ["case", "dtype", "provider", "us", "wrong indices", "one launch's time over it"]
+    lines = []
+    for case, group in by_case(rows).items():
+        ours = group.get("fastseq cuda", {})
+        for label, r in group.items():
+            wrong = f"{r['wrong']:.2%}" if "wrong" in r else "-"
+            lines.append([case, r["dtype"], label, ms(r, 1e3), wrong, table.ratio(ours, label)])
+    return Table("Lookup of few rows, through M codebooks", header, lines, failed(rows))
+
+
 def layers(rows: list[Row]) -> Table:
     header = ["case", "dtype", "mode", "provider", "ms", "peak MB", "fastseq's time over it"]
     lines = []
@@ -127,6 +138,7 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "stock": stock,
     "lstm": lstm,
     "vq": vq,
+    "few rows": few_rows,
     "layers": layers,
     "tests": tests,
 }

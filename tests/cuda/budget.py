@@ -69,7 +69,7 @@ class Tile(NamedTuple):
 
 @functools.cache
 def tiles() -> dict[str, Tile]:
-    """By their types, as they stand in the names of kernels."""
+    """By their types, as they stand in the names of kernels; what is of no tile by its kernel's name."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "tiles"
         emulated.compile_cpp("tiles.cpp", program, 0)
@@ -77,8 +77,8 @@ def tiles() -> dict[str, Tile]:
     found = {}
     for kind, sizes, name, threads, forward, backward in (line.split(";") for line in lines):
         shared = {"forward": int(forward), "backward": int(backward)}
-        numbers = "".join(f"Li{n.strip()}E" for n in sizes.split(","))
-        found[f"{len(kind)}{kind}I{numbers}E"] = Tile(name, int(threads), shared)
+        numbers = "".join(f"Li{n.strip()}E" for n in sizes.split(",") if n)
+        found[f"{len(kind)}{kind}I{numbers}E" if numbers else kind] = Tile(name, int(threads), shared)
     return found
 
 
@@ -103,10 +103,10 @@ def number_of(arch: str) -> int:
 def measure(objects: dict[str, str]) -> dict[Kernel, Taken]:
     found = {}
     for source, path in objects.items():
-        direction = next((d for d in ("forward", "backward") if d in Path(source).stem), "")
+        direction = "backward" if "backward" in Path(source).stem else "forward"
         for arch, name, (registers, stack, shared, local) in _resources(ROOT / path):
             tile = next((tile for text, tile in tiles().items() if text in name), None)
-            assert tile is not None and direction, f"{source}: {name} is of no tile"
+            assert tile is not None, f"{source}: {name} is of no tile"
             static = shared - (RESERVED if number_of(arch) >= 90 else 0)
             taken = Taken(registers, stack + local, static + tile.shared[direction], tile.threads)
             found[Kernel(source, tile.name, arch)] = taken

@@ -38,7 +38,8 @@ def found(package: Path) -> Found:
 
 
 def test_every_kernel_has_rows(found: Found) -> None:
-    assert len(found.measured) == 4 * len(budgets.tiles())  # forward and backward, of two types
+    # forward and backward, of two types; and one that is of no tile
+    assert len(found.measured) == 4 * (len(budgets.tiles()) - 1) + 1
     assert not budgets.misnamed(found.budget, found.measured)
 
 

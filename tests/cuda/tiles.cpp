@@ -1,8 +1,10 @@
 // What a block of each tile takes, one line each: its type and its sizes, by which the names of kernels have it; its
-// own name; threads, and bytes of shared memory that are asked for at launch, forward and backward.
+// own name; threads, and bytes of shared memory that are asked for at launch, forward and backward. Last what is of no
+// tile, by the name of its kernel, with all the shared memory that a call may ask for.
 #include <cstdio>
 
 #include "cuda/persist_tile.h"
+#include "cuda/vq_plan.h"
 
 int main() {
 #define FASTSEQ_LINE(n, ...)                                                                                     \
@@ -12,4 +14,8 @@ int main() {
                 Of::kForwardShared, Of::kBackwardShared);                                                        \
   }
   FASTSEQ_PERSIST_TILES(FASTSEQ_LINE)
+
+  using namespace fastseq::cuda;
+  const size_t shared = vq_shared(kVqMostD, kVqMostLevels);
+  std::printf("vq_lookup_kernel;;most;%d;%zu;%zu\n", kVqThreads, shared, shared);
 }

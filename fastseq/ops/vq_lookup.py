@@ -1,0 +1,198 @@
+"""``fastseq::vq_lookup``: few rows through a stack of codebooks, ``csrc/cuda/vq_lookup.h``, and the backend "cuda" of
+the quantizers' operators.
+
+x [G, N, D], codebooks M of [G, K, D], mask [G, N], levels [N]. Written: index [G, N, M], distance and score [G, M, N],
+quantized [G, N, D]. The numbers below say up to where it comes before triton's way: those marked so are estimates.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastseq.ops._cuda import cuda_backend
+from fastseq.ops._library import library
+
+library.define(
+    "vq_lookup(Tensor x, Tensor[] codebooks, Tensor? mask, Tensor? levels, bool dot, int parts, Tensor(a!) index, "
+    "Tensor(b!)? distance, Tensor(c!)? score, Tensor(d!)? quantized) -> ()"
+)
+library.define("vq_lookup_parts(int device, int G, int N, int D, int[] sizes) -> int")
+
+MOST_D, MOST_LEVELS = 512, 32
+ROWS = 16  # of a block of threads
+# Estimates. Triton's way takes 310 us for (N, K, D) = (64, 1024, 64) on an H100 (measured), nearly all of it launches.
+# One launch is over long before that, but per multiply-add it is 2 to 4 times as long: with few codes of a tile at a
+# time in shared memory, which every 16 rows read again.
+MOST_ROWS = 512
+MOST_WORK = 1 << 28  # multiply-adds; from here on tensor cores look in triton's way
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDEX = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+
+
+@torch.library.register_fake("fastseq::vq_lookup", lib=library)
+def _(*args: Any) -> None:
+    """Everything is written into tensors that are given."""
+
+
+class Call(NamedTuple):
+    """Arguments of any of the operators that have this backend, in one form."""
+
+    data: Tensor  # x [G, N, D]; or [N, D], then codebooks and mask have no G either
+    codebooks: Sequence[Tensor]
+    mask: Tensor | None = None
+    levels: Tensor | None = None
+    dot: bool = False
+    bits: int = 64
+    distance: bool = True
+    score: bool = False
+    quantized: bool = True
+    keep: bool = False  # the codes, copied
+    lacks: str | None = None  # an option that it does not have
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        G, N, D = self.data.shape if self.data.dim() == 3 else (1, *self.data.shape)
+        return G, N, D
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(c.shape[-2] for c in self.codebooks)
+
+    @property
+    def groups(self) -> int:
+        """Of rows that blocks of threads share."""
+        G, N, _ = self.size
+        return G * math.ceil(N / ROWS)
+
+
+class Found(NamedTuple):
+    """What it writes; without elements where not asked for."""
+
+    index: Tensor  # type: ignore[assignment]
+    distance: Tensor
+    score: Tensor
+    quantized: Tensor
+
+
+def _of_nearest(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, best: int, bits: int, distance: bool, score: bool,
+    screen: int,
+) -> Call:  # fmt: skip
+    lacks = "only the nearest code, best = 1" if best > 1 else "no screen" if screen == 1 else None
+    return Call(x, [codebook], mask, None, dot, bits, distance, score, False, lacks=lacks)
+
+
+def _of_quantize(x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, sums: bool) -> Call:
+    return Call(x, [codebook], mask, None, dot, lacks="no sums by code" if sums else None)
+
+
+def _of_residual(
+    x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, keep: bool
+) -> Call:
+    return Call(x, codebooks, mask, levels, keep=keep, lacks="no sums by code" if sums else None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parts(device: torch.device, G: int, N: int, D: int, sizes: tuple[int, ...]) -> int | None:
+    """In how many parts the codes are looked at, 0 where the device has no room; None: there is no device, as for fake
+    tensors."""
+    if not torch.cuda.is_available():
+        return None
+    found: int = torch.ops.fastseq.vq_lookup_parts(device.index or 0, G, N, D, sizes)
+    return found
+
+
+def _parts_of(call: Call) -> int | None:
+    return _parts(call.data.device, *call.size, call.sizes)
+
+
+def _why_not(call: Call) -> str | None:
+    (G, N, D), M = call.size, len(call.codebooks)
+    for name, dtype in (("x", call.data.dtype), *(("codes", c.dtype) for c in call.codebooks)):
+        if dtype not in DTYPES:
+            return f"only float32, bfloat16 and float16, {name} are {str(dtype).removeprefix('torch.')}"
+    if len({c.dtype for c in call.codebooks}) > 1:
+        return "codebooks of several dtypes"
+    if call.lacks is not None:
+        return call.lacks
+    if G == 0 or N == 0:
+        return "no rows"
+    if D > MOST_D:
+        return f"D = {D} is more than it holds, D <= {MOST_D} is not"
+    if M > MOST_LEVELS:
+        return f"{M} levels are more than it has room for, {MOST_LEVELS} are not"
+    parts = _parts_of(call)
+    if parts is None:
+        return "no CUDA device is here"
+    return None if parts else f"needs {call.groups} blocks of threads at a time, the device holds fewer"
+
+
+def _doubt(call: Call) -> str | None:
+    """Where triton's way is said to cost less: more rows, or more work than pays for its launches."""
+    (G, N, D), sizes = call.size, call.sizes
+    if G * N > MOST_ROWS:
+        return f"{G * N} rows are more than the {MOST_ROWS} up to which one launch is faster by our estimate"
+    work = G * N * D * sum(sizes)
+    if work > MOST_WORK:
+        return f"{work / 1e9:.2g}e9 multiply-adds are more than pays for one launch by our estimate"
+    return None
+
+
+def _detail(call: Call) -> str:
+    parts, few = _parts_of(call), min(ROWS, call.size[1])
+    return f"one launch: {call.groups} groups of up to {few} rows, the codes in {parts} parts"
+
+
+def lookup(call: Call, parts: int) -> Found:
+    x, (G, N, _), M = call.data, call.size, len(call.codebooks)
+    index = torch.empty(G, N, M, dtype=INDEX[call.bits], device=x.device)
+    wide = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    distance, score = (wide(G, M, N) if wanted else wide(0) for wanted in (call.distance, call.score))
+    quantized = torch.empty_like(x) if call.quantized else x.new_empty(0)
+
+    def grouped(t: Tensor) -> Tensor:
+        return t if x.dim() == 3 else t.unsqueeze(0)
+
+    given = (grouped(x), [grouped(c) for c in call.codebooks], None if call.mask is None else grouped(call.mask))
+    outs = (distance if call.distance else None, score if call.score else None)
+    last = grouped(quantized) if call.quantized else None
+    torch.ops.fastseq.vq_lookup.default(*given, call.levels, call.dot, parts, index, *outs, last)
+    return Found(index, distance, score, quantized)
+
+
+def _run(call: Call) -> Found:
+    parts = _parts_of(call)
+    assert parts, "no room"
+    return lookup(call, parts)
+
+
+def _nearest(call: Call) -> tuple[Tensor, ...]:
+    found = _run(call)
+    return found.index, *(v.view(found.index.shape) if v.numel() else v for v in (found.distance, found.score))
+
+
+def _quantize(call: Call) -> tuple[Tensor, ...]:
+    index, distance, none, quantized = _run(call)
+    return quantized, index[..., 0], distance[:, 0], none, torch.empty_like(none)
+
+
+def _residual(call: Call) -> tuple[Tensor, ...]:
+    index, distance, none, quantized = _run(call)
+    codes = torch.cat(list(call.codebooks)) if call.keep else call.codebooks[0].new_empty(0)
+    return quantized, index[0], distance[0], none, torch.empty_like(none), codes
+
+
+BACKEND = {
+    op: cuda_backend("vq_lookup", call_of, run, _why_not, _detail, _doubt)
+    for op, call_of, run in (
+        ("vq_nearest", _of_nearest, _nearest),
+        ("vq_quantize", _of_quantize, _quantize),
+        ("vq_residual", _of_residual, _residual),
+    )
+}
