@@ -27,8 +27,8 @@ library.define("vq_lookup_parts(int device, int G, int N, int D, int[] sizes) ->
 MOST_D, MOST_LEVELS = 512, 32
 ROWS = 16  # of a block of threads
 # Estimates. Triton's way takes 310 us for (N, K, D) = (64, 1024, 64) on an H100 (measured), nearly all of it launches.
-# One launch is over long before that, but per multiply-add it is 2 to 4 times as long: with few codes of a tile at a
-# time in shared memory, which every 16 rows read again.
+# One launch is over long before that, but a multiply-add costs 2 to 4 times as much: every 16 rows read all codes,
+# and a thread has four scores for each number of a code where triton's have eight.
 MOST_ROWS = 512
 MOST_WORK = 1 << 28  # multiply-adds; from here on tensor cores look in triton's way
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
