@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,11 @@ def test_importing_fastseq_imports_neither_torch_nor_numpy() -> None:
     assert (run.stdout, run.stderr) == ("set()\n", "")
 
 
+def test_the_modules_do_without_the_compiler_of_torch_until_it_is_used() -> None:
+    run = python("import sys, fastseq.nn; print('torch._dynamo' in sys.modules)")
+    assert (run.stdout, run.stderr) == ("False\n", "")
+
+
 @pytest.mark.parametrize("module", ["fastseq._core", "fastseq._check", "fastseq.cli", "fastseq_kernels"])
 def test_imports_without_torch(module: str) -> None:
     run = python(f"{NO_TORCH} import {module}", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
@@ -118,7 +124,7 @@ def test_show_config_says_why_a_backend_runs(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_show_config_says_why_an_instruction_set_runs() -> None:
-    code = "import fastseq; print(fastseq.show_config()['instruction_set'])"
+    code = f"{NO_TORCH} import fastseq; print(fastseq.show_config()['instruction_set'])"
     assert "scalar, FASTSEQ_ISA=scalar" in python(code, FASTSEQ_ISA="scalar").stdout
     unknown = python(code, FASTSEQ_ISA="sse9")
     assert unknown.returncode == 0
@@ -136,10 +142,34 @@ def examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", before + section[section.index("\n## ") :], re.S)
 
 
+FORKS = """
+import json, os, sys, torch
+for example in json.loads(sys.argv[1]):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.dup2(write, 2)
+        sys.stdout = open(os.devnull, "w")
+        exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+        sys.exit()
+    os.close(write)
+    with os.fdopen(read) as file:
+        said = file.read()
+    print("ended", json.dumps([os.wait()[1], said]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[Any]]:
+    """How each example ended and what it said on standard error, each in a process that has imported torch only."""
+    command = [sys.executable, "-c", FORKS, json.dumps(examples())]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    lines = re.findall(r"^ended (.*)$", run.stdout, re.M)
+    return dict(zip(examples(), map(json.loads, lines), strict=True))
+
+
 @pytest.mark.parametrize("example", examples())
-def test_examples_in_the_readme_run(example: str) -> None:
-    run = python(example)
-    assert (run.returncode, run.stderr) == (0, "")
+def test_examples_in_the_readme_run(example: str, outcomes: dict[str, list[Any]]) -> None:
+    assert outcomes[example] == [0, ""]
 
 
 def namesake(folder: Path) -> None:
