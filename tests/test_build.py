@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import setuptools
 import torch
 
 import fastseq
@@ -206,6 +209,56 @@ def test_a_build_that_was_asked_for_and_cannot_be_made_is_an_error(tmp_path: Pat
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
     old = setup("--version", FASTSEQ_BUILD="torch", PYTHONPATH=str(tmp_path))
     assert old == "fastseq: FASTSEQ_BUILD=torch, but torch cannot be built: torch 2.9.1+cpu is older than 2.10"
+
+
+class Compiler:
+    """Leaves an empty object and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def object_filenames(self, sources: list[str], output_dir: str) -> list[str]:
+        return [f"{output_dir}/{source}.o" for source in sources]
+
+    def compile(self, sources: list[str], output_dir: str) -> None:
+        self.given += sources
+        for path in map(Path, self.object_filenames(sources, output_dir)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+
+def test_what_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources of a runtime or door are compiled as one, and whatever is not older than what it depends on stays."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    files = [f"csrc/{name}" for name in ("core/gemm.h", "core/gemm.cpp", "deploy/json.h", "deploy/json.cpp")]
+    files.append("csrc/deploy/file.cpp")
+    for path in (tmp_path / file for file in files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTSEQ_BUILD", "core")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    found = runpy.run_path("setup.py")
+    sources, runtime, core = [f for f in files if f.endswith(".cpp")], "build/joined/deploy.cpp", "csrc/core/gemm.cpp"
+
+    def compiled(*changed: str, sources: list[str] = sources) -> set[str]:
+        for file in changed:
+            time.sleep(0.05)  # a file's time has steps of milliseconds
+            (tmp_path / file).touch()
+        time.sleep(0.05)
+        compiler = Compiler()
+        found["compile_stale"](compiler)
+        compiler.compile(sources)
+        return set(compiler.given)
+
+    assert compiled() == {core, runtime}
+    assert Path(runtime).read_text() == '#include "deploy/json.cpp"\n#include "deploy/file.cpp"\n'
+    assert compiled() == set()
+    assert compiled("csrc/deploy/file.cpp") == compiled("csrc/deploy/json.h") == {runtime}
+    assert compiled(core) == {core}
+    assert compiled("csrc/core/gemm.h") == {core, runtime}
+    assert compiled(sources=["csrc/deploy/json.cpp"]) == {"csrc/deploy/json.cpp"}
+    assert compiled(sources=sources[::-1]) == {runtime}
 
 
 @pytest.fixture(scope="module")
