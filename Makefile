@@ -11,6 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 empty :=
 INTERPRETED_LSTM := $(wildcard tests/ops/test_lstm*.py) tests/ops/test_noise.py tests/ops/test_gemm.py
+PARTS := test-cuda test-core test-ops test-triton-lstm test-nn test-triton-rest test-kernels test-rest
 TWO = $(MAKE) --no-print-directory -j2 --output-sync=target
 TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 
@@ -18,27 +19,30 @@ TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
-.PHONY: demo test test-ops test-nn test-rest test-triton test-triton-lstm test-triton-rest bench check check-gpu budget format clean gpu
+.PHONY: demo test parts $(PARTS) test-triton bench check check-gpu budget format clean gpu
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
 
-# without ARGS in five parts, two at a time, the longest first; each prints when it is done. ARGS go to one pytest
+# without ARGS in parts, two at a time, the longest first; each prints when it is done. ARGS go to one pytest
 test: $(VENV)/.built $(VENV)/.pretrained
-	$(if $(ARGS),,@echo "five parts, two at a time; each prints when it is done, the first after about five minutes")
-	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(TWO) test-rest test-nn test-ops test-triton-rest test-triton-lstm)
+	$(if $(ARGS),,@echo "$(words $(PARTS)) parts, two at a time; each prints when it is done, the first after minutes")
+	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(TWO) $(PARTS))
+
+parts:
+	@echo $(PARTS)
 
 # several processes share the cores: a thread that waits gives its core away, instead of spinning
-test test-ops test-nn test-rest test-triton-lstm test-triton-rest: export OMP_WAIT_POLICY ?= passive
+test $(PARTS): export OMP_WAIT_POLICY ?= passive
 
-test-ops: $(VENV)/.built
-	$(BIN)/python -m pytest tests/ops
+test-ops test-core test-cuda test-kernels: test-%: $(VENV)/.built
+	$(BIN)/python -m pytest tests/$*
 
-test-nn: $(VENV)/.built
-	$(BIN)/python -m pytest tests/nn tests/kernels tests/convert
+test-nn: $(VENV)/.built $(VENV)/.pretrained
+	$(BIN)/python -m pytest tests/nn tests/convert
 
-test-rest: $(VENV)/.built $(VENV)/.pretrained
-	$(BIN)/python -m pytest tests $(addprefix --ignore=tests/,ops nn kernels convert)
+test-rest: $(VENV)/.built
+	$(BIN)/python -m pytest tests $(addprefix --ignore=tests/,ops core cuda kernels nn convert)
 
 # the Triton kernels on the CPU, through triton's interpreter, which is chosen when triton is imported
 test-triton: $(VENV)/.built

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 try:
@@ -36,6 +37,7 @@ TORCH_MINIMUM = (2, 10)  # the stable ABI that csrc/torch and csrc/torch_cuda ar
 NVCC_MINIMUM = (12, 0)  # the first with C++20
 CUDA_ARCHS = "80;86;89;90a;100;120"
 C_LIBRARY = "fastseq.libfastseq"  # the runtime for C; not a Python module
+C_API = "csrc/deploy/c_api.cpp"
 CUDA_LIBRARY = "fastseq._cuda"
 FILES = sorted(glob.glob("csrc/**/*.*", recursive=True))
 
@@ -47,6 +49,7 @@ SEES = {  # folder -> those whose headers its files may include; tests/test_arch
     "torch": {"core", "door", "torch"},
     "torch_cuda": {"core", "cuda", "door", "torch", "torch_cuda"},
 }
+JOINED = {"deploy", "python", "torch"}  # each compiled as one file: the headers cost more than what includes them
 
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-pthread", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 CORE_FLAGS = [*FLAGS, "-ffp-contract=off"]  # fused where fma is written, nowhere else: equal bits on every set
@@ -78,7 +81,8 @@ def instruction_sets() -> dict[str, tuple[str, list[str]]]:
     if os.environ.get("FASTSEQ_BUILD_TEST_ISA", "0") not in ("", "0"):
         if "bdist_wheel" in sys.argv:
             fail("FASTSEQ_BUILD_TEST_ISA is for tests, a wheel must not contain avx512_on_avx2")
-        flags = [*AVX2, "-Wno-psabi", "-DFASTSEQ_AVX512_ON_AVX2"]
+        # vectors in two halves take the optimiser longest of all, for what is tested and never timed
+        flags = [*AVX2, "-Wno-psabi", "-DFASTSEQ_AVX512_ON_AVX2", "-O1"]
         found["avx512_on_avx2"] = ("csrc/core/isa_avx512.cpp", flags)
     return found
 
@@ -174,15 +178,17 @@ def decide() -> tuple[Torch | None, Cuda | None, dict[str, str]]:
     return (None if isinstance(torch, str) else torch), (None if isinstance(cuda, str) else cuda), missing
 
 
-def core_libraries(sets: dict[str, tuple[str, list[str]]]) -> list[tuple[str, dict[str, Any]]]:
+def static_libraries(sets: dict[str, tuple[str, list[str]]]) -> list[tuple[str, dict[str, Any]]]:
     """In link order: what calls before what is called."""
 
     def library(name: str, sources: list[str], *flags: str) -> tuple[str, dict[str, Any]]:
         return name, {"sources": sources, "include_dirs": ["csrc"], "cflags": [*CORE_FLAGS, *flags]}
 
+    runtime = [s for s in sources("deploy") if s != C_API]
     plain = [s for s in sources("core") if not os.path.basename(s).startswith("isa")]
     choice = library("fastseq_isa", ["csrc/core/isa.cpp"], *(f"-DFASTSEQ_HAVE_{name.upper()}" for name in sets))
     return [
+        library("fastseq_deploy", runtime),
         library("fastseq_core", plain),
         choice,
         *(library(f"fastseq_{name}", [source], *flags) for name, (source, flags) in sets.items()),
@@ -194,13 +200,11 @@ def doors(torch: Torch | None, cuda: Cuda | None) -> list[Extension]:
         options = {"include_dirs": ["csrc"], "depends": FILES, "language": "c++", **rest}
         return Extension(name, files, extra_compile_args=[*FLAGS, *flags], **options)
 
-    c_api = "csrc/deploy/c_api.cpp"
-    runtime = [s for s in sources("deploy") if s != c_api]
     include = ["-isystem", pybind11.get_include()]
-    found = [door("fastseq._core", [*sources("python"), *runtime], *include, extra_link_args=["-pthread"])]
+    found = [door("fastseq._core", sources("python"), *include, extra_link_args=["-pthread"])]
     if sys.platform == "linux":
         link = ["-pthread", "-Wl,-soname,libfastseq.so"]
-        found.append(door(C_LIBRARY, [*runtime, c_api], "-Ifastseq/deploy/include", extra_link_args=link))
+        found.append(door(C_LIBRARY, [C_API], "-Ifastseq/deploy/include", extra_link_args=link))
     if torch:
         minimum = f"-DTORCH_TARGET_VERSION=0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
         include = [minimum, "-isystem", os.path.join(torch.root, "include")]
@@ -239,6 +243,21 @@ def headers(source: str, depends: list[str] = FILES) -> list[str]:
     return [f for f in other if not f.startswith("csrc/") or os.path.basename(os.path.dirname(f)) in seen]
 
 
+def joined(sources: list[str]) -> dict[str, list[str]]:
+    """What the compiler is given -> its sources: for those of a folder in JOINED one file that includes them all."""
+    found: dict[str, list[str]] = {}
+    for source in sources:
+        folder = os.path.basename(os.path.dirname(source))
+        together = folder in JOINED and len(sources) > 1
+        found.setdefault(f"build/joined/{folder}.cpp" if together else source, []).append(source)
+    for unit in (Path(unit) for unit in found if unit not in sources):
+        text = "".join(f'#include "{os.path.relpath(part, "csrc")}"\n' for part in found[str(unit)])
+        if not unit.exists() or unit.read_text() != text:  # the same list again is no newer file
+            unit.parent.mkdir(parents=True, exist_ok=True)
+            unit.write_text(text)
+    return found
+
+
 def kernel_objects(cuda: Cuda) -> dict[str, str]:
     """The sources of csrc/cuda and their objects, which other targets have elsewhere."""
     flags = [os.environ.get(v) for v in ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
@@ -275,7 +294,7 @@ def digest(*folders: str) -> str:
 
 sets = instruction_sets()
 torch, cuda, missing = decide()
-libraries, extensions = core_libraries(sets), doors(torch, cuda)
+libraries, extensions = static_libraries(sets), doors(torch, cuda)
 decision = {
     "built": [name for name in ("core", "torch", "cuda") if name not in missing],
     "missing": missing,
@@ -294,8 +313,13 @@ def compile_stale(compiler: Any) -> None:
 
     def compile(sources: list[str], depends: list[str] = FILES, **options: Any) -> list[str]:
         options["output_dir"] = kept("objects", {**options, "output_dir": None})
-        objects: list[str] = compiler.object_filenames(sources, output_dir=options["output_dir"])
-        stale = [s for s, o in zip(sources, objects, strict=True) if newer_group([s, *headers(s, depends)], o)]
+        units = joined(sources)
+        objects: list[str] = compiler.object_filenames(list(units), output_dir=options["output_dir"])
+        stale = [
+            unit
+            for (unit, parts), found in zip(units.items(), objects, strict=True)
+            if newer_group([unit, *parts, *headers(parts[0], depends)], found)
+        ]
         for done in [jobs.submit(compile_all, [s], **options) for s in stale]:
             done.result()
         return objects

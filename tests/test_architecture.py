@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 from collections.abc import Iterator
@@ -76,29 +77,41 @@ def layer(module: str) -> str:
     return max((name for name in LAYERS if f"{module}.".startswith(f"{name}.")), key=len, default="")
 
 
-def imported(tree: ast.AST, modules: set[str], now: bool = False) -> Iterator[str]:
-    """The modules that are imported anywhere in a file; with ``now`` only those that importing the file imports."""
-    for node in ast.iter_child_nodes(tree):
+def statements(node: ast.AST, now: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports anywhere below; with ``now`` only those that run when the file is imported."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif not (now and isinstance(child, (ast.FunctionDef, ast.If))):
+            yield from statements(child, now)
+
+
+@functools.cache  # all but one of the files that a test reads are those of the test before
+def statements_of(text: str, now: bool = False) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    return tuple(statements(ast.parse(text), now))
+
+
+def imported(text: str, modules: set[str], now: bool = False) -> Iterator[str]:
+    """The modules that a file imports; with ``now`` only those that importing it imports."""
+    for node in statements_of(text, now):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             yield from names if names <= modules else {str(node.module)}
-        elif not (now and isinstance(node, (ast.FunctionDef, ast.If))):
-            yield from imported(node, modules, now)
 
 
 def wrong_imports(root: Path) -> Iterator[str]:
     files = {f: f.relative_to(base) for base in (root, root / "kernels") for f in base.glob("fastseq*/**/*.py")}
     modules = {f: ".".join(path.with_suffix("").parts).removesuffix(".__init__") for f, path in files.items()}
     for file, module in modules.items():
-        tree, own = ast.parse(file.read_text()), layer(module)
+        text, own = file.read_text(), layer(module)
         if own == "fastseq" and module != "fastseq":
             yield f"{module} belongs to no layer"
-        for name in set(imported(tree, set(modules.values()))):
+        for name in set(imported(text, set(modules.values()))):
             if name.split(".")[0] in ("tests", "benchmarks") or layer(name) not in LAYERS[own] | {own, ""}:
                 yield f"{module} imports {name}"
-        if own in NO_TORCH and {"torch", "triton"} & {n.split(".")[0] for n in imported(tree, set(), now=True)}:
+        if own in NO_TORCH and {"torch", "triton"} & {n.split(".")[0] for n in imported(text, set(), now=True)}:
             yield f"{module} imports torch"
 
 

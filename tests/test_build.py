@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 import torch
 
 import fastseq
@@ -78,6 +82,11 @@ def test_importing_fastseq_imports_neither_torch_nor_numpy() -> None:
     assert (run.stdout, run.stderr) == ("set()\n", "")
 
 
+def test_the_modules_do_without_the_compiler_of_torch_until_it_is_used() -> None:
+    run = python("import sys, fastseq.nn; print('torch._dynamo' in sys.modules)")
+    assert (run.stdout, run.stderr) == ("False\n", "")
+
+
 @pytest.mark.parametrize("module", ["fastseq._core", "fastseq._check", "fastseq.cli", "fastseq_kernels"])
 def test_imports_without_torch(module: str) -> None:
     run = python(f"{NO_TORCH} import {module}", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
@@ -118,7 +127,7 @@ def test_show_config_says_why_a_backend_runs(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_show_config_says_why_an_instruction_set_runs() -> None:
-    code = "import fastseq; print(fastseq.show_config()['instruction_set'])"
+    code = f"{NO_TORCH} import fastseq; print(fastseq.show_config()['instruction_set'])"
     assert "scalar, FASTSEQ_ISA=scalar" in python(code, FASTSEQ_ISA="scalar").stdout
     unknown = python(code, FASTSEQ_ISA="sse9")
     assert unknown.returncode == 0
@@ -136,10 +145,34 @@ def examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", before + section[section.index("\n## ") :], re.S)
 
 
+FORKS = """
+import json, os, sys, torch
+for example in json.loads(sys.argv[1]):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.dup2(write, 2)
+        sys.stdout = open(os.devnull, "w")
+        exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+        sys.exit()
+    os.close(write)
+    with os.fdopen(read) as file:
+        said = file.read()
+    print("ended", json.dumps([os.wait()[1], said]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[Any]]:
+    """How each example ended and what it said on standard error, each in a process that has imported torch only."""
+    command = [sys.executable, "-c", FORKS, json.dumps(examples())]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    lines = re.findall(r"^ended (.*)$", run.stdout, re.M)
+    return dict(zip(examples(), map(json.loads, lines), strict=True))
+
+
 @pytest.mark.parametrize("example", examples())
-def test_examples_in_the_readme_run(example: str) -> None:
-    run = python(example)
-    assert (run.returncode, run.stderr) == (0, "")
+def test_examples_in_the_readme_run(example: str, outcomes: dict[str, list[Any]]) -> None:
+    assert outcomes[example] == [0, ""]
 
 
 def namesake(folder: Path) -> None:
@@ -176,6 +209,56 @@ def test_a_build_that_was_asked_for_and_cannot_be_made_is_an_error(tmp_path: Pat
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
     old = setup("--version", FASTSEQ_BUILD="torch", PYTHONPATH=str(tmp_path))
     assert old == "fastseq: FASTSEQ_BUILD=torch, but torch cannot be built: torch 2.9.1+cpu is older than 2.10"
+
+
+class Compiler:
+    """Leaves an empty object and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def object_filenames(self, sources: list[str], output_dir: str) -> list[str]:
+        return [f"{output_dir}/{source}.o" for source in sources]
+
+    def compile(self, sources: list[str], output_dir: str) -> None:
+        self.given += sources
+        for path in map(Path, self.object_filenames(sources, output_dir)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+
+def test_what_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources of a runtime or door are compiled as one, and whatever is not older than what it depends on stays."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    files = [f"csrc/{name}" for name in ("core/gemm.h", "core/gemm.cpp", "deploy/json.h", "deploy/json.cpp")]
+    files.append("csrc/deploy/file.cpp")
+    for path in (tmp_path / file for file in files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTSEQ_BUILD", "core")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    found = runpy.run_path("setup.py")
+    sources, runtime, core = [f for f in files if f.endswith(".cpp")], "build/joined/deploy.cpp", "csrc/core/gemm.cpp"
+
+    def compiled(*changed: str, sources: list[str] = sources) -> set[str]:
+        for file in changed:
+            time.sleep(0.05)  # a file's time has steps of milliseconds
+            (tmp_path / file).touch()
+        time.sleep(0.05)
+        compiler = Compiler()
+        found["compile_stale"](compiler)
+        compiler.compile(sources)
+        return set(compiler.given)
+
+    assert compiled() == {core, runtime}
+    assert Path(runtime).read_text() == '#include "deploy/json.cpp"\n#include "deploy/file.cpp"\n'
+    assert compiled() == set()
+    assert compiled("csrc/deploy/file.cpp") == compiled("csrc/deploy/json.h") == {runtime}
+    assert compiled(core) == {core}
+    assert compiled("csrc/core/gemm.h") == {core, runtime}
+    assert compiled(sources=["csrc/deploy/json.cpp"]) == {"csrc/deploy/json.cpp"}
+    assert compiled(sources=sources[::-1]) == {runtime}
 
 
 @pytest.fixture(scope="module")

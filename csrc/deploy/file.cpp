@@ -17,13 +17,13 @@ struct TypeName {
   const char* told;
   int64_t size;
 };
-constexpr TypeName kTypes[] = {
+constexpr TypeName kDtypes[] = {
     {"F32", "float32", 4}, {"F16", "float16", 2}, {"BF16", "bfloat16", 2}, {"I8", "int8", 1}, {"U8", "uint8", 1}};
 
 Dtype dtype_of(const std::string& tensor, const Json* value) {
   if (!value || value->kind != Json::Kind::text) fail("tensor '", tensor, "': dtype must be a string");
   for (int n = 0; n < 5; ++n) {
-    if (value->text == kTypes[n].in_file) return static_cast<Dtype>(n);
+    if (value->text == kDtypes[n].in_file) return static_cast<Dtype>(n);
   }
   fail("tensor '", tensor, "': dtype must be F32, F16, BF16, I8 or U8, got ", value->text);
 }
@@ -93,8 +93,8 @@ void check_spans(std::vector<Span>& spans, uint64_t size) {
 
 }  // namespace
 
-const char* name_of(Dtype dtype) { return kTypes[static_cast<int>(dtype)].told; }
-int64_t size_of(Dtype dtype) { return kTypes[static_cast<int>(dtype)].size; }
+const char* name_of(Dtype dtype) { return kDtypes[static_cast<int>(dtype)].told; }
+int64_t size_of(Dtype dtype) { return kDtypes[static_cast<int>(dtype)].size; }
 
 int64_t Tensor::count() const {
   int64_t n = 1;

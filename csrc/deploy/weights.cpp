@@ -9,7 +9,7 @@
 namespace fastseq::deploy {
 namespace {
 
-constexpr std::align_val_t kAlign{64};
+constexpr std::align_val_t kMatrixAlign{64};
 
 std::string shape_text(const std::vector<int64_t>& shape) {
   Tensor like{"", Dtype::f32, shape, nullptr};
@@ -157,7 +157,7 @@ std::vector<float> read_optional(const File& file, const std::string& name, cons
   return file.find(name) ? read_floats(file, name, shape) : std::vector<float>();
 }
 
-void Matrix::Free::operator()(uint8_t* memory) const { ::operator delete(memory, kAlign); }
+void Matrix::Free::operator()(uint8_t* memory) const { ::operator delete(memory, kMatrixAlign); }
 
 Matrix Matrix::read(const File& file, const std::string& name, int64_t N, int64_t K, const Form& form) {
   Parts parts(file, form.group);
@@ -165,7 +165,7 @@ Matrix Matrix::read(const File& file, const std::string& name, int64_t N, int64_
   if (const char* const fault = core::matrix_fault(source)) fail("matrix '", name, "': ", fault);
   Matrix out;
   out.bytes_ = core::packed_bytes(source);
-  out.memory_.reset(static_cast<uint8_t*>(::operator new(out.bytes_, kAlign)));
+  out.memory_.reset(static_cast<uint8_t*>(::operator new(out.bytes_, kMatrixAlign)));
   core::pack_matrix(source, out.memory_.get());
   if (!core::open_matrix(out.memory_.get(), out.bytes_, &out.packed_)) fail("matrix '", name, "' was packed wrongly");
   return out;

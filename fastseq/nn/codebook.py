@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastseq import _check, functional
 from fastseq.nn import dead_codes
+from fastseq.nn._eager import eager
 from fastseq.nn._ranks import ranks, sum_, sum_over_ranks
 from fastseq.nn.dead_codes import Drawn
 from fastseq.nn.kmeans import kmeans
@@ -129,7 +130,7 @@ class Codebook(nn.Module):
         if not self.ready:
             self._initialize(rows, mask)
 
-    @torch.compiler.disable
+    @eager
     @torch.no_grad()
     def _initialize(self, rows: Tensor, mask: Tensor | None) -> None:
         if bool(self.initted):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseq import _check, functional
+from fastseq.nn._eager import eager
 from fastseq.nn._ranks import ranks
 
 AllReduce = Callable[[Tensor], object]
@@ -21,7 +22,7 @@ _BLOCK = 256  # most seeds that are drawn before the distances are brought up to
 _logger = logging.getLogger("fastseq")
 
 
-@torch.compiler.disable
+@eager
 @torch.no_grad()
 def kmeans(
     x: Tensor,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq import _check
+from fastseq.nn._eager import eager
 from fastseq.nn._ranks import broadcast_, ranks, sum_
 from fastseq.nn.codebook_optim import reset_codebook_moments
 from fastseq.nn.kmeans import METRICS, kmeans
@@ -176,7 +177,7 @@ class Reinit(nn.Module):
         """False while the warm-up without quantization lasts, in evaluation as well."""
         return not isinstance(self.schedule, AfterWarmup) or self.epoch >= self.schedule.from_epoch
 
-    @torch.compiler.disable
+    @eager
     @torch.no_grad()
     def step(self, x: Tensor, mask: Tensor | None, codebook: Codes) -> bool:
         """One forward in training: make new codes if they are due, then add these rows to the sample.

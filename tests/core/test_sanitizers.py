@@ -56,11 +56,11 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("sanitized")
     includes = [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
     have = [f"-DFASTSEQ_HAVE_{name.removeprefix('isa_').upper()}" for name in SETS]
-    core, deploy = sorted(CSRC.glob("core/*.cpp")), sorted(CSRC.glob("deploy/*.cpp"))
-    deploy = [source for source in deploy if source.stem != "c_api"]
-    # one file for the whole door: the templates of pybind11, nearly all there is of it, are compiled once
-    door = folder / "door.cpp"
-    door.write_text("".join(f'#include "{source}"\n' for source in sorted(CSRC.glob("python/*.cpp"))))
+    core = sorted(CSRC.glob("core/*.cpp"))
+    # one file for the whole door, and one for the runtime: what their headers hold is compiled once
+    door, deploy = folder / "door.cpp", folder / "deploy.cpp"
+    for unit, sources in ((door, CSRC.glob("python/*.cpp")), (deploy, CSRC.glob("deploy/*.cpp"))):
+        unit.write_text("".join(f'#include "{s}"\n' for s in sorted(sources) if s.stem != "c_api"))
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.parent.name}_{source.stem}.o")
@@ -70,12 +70,12 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Built:
         return target
 
     # the longest first
-    sources = [door, *sorted([*core, *deploy, LAYER], key=lambda source: source.stem not in ["isa_scalar", *SETS])]
+    sources = [door, *sorted([*core, deploy, LAYER], key=lambda source: source.stem not in ["isa_scalar", *SETS])]
     with ThreadPoolExecutor(2) as pool:
         objects = dict(zip(sources, pool.map(compile_one, sources), strict=True))
     built = Built(folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}", folder / "drive_layer")
     link = [str(COMPILER), *SANITIZERS, "-pthread", *(objects[s] for s in core)]
-    run([*link, "-shared", *(objects[s] for s in [door, *deploy]), "-o", str(built.door)])
+    run([*link, "-shared", objects[door], objects[deploy], "-o", str(built.door)])
     run([*link, objects[LAYER], "-o", str(built.layer)])
     return built
 

@@ -1,10 +1,7 @@
-"""What two processes do together, for ``test_residual_vq_ranks.py``: torchrun ... -m tests.nn.residual_ranks FOLDER."""
+"""What two processes do together with ``ResidualVQ``, for ``test_residual_vq_ranks.py``."""
 
 from __future__ import annotations
 
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +50,7 @@ def arguments(case: str, rank: int) -> dict[str, Any]:
     return {"n_quantizers": 1 + 2 * rank} if case == "other levels" else {}
 
 
-def run(case: str, rank: int) -> dict[str, Any]:
+def run_case(case: str, rank: int) -> dict[str, Any]:
     rvq, sent, found = module(case), [], []
     torch.manual_seed(rank)
     all_reduce = dist.all_reduce
@@ -64,13 +61,5 @@ def run(case: str, rank: int) -> dict[str, Any]:
     return {"found": found, "state": rvq.state_dict(), "sent": sent, "before": module(case).codebooks}
 
 
-def main(folder: str) -> None:
-    """Run every case and leave what it returned in FOLDER."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-    rank = dist.get_rank()
-    torch.save({case: run(case, rank) for case in OPTIONS}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+def run(rank: int) -> dict[str, Any]:
+    return {case: run_case(case, rank) for case in OPTIONS}

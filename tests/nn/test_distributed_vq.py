@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,37 +20,6 @@ from tests.tolerance import assert_same_bits, assert_within_budget
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no torch.distributed with gloo"
 )
-SECONDS = 180
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank returned, of every scenario."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", two_ranks.__name__, str(folder))
-    process = subprocess.Popen(
-        [sys.executable, "-m", *run],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output = f"{process.communicate()[0]}\nno end after {SECONDS} s"
-    files = [folder / f"{rank}.pt" for rank in range(2)]
-    assert process.returncode == 0 and all(f.exists() for f in files), output
-    return [torch.load(f, weights_only=False) for f in files]
-
-
-def of(both: list[dict[str, Any]], scenario: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    for rank, results in enumerate(both):
-        assert "error" not in results[scenario], f"rank {rank}: {results[scenario]['error']}"
-    return both[0][scenario], both[1][scenario]
 
 
 def assert_same_on_both(name: str, a: Any, b: Any) -> None:
@@ -66,7 +30,7 @@ def assert_same_on_both(name: str, a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("case", two_ranks.kmeans_cases(), ids=" ".join)
 def test_kmeans(both: list[dict[str, Any]], case: tuple[str, str, str]) -> None:
-    (means, counts), other = (r[case] for r in of(both, "kmeans"))
+    (means, counts), other = (r[case] for r in two_ranks.of(both, "kmeans"))
     assert_same_on_both("means and counts", (means, counts), other)
     _, init, metric = case
 
@@ -79,7 +43,7 @@ def test_kmeans(both: list[dict[str, Any]], case: tuple[str, str, str]) -> None:
 
 
 def test_kmeans_with_few_rows(both: list[dict[str, Any]]) -> None:
-    first, second = of(both, "kmeans")
+    first, second = two_ranks.of(both, "kmeans")
     for name in ("masked", "fewer rows than means"):
         assert_same_on_both(name, first[name], second[name])
     assert set(first["fewer rows than means"][0].unique().tolist()) == {0.0, 1.0}  # a row of each rank
@@ -89,13 +53,13 @@ def test_kmeans_with_few_rows(both: list[dict[str, Any]]) -> None:
 
 
 def test_a_mean_without_rows_on_any_rank(both: list[dict[str, Any]]) -> None:
-    for result in of(both, "empty_means"):
+    for result in two_ranks.of(both, "empty_means"):
         assert_same_bits("means", result["means"].flatten(), torch.tensor([46 / 6, 30.0, 9.0]))
 
 
 @pytest.mark.parametrize(("name", "rows"), [("room for all", 120), ("full", 30), ("one side", 30)])
 def test_reservoirs(both: list[dict[str, Any]], name: str, rows: int) -> None:
-    (sample, filled, keys), (*other, other_keys) = (r[name] for r in of(both, "reservoir"))
+    (sample, filled, keys), (*other, other_keys) = (r[name] for r in two_ranks.of(both, "reservoir"))
     assert_same_on_both("sample", (sample, filled), other)
     assert filled.sum(1).tolist() == [rows, rows]
     seen = two_ranks.clusters(2, 120, 4)
@@ -108,7 +72,7 @@ def test_reservoirs(both: list[dict[str, Any]], name: str, rows: int) -> None:
 
 
 def test_reservoirs_from_one_checkpoint(both: list[dict[str, Any]]) -> None:
-    first, second = of(both, "reservoir")
+    first, second = two_ranks.of(both, "reservoir")
     assert_same_on_both("sample", first["loaded by both"], second["loaded by both"])
     sample, filled = first["loaded by both"]
     assert filled.all() and len(sample[0].unique(dim=0)) == 30
@@ -116,7 +80,7 @@ def test_reservoirs_from_one_checkpoint(both: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("case", two_ranks.average_cases(), ids=" ".join)
 def test_moving_averages(both: list[dict[str, Any]], case: tuple[str, str]) -> None:
-    first, second = of(both, "average")
+    first, second = two_ranks.of(both, "average")
     split, metric = case
     cases = [case, ("masked", metric)] if split == "none on one" else [case]
 
@@ -130,14 +94,14 @@ def test_moving_averages(both: list[dict[str, Any]], case: tuple[str, str]) -> N
 
 
 def test_dead_codes(both: list[dict[str, Any]]) -> None:
-    first, second = of(both, "dead_codes")
+    first, second = two_ranks.of(both, "dead_codes")
     assert_same_on_both("codes", first["codes"], second["codes"])
     same = (first["codes"][:, None] == first["seen"].flatten(0, 1)).all(-1).any(1)
     assert same.any() and second["seen"].numel() == 0  # rank 1 got rows that it has not seen
 
 
 def test_first_codes(both: list[dict[str, Any]]) -> None:
-    first, second = of(both, "first_codes")
+    first, second = two_ranks.of(both, "first_codes")
     assert_same_on_both("codes", first["codes"], second["codes"])
     assert (first["before"], first["after"]) == (second["before"], second["after"]) == (False, True)
 
@@ -146,7 +110,7 @@ def test_first_codes(both: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(("schedule", "times"), [("AfterWarmup", 3), ("Spaced", 6)])
 def test_reinit(both: list[dict[str, Any]], rows: str, schedule: str, times: int) -> None:
     """Every re-initialization is the k-means of the merged sample, with the seed that rank 0 draws."""
-    first, second = (r[rows, schedule] for r in of(both, "reinit"))
+    first, second = (r[rows, schedule] for r in two_ranks.of(both, "reinit"))
     for name in ("codes", "made", "weights"):
         assert_same_on_both(name, first[name], second[name])
     assert len(first["made"]) == times
@@ -161,7 +125,7 @@ def test_reinit(both: list[dict[str, Any]], rows: str, schedule: str, times: int
 
 
 def test_usage(both: list[dict[str, Any]]) -> None:
-    first, second = of(both, "usage")
+    first, second = two_ranks.of(both, "usage")
     for name in (("both", 24), ("one", 12)):
         for again in (name[0], (name[0], "again")):
             assert_same_on_both("usage", first[again], second[again])
@@ -172,7 +136,7 @@ def test_usage(both: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(("K", "metric"), two_ranks.sharded_cases())
 def test_sharded_lookup(both: list[dict[str, Any]], K: int, metric: str) -> None:
-    first, second = (r[K, metric] for r in of(both, "sharded"))
+    first, second = (r[K, metric] for r in two_ranks.of(both, "sharded"))
     x, codes, mask = two_ranks.sharded_inputs(K)
     assert_same_on_both("codes", first["codes"], second["codes"])
     assert first["own"] + second["own"] == K and first["own"] - second["own"] in (0, 1)
@@ -204,7 +168,7 @@ def test_sharded_lookup(both: list[dict[str, Any]], K: int, metric: str) -> None
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("gather", [False, True])
 def test_sharded_learning(both: list[dict[str, Any]], metric: str, gather: bool) -> None:
-    (codes, counts), (other, other_counts) = (r[metric, gather] for r in of(both, "sharded_learning"))
+    (codes, counts), (other, other_counts) = (r[metric, gather] for r in two_ranks.of(both, "sharded_learning"))
     assert_same_bits("codes", codes, other)
     got = codes, torch.cat([counts, other_counts])
     inputs = two_ranks.learn_inputs(metric)
@@ -213,7 +177,7 @@ def test_sharded_learning(both: list[dict[str, Any]], metric: str, gather: bool)
 
 def test_sharded_state(both: list[dict[str, Any]]) -> None:
     parts = ([0, 7, 13], [7, 13, 13])
-    for rank, result in enumerate(of(both, "sharded_learning")):
+    for rank, result in enumerate(two_ranks.of(both, "sharded_learning")):
         words = f"must be {parts[rank]}, got {parts[1 - rank]}: saved by another rank or number of ranks"
         assert words in result["of the other rank"]
         assert_same_bits("codes", *result["reloaded"])

@@ -50,8 +50,12 @@ def test_same_parameters(config: dict[str, Any]) -> None:
     ours.flatten_parameters()
 
 
+# half of the shapes, in which any four of the five options still have all their combinations
+HALF = [s for s in SHAPES if (s["num_layers"] + sum(map(bool, list(s.values())[1:]))) % 2]
+
+
 @pytest.mark.parametrize("kind", ["padded", "packed", "sorted", "unbatched"])
-@pytest.mark.parametrize("config", SHAPES, ids=name)
+@pytest.mark.parametrize("config", HALF, ids=name)
 def test_results(config: dict[str, Any], kind: str) -> None:
     for dtype, with_state in ((torch.float32, True), (torch.float64, False)):
         stock = functools.partial(nn.LSTM, I, H, **config)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,47 +9,29 @@ import torch
 import torch.distributed as dist
 
 from tests.nn import residual_ranks as cases
+from tests.nn import two_ranks
 from tests.tolerance import GRADIENTS, assert_same_bits, assert_within_budget
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no torch.distributed with gloo"
 )
-SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def both(both: list[dict[str, Any]]) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """What each rank returned, of every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", cases.__name__, str(folder))
-    process = subprocess.Popen(
-        [sys.executable, "-m", *run],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output = f"{process.communicate()[0]}\nno end after {SECONDS} s"
-    files = [folder / f"{rank}.pt" for rank in range(2)]
-    assert process.returncode == 0 and all(f.exists() for f in files), output
-    return [torch.load(f, weights_only=False) for f in files]
+    return two_ranks.of(both, "residual")
 
 
 @pytest.mark.parametrize("case", cases.OPTIONS)
-def test_all_ranks_learn_the_same(case: str, both: list[dict[str, Any]]) -> None:
+def test_all_ranks_learn_the_same(case: str, both: tuple[dict[Any, Any], dict[Any, Any]]) -> None:
     first, second = (rank[case]["state"] for rank in both)
     assert_same_bits(list(first), list(first.values()), list(second.values()))
     assert not torch.equal(both[0][case]["before"][0], first["layers.0._codebook.embed"][0])
 
 
 @pytest.mark.parametrize("case", ["plain", "cosine", "sizes", "masked"])
-def test_as_one_process_on_all_rows(case: str, both: list[dict[str, Any]]) -> None:
+def test_as_one_process_on_all_rows(case: str, both: tuple[dict[Any, Any], dict[Any, Any]]) -> None:
     rvq = cases.module(case)
     masks = [cases.arguments(case, rank).get("mask") for rank in range(2)]
     mask = None if masks[0] is None else torch.cat(masks, dim=1)
@@ -67,14 +44,14 @@ def test_as_one_process_on_all_rows(case: str, both: list[dict[str, Any]]) -> No
 
 
 @pytest.mark.parametrize("case", ["dropout", "dropout, cosine"])
-def test_ranks_draw_the_same_number_of_levels(case: str, both: list[dict[str, Any]]) -> None:
+def test_ranks_draw_the_same_number_of_levels(case: str, both: tuple[dict[Any, Any], dict[Any, Any]]) -> None:
     drawn = [[int((found[2] >= 0).sum(-1).unique()) for found in rank[case]["found"]] for rank in both]
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) > 1
 
 
 @pytest.mark.parametrize("case", ["dead codes", "dead codes, rank 0 alone"])
-def test_dead_codes_become_rows_of_all_ranks(case: str, both: list[dict[str, Any]]) -> None:
+def test_dead_codes_become_rows_of_all_ranks(case: str, both: tuple[dict[Any, Any], dict[Any, Any]]) -> None:
     """In each step all codes die. Each rank has rows for half of them, if it has rows; the others wait."""
     codes = both[0][case]["state"]["layers.0._codebook.embed"][0]
     last = [rank[case]["found"][-1][0][rank[case]["found"][-1][2][..., 0] >= 0] for rank in both]
@@ -83,7 +60,7 @@ def test_dead_codes_become_rows_of_all_ranks(case: str, both: list[dict[str, Any
 
 
 @pytest.mark.parametrize("case", cases.OPTIONS)
-def test_one_message_a_step(case: str, both: list[dict[str, Any]]) -> None:
+def test_one_message_a_step(case: str, both: tuple[dict[Any, Any], dict[Any, Any]]) -> None:
     """Of one size, whatever the number of levels; where levels go one by one, one for each that runs."""
     sent = both[0][case]["sent"]
     assert both[1][case]["sent"] == sent

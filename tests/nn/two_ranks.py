@@ -1,4 +1,4 @@
-"""What two processes do together, for ``test_distributed_vq.py``: torchrun ... -m tests.nn.two_ranks FOLDER.
+"""What two processes do together, for the fixture ``both``: torchrun ... -m tests.nn.two_ranks FOLDER.
 
 Each scenario returns, on each rank, what the test compares: with the other rank, and with one process alone.
 """
@@ -27,6 +27,7 @@ from fastseq.nn.reservoir import Reservoir
 from fastseq.nn.sharded_codebook import ShardedCodebook
 from fastseq.nn.usage import CodebookUsage
 from fastseq.nn.vector_quantize import VectorQuantize
+from tests.nn import residual_ranks
 
 SPLITS = {"halves": (60, 60), "uneven": (101, 19), "none on one": (120, 0)}
 Result = dict[str, Any]
@@ -308,6 +309,13 @@ def run_sharded_learning(rank: int) -> Result:
 SCENARIOS: dict[str, Callable[[int], Result]] = {
     name.removeprefix("run_"): function for name, function in list(globals().items()) if name.startswith("run_")
 }
+SCENARIOS["residual"] = residual_ranks.run
+
+
+def of(both: list[dict[str, Any]], scenario: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    for rank, results in enumerate(both):
+        assert "error" not in results[scenario], f"rank {rank}: {results[scenario]['error']}"
+    return both[0][scenario], both[1][scenario]
 
 
 def main(folder: str) -> None:

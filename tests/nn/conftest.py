@@ -1,0 +1,41 @@
+"""What two processes did together, for all tests that compare them: they are started once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.nn import two_ranks
+
+SECONDS = 180
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank returned, of every scenario."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", two_ranks.__name__, str(folder))
+    process = subprocess.Popen(
+        [sys.executable, "-m", *run],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = f"{process.communicate()[0]}\nno end after {SECONDS} s"
+    files = [folder / f"{rank}.pt" for rank in range(2)]
+    assert process.returncode == 0 and all(f.exists() for f in files), output
+    return [torch.load(f, weights_only=False) for f in files]
