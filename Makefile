@@ -19,7 +19,7 @@ TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
-.PHONY: demo test parts $(PARTS) test-triton bench check check-gpu budget format clean gpu
+.PHONY: demo test $(PARTS) test-triton bench check check-gpu budget format clean gpu
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
@@ -28,9 +28,6 @@ demo: $(VENV)/.built
 test: $(VENV)/.built $(VENV)/.pretrained
 	$(if $(ARGS),,@echo "$(words $(PARTS)) parts, two at a time; each prints when it is done, the first after minutes")
 	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(TWO) $(PARTS))
-
-parts:
-	@echo $(PARTS)
 
 # several processes share the cores: a thread that waits gives its core away, instead of spinning
 test $(PARTS): export OMP_WAIT_POLICY ?= passive
