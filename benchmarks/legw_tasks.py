@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-T, E, H = 50, 64, 128  # characters of a window; of a character; units
+T = 50  # characters of a window
+EXAMPLES = 2048  # of an epoch: a multiple of the largest batch
 
 
 class Data(NamedTuple):
@@ -19,7 +20,7 @@ class Data(NamedTuple):
 
 
 class Splits(NamedTuple):
-    training: Data  # a multiple of the largest batch, so that epochs of all sizes have the same examples
+    training: Data
     held_out: Data  # only for the rate
     test: Data
 
@@ -54,7 +55,7 @@ class RowLSTM(nn.Module):
         from fastseq.nn import LSTM
 
         super().__init__()
-        self.input, self.lstm, self.head = nn.Linear(28, H), LSTM(H, H, batch_first=True), nn.Linear(H, 10)
+        self.input, self.lstm, self.head = nn.Linear(28, 128), LSTM(128, 128, batch_first=True), nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.lstm(self.input(x))[0][:, -1])
@@ -67,8 +68,8 @@ class Characters(nn.Module):
         from fastseq.nn import LSTM
 
         super().__init__()
-        self.embedding, self.lstm = nn.Embedding(symbols, E), LSTM(E, H, batch_first=True)
-        self.head = nn.Linear(H, symbols)
+        self.embedding, self.lstm = nn.Embedding(symbols, 32), LSTM(32, 64, batch_first=True)
+        self.head = nn.Linear(64, symbols)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.lstm(self.embedding(x))[0]).mT
@@ -79,9 +80,10 @@ def _rows() -> Splits:
     from benchmarks.mimo_tasks import TASKS as MIMO
 
     found = MIMO["mnist rows"].load()
-    x, labels = (torch.cat([found.train[k], found.held_out[k]]) for k in (0, 1))
-    kept = 3072
-    return Splits(Data(x[:kept], labels[:kept]), Data(x[kept:], labels[kept:]), Data(found.test.x, found.test.labels))
+    training, rest = (
+        Data(*(part[half] for part in found.train[:2])) for half in (slice(EXAMPLES), slice(EXAMPLES, None))
+    )
+    return Splits(training, rest, Data(found.test.x, found.test.labels))
 
 
 def _images() -> Splits:
@@ -103,7 +105,7 @@ def _text() -> tuple[Tensor, int]:
 
 def _characters() -> Splits:
     windows, _ = _text()
-    ends = (0, 3072, 4096, 5120)
+    ends = (0, EXAMPLES, EXAMPLES + 1024, EXAMPLES + 2048)
     parts = (windows[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True))
     return Splits(*(Data(part[:, :-1], part[:, 1:]) for part in parts))
 
@@ -138,10 +140,10 @@ ROWS = Task(
     RowLSTM,
     "accuracy %",
     accuracy,
-    base_batch=8,
+    base_batch=4,
     base_warmup_epochs=0.1,
     epochs=16,
-    rates=(0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+    rates=(0.01, 0.02, 0.04, 0.08),
     schedule={"decay": "constant"},
     clip=1.0,
     optimizer=_momentum,
@@ -152,10 +154,10 @@ CHARACTERS = Task(
     lambda: Characters(_text()[1]),
     "bits per character",
     bits,
-    base_batch=4,
+    base_batch=2,
     base_warmup_epochs=0.05,
     epochs=8,
-    rates=(0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
+    rates=(0.05, 0.1, 0.2, 0.4),
     schedule={"decay": "exponential", "gamma": 0.6, "decay_start": 4.0},
     clip=1.0,
     optimizer=_momentum,
@@ -166,10 +168,10 @@ CNN = Task(
     _cnn,
     "accuracy %",
     accuracy,
-    base_batch=8,
+    base_batch=4,
     base_warmup_epochs=0.1,
     epochs=16,
-    rates=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    rates=(1.0, 2.0, 4.0, 8.0),
     schedule={"decay": "polynomial", "power": 2.0},
     clip=None,
     optimizer=_lars,
