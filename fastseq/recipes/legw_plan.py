@@ -43,7 +43,7 @@ def plan(
         ImportError: without matplotlib or rich. ArgumentError: for a value out of its range.
     """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
         from rich.console import Console
     except ImportError:
         raise ImportError("plan needs matplotlib and rich: pip install matplotlib rich") from None
@@ -60,6 +60,13 @@ def plan(
     if not schedules:
         _check.fail("plan", "batches", "one or more sizes", "none")
     Console().print(_table(schedules, lr))
+    return rates_figure(schedules, lr)
+
+
+def rates_figure(schedules: Sequence[Schedule], lr: float) -> Any:
+    """A matplotlib figure of the rates, by epoch and by step; dotted where the warm-up does not end."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_epoch, by_step = figure.subplots(1, 2)
     for s in schedules:
