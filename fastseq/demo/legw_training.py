@@ -24,11 +24,12 @@ Report = Callable[[float, str], None]  # fraction done, remark
 
 @dataclass(frozen=True)
 class Setting:
-    """H: units. rate, base, warmup_epochs: settled together, rate for a batch of base. factors: by which it grows."""
+    """H: units. base: the batch that rate and warmup_epochs were settled for: of 0.02, 0.04, ... 0.32 this rate has the
+    best accuracy on held-out images, mean of three seeds. factors: by which the batch grows."""
 
     H: int = 64
-    rate: float = 0.02
     base: int = 4
+    rate: float = 0.16
     warmup_epochs: float = 0.2
     epochs: int = 16
     factors: tuple[int, ...] = (1, 8, 32)

@@ -85,7 +85,7 @@ def _setting(cells: Cells, sizes: Sizes, data: Digits) -> Section:
     what = (
         f"An LSTM of {s.H} units (fastseq.nn.LSTM) reads the rows of scikit-learn's digits, {len(data.training.x):,} "
         f"for training and {len(data.test.x)} for the test. SGD with momentum 0.9, {s.epochs} epochs always; rate "
-        f"{s.rate:g} and {s.warmup_epochs:g} epochs of warm-up were settled once, for batches of {s.base}. "
+        f"{s.rate:g} and {s.warmup_epochs:g} epochs of warm-up were settled once for batches of {s.base}. "
         f"{n} seed{'s' if n > 1 else ''}"
         + (f", instead of {sizes.seeds}: the time ran out." if n < sizes.seeds else ".")
     )
@@ -102,7 +102,9 @@ def _setting(cells: Cells, sizes: Sizes, data: Digits) -> Section:
     ]
     drawn = pictures.beside(lambda: [rates_figure(schedules, s.rate)])
     picture = Picture(drawn, f"The learning rate of {OURS} by epoch and by step", "As fastseq.recipes.plan draws it.")
-    return Section("What is compared", [Text(what), Text(rules), Table(head, rows, f"{OURS}."), picture])
+    return Section(
+        "What is compared", [Text(what), Text(rules), Table(head, rows, f"What {OURS} makes of each batch."), picture]
+    )
 
 
 def _accuracy(cells: Cells, sizes: Sizes) -> Section:
