@@ -10,7 +10,7 @@ from fastseq import _check
 from fastseq.recipes.legw import Schedule
 
 _HEAD = ("batch", "k", "highest rate", "warm-up epochs", "warm-up steps", "steps an epoch", "steps")
-_POINTS = 400  # of a curve at most
+_POINTS = 200  # of a curve, evenly, and again by equal factors
 
 
 def plan(
@@ -98,8 +98,9 @@ def _table(schedules: Sequence[Schedule], lr: float) -> Any:
 
 
 def _points(s: Schedule) -> list[int]:
-    """Steps to draw: evenly over the training, and on both sides of each bend."""
+    """Steps to draw: evenly and by equal factors over the training, and on both sides of each bend."""
     last = math.ceil(s.steps) - 1
     bends = [s.warmup_steps, *(s.steps_per_epoch * e for e in (*s.milestones, s.decay_start or 0.0))]
-    even = {last * n // _POINTS for n in range(_POINTS + 1)}
-    return sorted(even | {max(0, min(last, math.ceil(bend) + d)) for bend in bends for d in (-1, 0)})
+    spread = {last * n // _POINTS for n in range(_POINTS + 1)}
+    spread |= {round((last + 1) ** (n / _POINTS)) - 1 for n in range(_POINTS + 1)}
+    return sorted(spread | {max(0, min(last, math.ceil(bend) + d)) for bend in bends for d in (-1, 0)})
