@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastseq import functional as functional
     from fastseq import nn as nn
     from fastseq import ops as ops
+    from fastseq import recipes as recipes
     from fastseq import reference as reference
     from fastseq._config import show_config as show_config
     from fastseq._explain import explain as explain
@@ -27,7 +28,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("calibration", "compression", "convert", "deploy", "functional", "nn", "ops", "reference", "replacement")
+_MODULES = (
+    "calibration",
+    "compression",
+    "convert",
+    "deploy",
+    "functional",
+    "nn",
+    "ops",
+    "recipes",
+    "reference",
+    "replacement",
+)
 _NAMES = {
     "compress": "compression",
     "explain": "_explain",

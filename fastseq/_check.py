@@ -5,7 +5,7 @@ Works on anything with ``shape``, ``dtype`` and ``device`` (torch and numpy), an
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 
@@ -46,6 +46,18 @@ def positive(function: str, name: str, value: Any) -> None:
     """``value`` is a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
         fail(function, name, "a finite number > 0", repr(value))
+
+
+def not_negative(function: str, name: str, value: Any) -> None:
+    """``value`` is a finite number, zero or above."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+        fail(function, name, "a finite number >= 0", repr(value))
+
+
+def count(function: str, name: str, value: Any) -> None:
+    """``value`` is an integer above zero."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        fail(function, name, "an integer >= 1", repr(value))
 
 
 def one_of(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,17 @@ class Setting:
     batch: int = 64
     R: int = 4
     rate: float = 1e-2
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A step of networks as small as these is too short to be shared among threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class RowLSTM(nn.Module):

@@ -1,6 +1,8 @@
 """The definitions: plain differentiable torch, any dtype, no speed. Everything else is judged by them."""
 
 from fastseq.reference.compression import integer_rows, integer_values, low_rank, rank_of_energy, rounded
+from fastseq.reference.lamb import lamb
+from fastseq.reference.lars import lars
 from fastseq.reference.linear import linear
 from fastseq.reference.lstm import gate_noise, lstm, lstm_backward, lstm_gates, packed_index, philox, unpack
 from fastseq.reference.lstm_int8 import int8_product, lstm_int8, quantized
@@ -58,6 +60,8 @@ __all__ = [
     "int8_product",
     "integer_rows",
     "integer_values",
+    "lamb",
+    "lars",
     "linear",
     "linear_packed",
     "low_rank",

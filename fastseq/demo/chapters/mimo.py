@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +14,20 @@ from torch import Tensor
 from fastseq.calibration import reliability_diagram
 from fastseq.demo import Budget, mimo_deployed, pictures
 from fastseq.demo.mimo_digits import DEGREES, NOISE, Digits, digits, turned
-from fastseq.demo.mimo_training import ANGLES, ENSEMBLE, KINDS, PLAIN, RHO, Figures, M, Run, Setting, predict, train_all
+from fastseq.demo.mimo_training import (
+    ANGLES,
+    ENSEMBLE,
+    KINDS,
+    PLAIN,
+    RHO,
+    Figures,
+    M,
+    Run,
+    Setting,
+    one_thread,
+    predict,
+    train_all,
+)
 from fastseq.demo.race import time_in_turns
 from fastseq.demo.report import Block, Picture, Section, Table, Text
 from fastseq.demo.vq_spread import Spread
@@ -62,19 +74,8 @@ Runs = Mapping[str, Sequence[Run]]  # by kind, in the order of the seeds
 
 def run(budget: Budget, sizes: Sizes | None = None) -> list[Section]:
     """Train, measure and describe; see ``fastseq.demo``. sizes: None means less of all where there is little time."""
-    with _one_thread():
+    with one_thread():
         return _run(budget, sizes or (_FULL if budget.seconds >= FULL_SECONDS / 2 else _QUICK))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A step of networks as small as these is too short to be shared among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(budget: Budget, sizes: Sizes) -> list[Section]:
