@@ -79,6 +79,14 @@ FASTSEQ_DEVICE void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
                : "memory");
 }
 
+// Of an 8 x 8 block of 16-bit numbers, lane l gives numbers 2 * (l % 4) and the next of row l / 4, and has those of the
+// transpose.
+FASTSEQ_DEVICE uint32_t transposed(uint32_t two) {
+  uint32_t found;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(two));
+  return found;
+}
+
 struct Bfloat16 {
   static constexpr uint32_t kInfinity = 0x7f80;
   static FASTSEQ_DEVICE float wide(uint16_t v) { return __uint_as_float(static_cast<uint32_t>(v) << 16); }

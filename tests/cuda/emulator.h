@@ -248,6 +248,14 @@ FASTSEQ_UNSEEN inline void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
   for (int block = 0; block < 4; ++block) r[block] = seen_pair(from[block]);
 }
 
+// The manual's fragment of an 8 x 8 matrix: two neighbours of row laneid / 4.
+FASTSEQ_UNSEEN inline uint32_t transposed(uint32_t two) {
+  const emulated::Lane* const lanes = emulated::meet(4, [&](emulated::Lane& own) FASTSEQ_UNSEEN { own.a[0] = two; });
+  const int lane = emulated::current->thread % 32, row = lane >> 2, column = (lane & 3) << 1;
+  const auto number = [&](int r, int c) { return (lanes[4 * r + c / 2].a[0] >> 16 * (c & 1)) & 0xffff; };
+  return number(column, row) | number(column + 1, row) << 16;
+}
+
 template <class Low>
 FASTSEQ_UNSEEN void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const emulated::Lane* const lanes = emulated::meet(3, [&](emulated::Lane& own) FASTSEQ_UNSEEN {

@@ -1,0 +1,179 @@
+// The forward recurrence of one block of threads, for a warp that holds its tiles of both factors all the time.
+//
+// A step: every warp multiplies the states of its units with its columns of down; the sums of all warps of all blocks
+// are rounded and multiplied with its rows of up; the lanes go on to their cells. Rows that have not begun keep their
+// first state, rows that have ended their last. Inputs of the step are asked for before all that.
+namespace fastseq::cuda {
+
+struct LowRankForwardCall {
+  PersistLowRankShape shape;
+  PersistLowRankForward direction;
+  uint32_t* exchange;  // [slot][group][from block][entry], zeros at the start
+  int blocks, groups;  // along the units and along the batch
+};
+
+template <class Low, class Tile>
+struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, Low, Tile> {
+  using Call = LowRankForwardCall;
+  using Sizes = Tile;
+  static constexpr size_t kShared = Tile::kShared;
+
+  using Base = LowRankSums<LowRankForwardCall, PersistLowRankForward, Low, Tile>;
+  using Base::call, Base::own, Base::lane, Base::steps, Base::longest, Base::first_row, Base::unit, Base::row_of;
+
+  uint32_t ups[4][Tile::kRankTiles][4], downs[Tile::kSumTiles][4];
+  float c[Tile::kRowBlocks][4];
+  uint32_t h[Tile::kRowBlocks][2];  // of each unit, two rows
+
+  FASTSEQ_DEVICE explicit LowRankForward(const Call& given) : Base(given) {
+    this->paired = in_words(call.shape.H, own.x_gates, own.h, own.gates);
+  }
+
+  FASTSEQ_DEVICE int time_of(int s) const { return own.reverse ? longest - 1 - s : s; }
+
+  FASTSEQ_DEVICE void begin() {
+    FASTSEQ_UNROLL
+    for (int n = 0; n < 4 * Tile::kRankTiles; ++n) {
+      const int gate = n / Tile::kRankTiles, first = 16 * (n % Tile::kRankTiles);
+      this->load_tile(ups[gate][n % Tile::kRankTiles], [&](int row, int k) { return this->up(gate, row, first + k); });
+    }
+    FASTSEQ_UNROLL
+    for (int n = 0; n < Tile::kSumTiles; ++n) {
+      this->load_tile(downs[n], [&](int sum, int row) { return this->down(row, 16 * n + sum); });
+    }
+    this->count_steps();
+    FASTSEQ_UNROLL
+    for (int n = 0; n < 4 * Tile::kRowBlocks; ++n) {
+      const int block = n / 4, i = n % 4, row = row_of(block) + this->second_row(i), more = this->second_unit(i);
+      const bool here = this->exists(row, more);
+      const int64_t at = this->place(row) + more;
+      const uint16_t first = here ? static_cast<const uint16_t*>(own.h0)[at] : 0;
+      c[block][i] = here ? own.c0[at] : 0.0f;
+      h[block][more] = i % 2 ? h[block][more] | static_cast<uint32_t>(first) << 16 : first;
+      if (here && steps[row] == 0) keep_last(block, i, first);
+    }
+  }
+
+  // Pre-activations without the part of h, of this lane's two rows: of each gate, those of its two units.
+  FASTSEQ_DEVICE void ask(int s, uint32_t (&x)[Tile::kRowBlocks][2][4]) const {
+    const int64_t H = call.shape.H;
+    FASTSEQ_UNROLL
+    for (int n = 0; n < 2 * Tile::kRowBlocks; ++n) {
+      const int row = row_of(n / 2) + n % 2, t = time_of(s);
+      const bool here = unit() < H && t < steps[row];
+      const int64_t at = here ? element(call.shape, t, first_row + row) * 4 * H + unit() : 0;
+      FASTSEQ_UNROLL
+      for (int gate = 0; gate < 4; ++gate) x[n / 2][n % 2][gate] = here ? this->two(own.x_gates, at + gate * H) : 0;
+    }
+  }
+
+  // This warp's part of down h.
+  FASTSEQ_DEVICE void narrow() const {
+    FASTSEQ_UNROLL
+    for (int block = 0; block < Tile::kRowBlocks; ++block) {
+      const uint32_t b0 = transposed(h[block][0]), b1 = transposed(h[block][1]);
+      FASTSEQ_UNROLL
+      for (int tile = 0; tile < Tile::kSumTiles; ++tile) {
+        float d[4] = {};
+        Low::multiply_add(d, downs[tile], b0, b1);
+        this->give(tile, block, d);
+      }
+    }
+  }
+
+  // up times the sums of 8 rows, gate by gate.
+  FASTSEQ_DEVICE void widen(int block, float (&d)[4][4]) const {
+    FASTSEQ_UNROLL
+    for (int n = 0; n < 16; ++n) d[n / 4][n % 4] = 0.0f;
+    FASTSEQ_UNROLL
+    for (int tile = 0; tile < Tile::kSumTiles; tile += 2) {
+      uint32_t b[4];
+      this->take(b, tile, block);
+      FASTSEQ_UNROLL
+      for (int n = 0; n < 8; ++n) {
+        const int gate = n % 4, of = tile + n / 4, k = of % Tile::kRankTiles;
+        if (Tile::kDowns == 1 || of / Tile::kRankTiles == gate) {
+          Low::multiply_add(d[gate], ups[gate][k], b[n / 4 * 2], b[n / 4 * 2 + 1]);
+        }
+      }
+    }
+  }
+
+  FASTSEQ_DEVICE void keep_last(int block, int i, uint16_t state) const {
+    const int64_t at = this->place(row_of(block) + this->second_row(i)) + this->second_unit(i);
+    static_cast<uint16_t*>(own.h_n)[at] = state;
+    own.c_n[at] = c[block][i];
+  }
+
+  struct Cell {
+    Gates gates;
+    float c;
+    uint16_t h;
+  };
+
+  // What is kept of a step of one row, of both units: zeros where a row of dense data has ended.
+  FASTSEQ_DEVICE void keep(const Cell& first, const Cell& second, int row, int t, bool alive) const {
+    if (!this->exists(row, 0) || !(alive || !call.shape.offsets)) return;
+    const int64_t H = call.shape.H, at = element(call.shape, t, first_row + row);
+    const auto both = [&](float one, float other) {
+      return alive ? Low::narrow(one) | static_cast<uint32_t>(Low::narrow(other)) << 16 : 0;
+    };
+    this->put_two(own.h, at * H + unit(), alive ? first.h | static_cast<uint32_t>(second.h) << 16 : 0);
+    if (own.c) {
+      own.c[at * H + unit()] = alive ? first.c : 0.0f;
+      if (this->exists(row, 1)) own.c[at * H + unit() + 1] = alive ? second.c : 0.0f;
+    }
+    if (own.gates) {
+      const int64_t to = at * 4 * H + unit();
+      this->put_two(own.gates, to, both(first.gates.i, second.gates.i));
+      this->put_two(own.gates, to + H, both(first.gates.f, second.gates.f));
+      this->put_two(own.gates, to + 2 * H, both(first.gates.g, second.gates.g));
+      this->put_two(own.gates, to + 3 * H, both(first.gates.o, second.gates.o));
+    }
+  }
+
+  FASTSEQ_DEVICE void step(int s, int block, const uint32_t (&x)[2][4]) {
+    float d[4][4];
+    widen(block, d);
+    const int t = time_of(s);
+    FASTSEQ_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const int row = row_of(block) + n;
+      const bool alive = t < steps[row];
+      Cell found[2];
+      FASTSEQ_UNROLL
+      for (int more = 0; more < 2; ++more) {
+        const int i = 2 * more + n;
+        const Gates z{d[0][i] + this->number(x[n][0], more), d[1][i] + this->number(x[n][1], more),
+                      d[2][i] + this->number(x[n][2], more), d[3][i] + this->number(x[n][3], more)};
+        Cell& cell = found[more];
+        cell.gates = activated(z, call.shape);
+        cell.c = cell.gates.f * c[block][i] + cell.gates.i * cell.gates.g;
+        cell.h = Low::narrow(cell.gates.o * tanh_of(cell.c));
+        if (!alive || !this->exists(row, more)) continue;
+        c[block][i] = cell.c;
+        const uint32_t other = n ? h[block][more] & 0xffff : h[block][more] & 0xffff0000;
+        h[block][more] = other | static_cast<uint32_t>(cell.h) << 16 * n;
+        if (t == (own.reverse ? 0 : steps[row] - 1)) keep_last(block, i, cell.h);
+      }
+      keep(found[0], found[1], row, t, alive);
+    }
+  }
+
+  FASTSEQ_DEVICE void run() {
+    begin();
+    for (int s = 0; s < longest; ++s) {
+      uint32_t x[Tile::kRowBlocks][2][4];
+      ask(s, x);
+      narrow();
+      this->collect(s);
+      FASTSEQ_UNROLL
+      for (int block = 0; block < Tile::kRowBlocks; ++block) step(s, block, x[block]);
+    }
+    for (int t = longest; !call.shape.offsets && t < call.shape.T; ++t) {
+      for (int n = 0; n < 2 * Tile::kRowBlocks; ++n) keep({}, {}, row_of(n / 2) + n % 2, t, false);
+    }
+  }
+};
+
+}  // namespace fastseq::cuda

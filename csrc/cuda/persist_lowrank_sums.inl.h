@@ -1,0 +1,186 @@
+// What forward and backward of the low-rank LSTM share: where a warp's numbers lie, and the sums over all units that
+// lie between the factors: of every block's part, added in the order of the warps, then of the blocks.
+//
+// The 16 units of a warp are the rows of its tiles, neighbours in memory 8 rows apart: a lane then has two neighbouring
+// units of two rows of the batch, with all four gates.
+namespace fastseq::cuda {
+
+// Of the 16 units of a warp, which one is row `row` of its tiles.
+FASTSEQ_BOTH constexpr int unit_of_tile(int row) { return 2 * (row % 8) + row / 8; }
+
+// Whether two neighbouring units of any row of these are one word in memory.
+template <class... Pointers>
+FASTSEQ_DEVICE bool in_words(int64_t H, Pointers... rows) {
+  return H % 2 == 0 && ((reinterpret_cast<uintptr_t>(rows) % 4 == 0) && ...);
+}
+
+template <class Call, class Direction, class Low, class Tile>
+struct LowRankSums {
+  const Call& call;
+  const Direction& own;
+  int lane, warp;
+  int64_t first_unit, first_row;  // of the warp, of the block
+  bool paired;                    // whether two neighbouring units are one word in memory
+  float* parts;                   // [warp][piece][place][lane], of this block
+  uint16_t* sums;                 // [row][kStride], low
+  int* steps;                     // of each row
+  uint32_t* exchange;             // [slot][from block][entry], of this group
+  int longest = 0;
+
+  // A lane's cell i of a block of 8 rows, which is number i of its part of a product: first the same unit's.
+  static FASTSEQ_DEVICE int second_unit(int i) { return i / 2; }
+  static FASTSEQ_DEVICE int second_row(int i) { return i % 2; }
+
+  FASTSEQ_DEVICE explicit LowRankSums(const Call& given) : call(given), own(given.direction) {
+    lane = thread_index() % 32, warp = thread_index() / 32;
+    first_unit = static_cast<int64_t>(block_x()) * Tile::kUnits + 16 * warp;
+    first_row = static_cast<int64_t>(block_y()) * Tile::kRows;
+    parts = reinterpret_cast<float*>(shared_bytes());
+    sums = reinterpret_cast<uint16_t*>(parts + Tile::kWarps * Tile::kEntries);
+    steps = reinterpret_cast<int*>(sums + Tile::kRows * Tile::kStride);
+    exchange = call.exchange + static_cast<int64_t>(block_y()) * call.blocks * Tile::kEntries;
+  }
+
+  // A lane's units are this one and the next; its rows, within the block, likewise.
+  FASTSEQ_DEVICE int64_t unit() const { return first_unit + 2 * (lane / 4); }
+  FASTSEQ_DEVICE int row_of(int block) const { return 8 * block + 2 * (lane % 4); }
+  FASTSEQ_DEVICE bool exists(int row, int more) const {
+    return unit() + more < call.shape.H && first_row + row < call.shape.B;
+  }
+  FASTSEQ_DEVICE int64_t place(int row) const { return (first_row + row) * call.shape.H + unit(); }  // in [B, H]
+
+  FASTSEQ_DEVICE void count_steps() {
+    for (int row = thread_index(); row < Tile::kRows; row += Tile::kThreads) {
+      steps[row] = steps_of(call.shape, first_row + row);
+    }
+    sync_block();
+    for (int row = 0; row < Tile::kRows; ++row) longest = steps[row] > longest ? steps[row] : longest;
+  }
+
+  // Two numbers of a lane's units, 0 for one that there is not.
+  FASTSEQ_DEVICE uint32_t two(const void* from, int64_t at) const {
+    const uint16_t* const first = static_cast<const uint16_t*>(from) + at;
+    if (paired) return *reinterpret_cast<const uint32_t*>(first);
+    return first[0] | static_cast<uint32_t>(unit() + 1 < call.shape.H ? first[1] : 0) << 16;
+  }
+  FASTSEQ_DEVICE void put_two(void* to, int64_t at, uint32_t value) const {
+    uint16_t* const first = static_cast<uint16_t*>(to) + at;
+    if (paired) {
+      *reinterpret_cast<uint32_t*>(first) = value;
+      return;
+    }
+    first[0] = static_cast<uint16_t>(value);
+    if (unit() + 1 < call.shape.H) first[1] = static_cast<uint16_t>(value >> 16);
+  }
+  FASTSEQ_DEVICE float number(uint32_t two, int which) const {
+    return Low::wide(static_cast<uint16_t>(two >> 16 * which));
+  }
+
+  // Numbers of the factors, of row `row` of the warp's tiles, that is a unit; zeros beyond the units and ranks.
+  FASTSEQ_DEVICE uint32_t up(int gate, int row, int k) const {
+    const int64_t H = anew(call.shape.H), rank = call.shape.rank, unit = first_unit + unit_of_tile(row);
+    return unit < H && k < rank ? static_cast<const uint16_t*>(own.up)[(gate * H + unit) * rank + k] : 0;
+  }
+  FASTSEQ_DEVICE uint32_t down(int row, int sum) const {
+    const int64_t H = anew(call.shape.H), rank = call.shape.rank, unit = first_unit + unit_of_tile(row);
+    const int which = sum / Tile::kRank, k = sum % Tile::kRank;
+    return unit < H && k < rank ? static_cast<const uint16_t*>(own.down)[(which * rank + k) * H + unit] : 0;
+  }
+
+  // This lane's part of a tile whose numbers are of(row, column).
+  template <class Of>
+  FASTSEQ_DEVICE void load_tile(uint32_t (&to)[4], Of of) const {
+    FASTSEQ_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const Place first = place_in_a(lane, 2 * r), second = place_in_a(lane, 2 * r + 1);
+      to[r] = of(first.row, first.column) | of(second.row, second.column) << 16;
+    }
+  }
+
+  // This warp's part of 16 sums of 8 rows.
+  FASTSEQ_DEVICE void give(int tile, int block, const float (&d)[4]) const {
+    float* const to = parts + (warp * Tile::kPieces + tile * Tile::kRowBlocks + block) * 128 + lane;
+    FASTSEQ_UNROLL
+    for (int i = 0; i < 4; ++i) to[32 * i] = d[i];
+  }
+
+  // Entry `entry` of those of a block: which sum, of which row. Those beyond the rank and the batch stay zeros.
+  struct Sum {
+    int sum, row;
+  };
+  static FASTSEQ_DEVICE Sum sum_of(int entry) {
+    const int piece = entry / 128;
+    const Place at = place_in_d(entry % 32, entry / 32 % 4);
+    return {16 * (piece / Tile::kRowBlocks) + at.row, 8 * (piece % Tile::kRowBlocks) + at.column};
+  }
+  FASTSEQ_DEVICE bool is_used(Sum of) const {
+    return of.sum % Tile::kRank < call.shape.rank && first_row + of.row < call.shape.B;
+  }
+
+  FASTSEQ_DEVICE uint32_t* slot(int s) const {
+    return exchange + (slot_of(s) ? int64_t(call.groups) * call.blocks * Tile::kEntries : 0);
+  }
+
+  // From the parts of all warps of all blocks to `sums`. Every thread hands on and takes in the same entries.
+  static constexpr int kOwn = Tile::kEntries / Tile::kThreads;
+  FASTSEQ_DEVICE void collect(int s) const {
+    sync_block();
+    float total[kOwn];
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kOwn; ++n) {
+      const int entry = n * Tile::kThreads + thread_index();
+      total[n] = parts[entry];
+      FASTSEQ_UNROLL
+      for (int from = 1; from < Tile::kWarps; ++from) total[n] += parts[from * Tile::kEntries + entry];
+    }
+    if (call.blocks > 1) exchange_all(total, s);
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kOwn; ++n) {
+      const Sum of = sum_of(n * Tile::kThreads + thread_index());
+      sums[of.row * Tile::kStride + of.sum] = is_used(of) ? Low::narrow(total[n]) : 0;
+    }
+    sync_block();
+  }
+
+  // From this block's sums to those of all, of which some are asked for at a time.
+  FASTSEQ_DEVICE void exchange_all(float (&total)[kOwn], int s) const {
+    constexpr int kSome = kOwn < 16 ? 16 / kOwn : 1;
+    uint32_t* const here = slot(s);
+    bool used[kOwn];
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kOwn; ++n) {
+      const int entry = n * Tile::kThreads + thread_index();
+      used[n] = is_used(sum_of(entry));
+      if (used[n]) write_word(here + block_x() * Tile::kEntries + entry, Float::write(bits_of(total[n]), s));
+      total[n] = 0.0f;
+    }
+    for (int first = 0; first < call.blocks; first += kSome) {
+      uint32_t found[kSome][kOwn];
+      FASTSEQ_UNROLL
+      for (int at = 0; at < kSome * kOwn; ++at) {
+        const int from = first + at / kOwn, n = at % kOwn;
+        const bool wanted = used[n] && from < call.blocks;
+        if (wanted) found[at / kOwn][n] = read_word(here + from * Tile::kEntries + n * Tile::kThreads + thread_index());
+      }
+      FASTSEQ_UNROLL
+      for (int at = 0; at < kSome * kOwn; ++at) {
+        const int from = first + at / kOwn, n = at % kOwn;
+        if (!used[n] || from >= call.blocks) continue;
+        uint32_t& word = found[at / kOwn][n];
+        Waiting wait;
+        while (Float::stale(word, s)) {
+          wait.look_again();
+          word = read_word(here + from * Tile::kEntries + n * Tile::kThreads + thread_index());
+        }
+        total[n] += float_of(Float::read(word));
+      }
+    }
+  }
+
+  // Two tiles along the depth of 8 rows of `sums`, as the other side of the matrix instruction.
+  FASTSEQ_DEVICE void take(uint32_t (&b)[4], int tile, int block) const {
+    load_blocks(b, sums + (8 * block + lane % 8) * Tile::kStride + 16 * tile + 8 * (lane / 8));
+  }
+};
+
+}  // namespace fastseq::cuda
