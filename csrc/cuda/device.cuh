@@ -8,6 +8,7 @@
 
 #define FASTSEQ_DEVICE __device__ __forceinline__
 #define FASTSEQ_UNROLL _Pragma("unroll")
+#define FASTSEQ_ROLL _Pragma("unroll 1")
 
 namespace fastseq::cuda {
 

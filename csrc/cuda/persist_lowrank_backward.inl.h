@@ -21,7 +21,7 @@ struct LowRankBackward : LowRankSums<LowRankBackwardCall, PersistLowRankBackward
   using Base = LowRankSums<LowRankBackwardCall, PersistLowRankBackward, Low, Tile>;
   using Base::call, Base::own, Base::lane, Base::steps, Base::longest, Base::first_row, Base::unit, Base::row_of;
 
-  uint32_t ups[4][Tile::kRankTiles][4], downs[Tile::kSumTiles][4];
+  uint32_t ups[4 * Tile::kRankTiles][4], downs[Tile::kSumTiles][4];
   float dh[Tile::kRowBlocks][4], dc[Tile::kRowBlocks][4];
 
   FASTSEQ_DEVICE explicit LowRankBackward(const Call& given) : Base(given) {
@@ -33,15 +33,10 @@ struct LowRankBackward : LowRankSums<LowRankBackwardCall, PersistLowRankBackward
   FASTSEQ_DEVICE bool alive(int row, int s) const { return time_of(s) < steps[row]; }
 
   FASTSEQ_DEVICE void begin() {
-    FASTSEQ_UNROLL
-    for (int n = 0; n < 4 * Tile::kRankTiles; ++n) {
-      const int gate = n / Tile::kRankTiles, first = 16 * (n % Tile::kRankTiles);
-      this->load_tile(ups[gate][n % Tile::kRankTiles], [&](int k, int row) { return this->up(gate, row, first + k); });
-    }
-    FASTSEQ_UNROLL
-    for (int n = 0; n < Tile::kSumTiles; ++n) {
-      this->load_tile(downs[n], [&](int row, int sum) { return this->down(row, 16 * n + sum); });
-    }
+    this->load_tiles(ups, [&](int tile, int k, int row) {
+      return this->up(tile / Tile::kRankTiles, row, 16 * (tile % Tile::kRankTiles) + k);
+    });
+    this->load_tiles(downs, [&](int tile, int row, int sum) { return this->down(row, 16 * tile + sum); });
     this->count_steps();
     FASTSEQ_UNROLL
     for (int n = 0; n < 4 * Tile::kRowBlocks; ++n) {
@@ -122,7 +117,7 @@ struct LowRankBackward : LowRankSums<LowRankBackwardCall, PersistLowRankBackward
       FASTSEQ_UNROLL
       for (int gate = 0; gate < 4; ++gate) {
         if (Tile::kDowns == 1 || tile / Tile::kRankTiles == gate) {
-          Low::multiply_add(d, ups[gate][tile % Tile::kRankTiles], b[gate][0], b[gate][1]);
+          Low::multiply_add(d, ups[gate * Tile::kRankTiles + tile % Tile::kRankTiles], b[gate][0], b[gate][1]);
         }
       }
       this->give(tile, block, d);

@@ -21,7 +21,7 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
   using Base = LowRankSums<LowRankForwardCall, PersistLowRankForward, Low, Tile>;
   using Base::call, Base::own, Base::lane, Base::steps, Base::longest, Base::first_row, Base::unit, Base::row_of;
 
-  uint32_t ups[4][Tile::kRankTiles][4], downs[Tile::kSumTiles][4];
+  uint32_t ups[4 * Tile::kRankTiles][4], downs[Tile::kSumTiles][4];
   float c[Tile::kRowBlocks][4];
   uint32_t h[Tile::kRowBlocks][2];  // of each unit, two rows
 
@@ -32,15 +32,10 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
   FASTSEQ_DEVICE int time_of(int s) const { return own.reverse ? longest - 1 - s : s; }
 
   FASTSEQ_DEVICE void begin() {
-    FASTSEQ_UNROLL
-    for (int n = 0; n < 4 * Tile::kRankTiles; ++n) {
-      const int gate = n / Tile::kRankTiles, first = 16 * (n % Tile::kRankTiles);
-      this->load_tile(ups[gate][n % Tile::kRankTiles], [&](int row, int k) { return this->up(gate, row, first + k); });
-    }
-    FASTSEQ_UNROLL
-    for (int n = 0; n < Tile::kSumTiles; ++n) {
-      this->load_tile(downs[n], [&](int sum, int row) { return this->down(row, 16 * n + sum); });
-    }
+    this->load_tiles(ups, [&](int tile, int row, int k) {
+      return this->up(tile / Tile::kRankTiles, row, 16 * (tile % Tile::kRankTiles) + k);
+    });
+    this->load_tiles(downs, [&](int tile, int sum, int row) { return this->down(row, 16 * tile + sum); });
     this->count_steps();
     FASTSEQ_UNROLL
     for (int n = 0; n < 4 * Tile::kRowBlocks; ++n) {
@@ -93,7 +88,7 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
       for (int n = 0; n < 8; ++n) {
         const int gate = n % 4, of = tile + n / 4, k = of % Tile::kRankTiles;
         if (Tile::kDowns == 1 || of / Tile::kRankTiles == gate) {
-          Low::multiply_add(d[gate], ups[gate][k], b[n / 4 * 2], b[n / 4 * 2 + 1]);
+          Low::multiply_add(d[gate], ups[gate * Tile::kRankTiles + k], b[n / 4 * 2], b[n / 4 * 2 + 1]);
         }
       }
     }

@@ -87,13 +87,25 @@ struct LowRankSums {
     return unit < H && k < rank ? static_cast<const uint16_t*>(own.down)[(which * rank + k) * H + unit] : 0;
   }
 
-  // This lane's part of a tile whose numbers are of(row, column).
-  template <class Of>
-  FASTSEQ_DEVICE void load_tile(uint32_t (&to)[4], Of of) const {
+  // This lane's part of tiles whose numbers are of(tile, row, column). A few at a time pass through shared memory: else
+  // there would be more numbers and addresses on their way than registers.
+  template <int kTiles, class Of>
+  FASTSEQ_DEVICE void load_tiles(uint32_t (&to)[kTiles][4], Of of) const {
+    constexpr int kSome = kTiles < Tile::kPieces ? kTiles : Tile::kPieces;
+    static_assert(kTiles % kSome == 0);
+    uint32_t* const way = reinterpret_cast<uint32_t*>(parts) + warp * Tile::kEntries + lane;
     FASTSEQ_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      const Place first = place_in_a(lane, 2 * r), second = place_in_a(lane, 2 * r + 1);
-      to[r] = of(first.row, first.column) | of(second.row, second.column) << 16;
+    for (int first = 0; first < kTiles; first += kSome) {
+      FASTSEQ_ROLL
+      for (int n = 0; n < 4 * kSome; ++n) {
+        const Place at = place_in_a(lane, 2 * (n % 4)), next = place_in_a(lane, 2 * (n % 4) + 1);
+        const int tile = first + n / 4;
+        way[32 * n] = of(tile, at.row, at.column) | of(tile, next.row, next.column) << 16;
+      }
+      FASTSEQ_UNROLL
+      for (int n = 0; n < 4 * kSome; ++n) {
+        to[first + n / 4][n % 4] = way[32 * n];
+      }
     }
   }
 
@@ -144,7 +156,7 @@ struct LowRankSums {
 
   // From this block's sums to those of all, of which some are asked for at a time.
   FASTSEQ_DEVICE void exchange_all(float (&total)[kOwn], int s) const {
-    constexpr int kSome = kOwn < 16 ? 16 / kOwn : 1;
+    constexpr int kSome = kOwn < Tile::kAhead ? Tile::kAhead / kOwn : 1;
     uint32_t* const here = slot(s);
     bool used[kOwn];
     FASTSEQ_UNROLL

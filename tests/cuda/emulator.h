@@ -25,6 +25,7 @@
 
 #define FASTSEQ_DEVICE inline
 #define FASTSEQ_UNROLL
+#define FASTSEQ_ROLL
 
 namespace fastseq::cuda {
 
