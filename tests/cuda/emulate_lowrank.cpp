@@ -29,16 +29,17 @@ void launch(const PersistLowRankShape& shape, const Direction& direction, unsign
   emulated::run(grid.blocks, grid.groups, 1, Of::kThreads, Body::kShared, seed, [&] { Body(call).run(); });
 }
 
-// Calls f with the tile; FASTSEQ_ONLY_TILE keeps the others out of a build.
-#if !defined(FASTSEQ_ONLY_TILE)
-#define FASTSEQ_ONLY_TILE -1
-#endif
+// Calls f with the tile and the number type. FASTSEQ_ONLY_TILE keeps the other tiles out of a build; where it is -1,
+// every tile is there, but for bfloat16 or for float16 alone, in turn.
 template <class F>
-bool with_tile(int tile, F f) {
+bool with_tile(int tile, bool bfloat16, F f) {
   bool found = false;
-#define FASTSEQ_CASE(n, ...)                                       \
-  if constexpr (FASTSEQ_ONLY_TILE < 0 || FASTSEQ_ONLY_TILE == n) { \
-    if (tile == n) found = true, f(LowRankTile<__VA_ARGS__>());    \
+#define FASTSEQ_CASE(n, ...)                                                            \
+  if constexpr (FASTSEQ_ONLY_TILE == n || (FASTSEQ_ONLY_TILE < 0 && n % 2 == 0)) {      \
+    if (tile == n && bfloat16) found = true, f(Bfloat16(), LowRankTile<__VA_ARGS__>()); \
+  }                                                                                     \
+  if constexpr (FASTSEQ_ONLY_TILE == n || (FASTSEQ_ONLY_TILE < 0 && n % 2 == 1)) {      \
+    if (tile == n && !bfloat16) found = true, f(Float16(), LowRankTile<__VA_ARGS__>()); \
   }
   FASTSEQ_LOWRANK_TILES(FASTSEQ_CASE)
 #undef FASTSEQ_CASE
@@ -54,22 +55,19 @@ extern "C" {
 
 int emulate_lowrank_forward(const PersistLowRankShape* shape, const PersistLowRankForward* direction, int tile,
                             unsigned seed) {
-  return with_tile(tile, [&]<class Of>(Of) {
-    shape->bfloat16 ? launch<LowRankForward<Bfloat16, Of>>(*shape, *direction, seed)
-                    : launch<LowRankForward<Float16, Of>>(*shape, *direction, seed);
-  });
+  return with_tile(tile, shape->bfloat16,
+                   [&]<class Low, class Of>(Low, Of) { launch<LowRankForward<Low, Of>>(*shape, *direction, seed); });
 }
 
 int emulate_lowrank_backward(const PersistLowRankShape* shape, const PersistLowRankBackward* direction, int tile,
                              unsigned seed) {
-  return with_tile(tile, [&]<class Of>(Of) {
-    shape->bfloat16 ? launch<LowRankBackward<Bfloat16, Of>>(*shape, *direction, seed)
-                    : launch<LowRankBackward<Float16, Of>>(*shape, *direction, seed);
-  });
+  return with_tile(tile, shape->bfloat16,
+                   [&]<class Low, class Of>(Low, Of) { launch<LowRankBackward<Low, Of>>(*shape, *direction, seed); });
 }
 
 int emulate_lowrank_tile(int tile, PersistLowRankTile* found) {
-  return with_tile(tile, [&]<class Of>(Of) { *found = described<Of>(); });
+  const auto describe = [&]<class Low, class Of>(Low, Of) { *found = described<Of>(); };
+  return with_tile(tile, true, describe) || with_tile(tile, false, describe);
 }
 
 }  // extern "C"

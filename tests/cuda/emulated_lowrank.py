@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.cuda.emulated import N, P, Shape, compile_cpp, layout, pointer, structure
 
 TILES = 11
+SHARED, SEPARATE = BOTH = 0, 6  # with one matrix down for all gates, and with one for each
 LowRankShape = structure("LowRankShape", base=Shape, rank=N, downs=N)
 _POINTERS = {
     "forward": "x_gates up down h0 c0 h c gates h_n c_n",
@@ -27,11 +28,16 @@ TileSizes = structure("LowRankTileSizes", units=N, rows=N, rank=N, downs=N, thre
 
 
 @functools.cache
-def library(tile: int) -> ctypes.CDLL:
+def _compiled(tile: int) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "emulated.so"
         compile_cpp("emulate_lowrank.cpp", made, tile, "-fPIC", "-shared")
         return ctypes.CDLL(str(made))
+
+
+def library(tile: int) -> ctypes.CDLL:
+    """Those of ``BOTH`` for both dtypes, the others together, each for bfloat16 or float16 in turn."""
+    return _compiled(tile if tile in BOTH else -1)
 
 
 class Sizes(NamedTuple):
@@ -86,7 +92,7 @@ def _rest(given: Given, options: Any, tile: int, seed: int) -> tuple[Any, ...]:
 
 def forward(given: Given, options: Any, tile: int, seed: int = 0, in_place: bool = False) -> tuple[Tensor, ...]:
     """h, c, gates, h_n, c_n; ``in_place``: gates take the place of x_gates."""
-    x = given.x_gates.clone()
+    x = given.x_gates.clone() if in_place else given.x_gates
     lead, H = x.shape[:-1], given.c0.shape[1]
     h, c = x.new_full((*lead, H), torch.nan), given.c0.new_full((*lead, H), torch.nan)
     gates = x if in_place else torch.full_like(x, torch.nan)

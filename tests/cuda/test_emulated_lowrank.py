@@ -12,13 +12,13 @@ from torch import Tensor
 from tests import tolerance
 from tests.cuda import emulated_lowrank as emulated
 from tests.cuda.emulated_lowrank import Given
-from tests.cuda.test_emulated import GRADS, LAYOUTS, drawn, each_dtype
+from tests.cuda.test_emulated import GRADS, LAYOUTS, drawn
 from tests.ops import lstm_cases as cases
 from tests.ops import test_lstm_lowrank as lowrank
 from tests.ops.lstm_cases import Case
 from tests.tolerance import assert_same_bits, assert_within_budget
 
-SHARED, SEPARATE = 0, 6  # tiles
+LOW = (torch.bfloat16, torch.float16)
 
 
 def inputs(case: Case, dtype: torch.dtype, downs: int, rank: int) -> tuple[Given, Any]:
@@ -55,19 +55,86 @@ def check(given: Given, options: Any, tile: int, seed: int, out: tuple[Tensor, .
 @pytest.mark.parametrize("tile", range(emulated.TILES))
 def test_tiles(tile: int) -> None:
     """Two groups of blocks, of which one has few rows, and two blocks, of which one has few units."""
-    sizes, dtype = emulated.tile_sizes(tile), (torch.bfloat16, torch.float16)[tile % 2]
-    full = Case(2, sizes.rows + 3, sizes.units + 6)
+    sizes, dtype = emulated.tile_sizes(tile), LOW[tile % 2]
+    full = Case(2, sizes.rows + 3, sizes.units + 5 + tile % 2)
     given, options = inputs(full, dtype, sizes.downs, sizes.rank - tile % 3)
     check(given, options, tile, 5, emulated.forward(given, options, tile, 5))
 
 
-@each_dtype
-@pytest.mark.parametrize("tile", [SHARED, SEPARATE], ids=["shared", "separate"])
+FORMS = {emulated.SHARED: torch.bfloat16, emulated.SEPARATE: torch.float16}
+each_form = pytest.mark.parametrize("tile", FORMS, ids=["shared", "separate"])
+
+
+@each_form
 @pytest.mark.parametrize("case", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layouts(case: Case, tile: int, dtype: torch.dtype) -> None:
+def test_layouts(case: Case, tile: int) -> None:
     """One block, so nothing is exchanged; gates may take the place of the pre-activations; bits do not depend on the
     order in which threads run."""
-    given, options = inputs(case, dtype, emulated.tile_sizes(tile).downs, 5)
+    given, options = inputs(case, FORMS[tile], emulated.tile_sizes(tile).downs, 5)
     out, in_place = (emulated.forward(given, options, tile, seed, seed == 4) for seed in (3, 4))
     assert_same_bits(cases.OUTPUTS, [v.float() for v in in_place], [v.float() for v in out])
     check(given, options, tile, 3, out, only_h=case.T == 6)
+
+
+@each_form
+@pytest.mark.parametrize("reverse", [False, True])
+def test_several_blocks(reverse: bool, tile: int) -> None:
+    """Rows begin and end at other steps, and bits do not depend on which block is late."""
+    case = Case(5, 11, 2 * 128 + 2, layout="packed" if reverse else "lengths", reverse=reverse)
+    given, options = inputs(case, LOW[tile == emulated.SHARED], emulated.tile_sizes(tile).downs, 7)
+    out, other = (emulated.forward(given, options, tile, seed) for seed in (3, 4))
+    assert_same_bits(cases.OUTPUTS, [v.float() for v in other], [v.float() for v in out])
+    check(given, options, tile, 3, out)
+    grads = (out[0].flip(0), None, out[4])
+    found, again = (emulated.backward(given, out, grads, options, tile, seed) for seed in (3, 4))
+    assert_same_bits(GRADS, [v.float() for v in again], [v.float() for v in found])
+
+
+@pytest.mark.parametrize("H", [35, 130])
+@each_form
+def test_what_is_not_finite(tile: int, H: int) -> None:
+    """A NaN of one unit is one for all units of its row at the next step, and for no other row; infinite states give
+    no more of them than in the definition, whatever the ranks that the tile has beside those of the call."""
+    given, options = inputs(Case(3, 9, H), FORMS[tile], emulated.tile_sizes(tile).downs, 1)
+    given.x_gates[0, 2, 3 * H - 1] = torch.nan
+    given.h0[4], given.h0[5, 0] = 1000.0, torch.inf
+    out = emulated.forward(given, options, tile, 3)
+    expected = lowrank.definition(
+        *exact(given._replace(**{n: t.double() for n, t in given._asdict().items()}), options)
+    )
+    for name, got, want in zip(cases.OUTPUTS.split(), out, expected, strict=True):
+        assert torch.equal(got.isnan(), want.isnan()), name
+    assert out[0][1, 2].isnan().all() and out[0].isnan().sum() == 1 + 2 * H
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@each_form
+def test_rows_without_steps(tile: int, reverse: bool) -> None:
+    """They keep the state that they were given, and the gradient of it, beside others and alone."""
+    case = Case(3, 4, 5, layout="lengths", reverse=reverse)
+    given, options = inputs(case, FORMS[tile], emulated.tile_sizes(tile).downs, 3)
+    some, none = (options._replace(lengths=torch.tensor(v)) for v in ([0, 3, 0, 2], [0] * 4))
+    out = emulated.forward(given, some, tile, 3)
+    assert torch.equal(out[3][::2], given.h0[::2]) and torch.equal(out[4][::2], given.c0[::2])
+    check(given, some, tile, 3, out)
+    out = emulated.forward(given, none, tile)
+    assert not any(v.any() for v in out[:3]) and torch.equal(out[3], given.h0) and torch.equal(out[4], given.c0)
+    found = emulated.backward(given, out, (out[0], given.h0, given.c0), none, tile)
+    assert not found[0].any() and torch.equal(found[1], given.h0) and torch.equal(found[2], given.c0)
+
+
+def test_numbers_that_lie_at_odd_places() -> None:
+    """Where no pair of units is a word in memory, they are read and written one at a time."""
+    given, options = inputs(Case(3, 2, 6), torch.bfloat16, 1, 2)
+
+    def moved(t: Tensor) -> Tensor:
+        return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+
+    odd = given._replace(x_gates=moved(given.x_gates))
+    assert odd.x_gates.data_ptr() % 4 == 2
+    out, even = (emulated.forward(v, options, 0) for v in (odd, given))
+    assert_same_bits(cases.OUTPUTS, [v.float() for v in out], [v.float() for v in even])
+    grads = (out[0], None, None)
+    kept = (*out[:2], moved(out[2]))
+    found, again = (emulated.backward(given, v, grads, options, 0) for v in (kept, out))
+    assert_same_bits(GRADS, [v.float() for v in found], [v.float() for v in again])
