@@ -113,8 +113,8 @@ def _gpu(torch: Any) -> dict[str, Any]:
             device, dtype = torch.device("cuda", 0), torch.int64  # of any dtype
             modules = kernels("_sources").modules()
             found["verified"] = [m for m in modules if kernels("_verified").doubt(m, device, dtype) is None]
-            if why_not_loaded is None and unverified("lstm_persist", device, dtype) is None:
-                found["verified"].append("lstm_persist")
+            compiled = ("lstm_persist", "lstm_persist_lowrank") if why_not_loaded is None else ()
+            found["verified"] += [m for m in compiled if unverified(m, device, dtype) is None]
     return found
 
 
