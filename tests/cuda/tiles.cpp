@@ -2,6 +2,7 @@
 // own name; threads, and bytes of shared memory that are asked for at launch, forward and backward.
 #include <cstdio>
 
+#include "cuda/persist_lowrank_tile.h"
 #include "cuda/persist_tile.h"
 
 int main() {
@@ -12,4 +13,11 @@ int main() {
                 Of::kBackwardShared);                                                               \
   }
   FASTSEQ_PERSIST_TILES(FASTSEQ_LINE)
+#undef FASTSEQ_LINE
+#define FASTSEQ_LINE(n, ...)                                                                                      \
+  {                                                                                                               \
+    using Of = fastseq::cuda::LowRankTile<__VA_ARGS__>;                                                           \
+    std::printf("LowRankTile;" #__VA_ARGS__ ";tile " #n ";%d;%zu;%zu\n", Of::kThreads, Of::kShared, Of::kShared); \
+  }
+  FASTSEQ_LOWRANK_TILES(FASTSEQ_LINE)
 }
