@@ -40,18 +40,19 @@ SHARDS = {
     **{("mimo", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
     **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in DTYPES},
     **{("persist", dtype): 3 for dtype in ("bfloat16", "float16")},
+    **{("persist_lowrank", dtype): 1 for dtype in ("bfloat16", "float16")},
 }
 
 
 def parity(persistent: bool) -> tuple[str, ...]:
-    """The parts of the persistent LSTM, or of all else."""
-    shards = {shard: of for shard, of in SHARDS.items() if (shard[0] == "persist") == persistent}
+    """The parts of the persistent LSTMs, or of all else."""
+    shards = {shard: of for shard, of in SHARDS.items() if shard[0].startswith("persist") == persistent}
     return tuple(f"parity:{family}-{dtype}-{n}/{of}" for (family, dtype), of in shards.items() for n in range(of))
 
 
 PERSIST_PARITY, PARITY = parity(True), parity(False)
 DRY = {  # share -> its parts, where not the first alone
-    "persist-parity": ("parity:persist-bfloat16-0/1",),
+    "persist-parity": ("parity:persist-bfloat16-0/1", "parity:persist_lowrank-bfloat16-0/1"),
     "parity": ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1"),
 }
 SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))
@@ -209,7 +210,7 @@ def verify(rows: Sequence[Row], facts: Row, path: Path) -> list[str]:
     from fastseq_kernels._sources import source_hash
 
     def source(module: str) -> str:
-        return cuda.source() or "" if module == "lstm_persist" else source_hash(module)
+        return cuda.source() or "" if module.startswith("lstm_persist") else source_hash(module)
 
     return list(importlib.import_module("benchmarks.gpu.parity").record(rows, facts, path, source))
 
