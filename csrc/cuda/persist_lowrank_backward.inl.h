@@ -19,7 +19,7 @@ struct LowRankBackward : LowRankSums<LowRankBackwardCall, PersistLowRankBackward
   static constexpr size_t kShared = Tile::kShared;
 
   using Base = LowRankSums<LowRankBackwardCall, PersistLowRankBackward, Low, Tile>;
-  using Base::call, Base::own, Base::lane, Base::steps, Base::longest, Base::first_row, Base::unit, Base::row_of;
+  using Base::call, Base::own, Base::steps, Base::longest, Base::first_row, Base::unit, Base::row_of;
 
   uint32_t ups[4 * Tile::kRankTiles][4], downs[Tile::kSumTiles][4];
   float dh[Tile::kRowBlocks][4], dc[Tile::kRowBlocks][4];
@@ -76,30 +76,38 @@ struct LowRankBackward : LowRankSums<LowRankBackwardCall, PersistLowRankBackward
   // Low gradients of the pre-activations of 8 rows: of each gate and unit, those of two rows.
   FASTSEQ_DEVICE void step_back(int block, const Kept (&kept)[2], int s, uint32_t (&low)[4][2]) {
     FASTSEQ_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      const int row = row_of(block) + n;
-      uint32_t both[4] = {};  // of two units
-      FASTSEQ_UNROLL
-      for (int more = 0; more < 2; ++more) {
-        const int i = 2 * more + n;
-        const auto gate = [&](int which) { return this->number(kept[n].gates[which], more); };
-        Gates d{};
-        if (this->exists(row, more) && alive(row, s)) {
-          const float above = dh[block][i] + this->number(kept[n].dh, more);
-          const Gates a{gate(0), gate(1), gate(2), gate(3)};
-          d = cell_backward(a, kept[n].c[more], kept[n].c_before[more], above, dc[block][i], call.shape);
-        }
-        const uint16_t found[4] = {Low::narrow(d.i), Low::narrow(d.f), Low::narrow(d.g), Low::narrow(d.o)};
-        FASTSEQ_UNROLL
-        for (int which = 0; which < 4; ++which) {
-          both[which] |= static_cast<uint32_t>(found[which]) << 16 * more;
-          low[which][more] = n ? low[which][more] | static_cast<uint32_t>(found[which]) << 16 : found[which];
-        }
+    for (int i = 0; i < 4; ++i) {
+      const int n = this->second_row(i), more = this->second_unit(i), row = row_of(block) + n;
+      const auto gate = [&](int which) { return this->number(kept[n].gates[which], more); };
+      Gates d{};
+      if (this->exists(row, more) && alive(row, s)) {
+        const float above = dh[block][i] + this->number(kept[n].dh, more);
+        const Gates a{gate(0), gate(1), gate(2), gate(3)};
+        d = cell_backward(a, kept[n].c[more], kept[n].c_before[more], above, dc[block][i], call.shape);
       }
-      if (this->exists(row, 0) && (alive(row, s) || !call.shape.offsets)) write(row, time_of(s), both);
+      const uint16_t found[4] = {Low::narrow(d.i), Low::narrow(d.f), Low::narrow(d.g), Low::narrow(d.o)};
+      FASTSEQ_UNROLL
+      for (int which = 0; which < 4; ++which) {
+        low[which][more] = n ? low[which][more] | static_cast<uint32_t>(found[which]) << 16 : found[which];
+      }
     }
   }
 
+  // Writes them: zeros where a row of dense data has ended.
+  FASTSEQ_DEVICE void keep(int s, const uint32_t (&low)[Tile::kRowBlocks][4][2]) const {
+    FASTSEQ_UNROLL
+    for (int at = 0; at < 2 * Tile::kRowBlocks; ++at) {
+      const int n = at % 2, row = row_of(at / 2) + n;
+      if (!this->exists(row, 0) || !(alive(row, s) || !call.shape.offsets)) continue;
+      uint32_t both[4];  // of two units
+      FASTSEQ_UNROLL
+      for (int gate = 0; gate < 4; ++gate) {
+        const uint32_t (&of)[2] = low[at / 2][gate];
+        both[gate] = (of[0] >> 16 * n & 0xffff) | of[1] >> 16 * n << 16;
+      }
+      write(row, time_of(s), both);
+    }
+  }
   FASTSEQ_DEVICE void write(int row, int t, const uint32_t (&d)[4]) const {
     const int64_t H = call.shape.H, at = element(call.shape, t, first_row + row) * 4 * H + unit();
     FASTSEQ_UNROLL
@@ -148,20 +156,22 @@ struct LowRankBackward : LowRankSums<LowRankBackwardCall, PersistLowRankBackward
     for (int n = 0; n < 2 * Tile::kRowBlocks; ++n) kept[n / 2][n % 2] = ask(row_of(n / 2) + n % 2, s);
   }
 
-  // What is kept is asked for a step ahead, before the wait for other blocks.
+  // While the sums are on their way, gradients are written, and what forward kept of the next step is asked for.
   FASTSEQ_DEVICE void run() {
     begin();
     Kept kept[Tile::kRowBlocks][2];
     ask_all(kept, 0);
     for (int s = 0; s < longest; ++s) {
+      uint32_t low[Tile::kRowBlocks][4][2];
       FASTSEQ_UNROLL
       for (int block = 0; block < Tile::kRowBlocks; ++block) {
-        uint32_t low[4][2];
-        step_back(block, kept[block], s, low);
-        narrow(block, low);
+        step_back(block, kept[block], s, low[block]);
+        narrow(block, low[block]);
       }
-      ask_all(kept, s + 1);
-      this->collect(s);
+      this->collect(s, [&] {
+        keep(s, low);
+        ask_all(kept, s + 1);
+      });
       widen(s);
     }
     end();

@@ -19,7 +19,7 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
   static constexpr size_t kShared = Tile::kShared;
 
   using Base = LowRankSums<LowRankForwardCall, PersistLowRankForward, Low, Tile>;
-  using Base::call, Base::own, Base::lane, Base::steps, Base::longest, Base::first_row, Base::unit, Base::row_of;
+  using Base::call, Base::own, Base::steps, Base::longest, Base::first_row, Base::unit, Base::row_of;
 
   uint32_t ups[4 * Tile::kRankTiles][4], downs[Tile::kSumTiles][4];
   float c[Tile::kRowBlocks][4];
@@ -100,73 +100,86 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
     own.c_n[at] = c[block][i];
   }
 
-  struct Cell {
-    Gates gates;
-    float c;
-    uint16_t h;
-  };
-
-  // What is kept of a step of one row, of both units: zeros where a row of dense data has ended.
-  FASTSEQ_DEVICE void keep(const Cell& first, const Cell& second, int row, int t, bool alive) const {
-    if (!this->exists(row, 0) || !(alive || !call.shape.offsets)) return;
-    const int64_t H = call.shape.H, at = element(call.shape, t, first_row + row);
-    const auto both = [&](float one, float other) {
-      return alive ? Low::narrow(one) | static_cast<uint32_t>(Low::narrow(other)) << 16 : 0;
-    };
-    this->put_two(own.h, at * H + unit(), alive ? first.h | static_cast<uint32_t>(second.h) << 16 : 0);
-    if (own.c) {
-      own.c[at * H + unit()] = alive ? first.c : 0.0f;
-      if (this->exists(row, 1)) own.c[at * H + unit() + 1] = alive ? second.c : 0.0f;
-    }
-    if (own.gates) {
-      const int64_t to = at * 4 * H + unit();
-      this->put_two(own.gates, to, both(first.gates.i, second.gates.i));
-      this->put_two(own.gates, to + H, both(first.gates.f, second.gates.f));
-      this->put_two(own.gates, to + 2 * H, both(first.gates.g, second.gates.g));
-      this->put_two(own.gates, to + 3 * H, both(first.gates.o, second.gates.o));
-    }
-  }
-
-  FASTSEQ_DEVICE void step(int s, int block, const uint32_t (&x)[2][4]) {
+  // One step of the cells of 8 rows; activated gates of both units are left in `gates`, by row.
+  FASTSEQ_DEVICE void step(int s, int block, const uint32_t (&x)[2][4], uint32_t (&gates)[2][4]) {
     float d[4][4];
     widen(block, d);
     const int t = time_of(s);
     FASTSEQ_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      const int row = row_of(block) + n;
-      const bool alive = t < steps[row];
-      Cell found[2];
+    for (int i = 0; i < 4; ++i) {
+      const int n = this->second_row(i), more = this->second_unit(i), row = row_of(block) + n;
+      const Gates z{d[0][i] + this->number(x[n][0], more), d[1][i] + this->number(x[n][1], more),
+                    d[2][i] + this->number(x[n][2], more), d[3][i] + this->number(x[n][3], more)};
+      const Gates a = activated(z, call.shape);
+      const float after = a.f * c[block][i] + a.i * a.g;
+      const uint16_t low[4] = {Low::narrow(a.i), Low::narrow(a.f), Low::narrow(a.g), Low::narrow(a.o)};
       FASTSEQ_UNROLL
-      for (int more = 0; more < 2; ++more) {
-        const int i = 2 * more + n;
-        const Gates z{d[0][i] + this->number(x[n][0], more), d[1][i] + this->number(x[n][1], more),
-                      d[2][i] + this->number(x[n][2], more), d[3][i] + this->number(x[n][3], more)};
-        Cell& cell = found[more];
-        cell.gates = activated(z, call.shape);
-        cell.c = cell.gates.f * c[block][i] + cell.gates.i * cell.gates.g;
-        cell.h = Low::narrow(cell.gates.o * tanh_of(cell.c));
-        if (!alive || !this->exists(row, more)) continue;
-        c[block][i] = cell.c;
-        const uint32_t other = n ? h[block][more] & 0xffff : h[block][more] & 0xffff0000;
-        h[block][more] = other | static_cast<uint32_t>(cell.h) << 16 * n;
-        if (t == (own.reverse ? 0 : steps[row] - 1)) keep_last(block, i, cell.h);
+      for (int gate = 0; gate < 4; ++gate) {
+        gates[n][gate] = more ? gates[n][gate] | static_cast<uint32_t>(low[gate]) << 16 : low[gate];
       }
-      keep(found[0], found[1], row, t, alive);
+      if (t >= steps[row] || !this->exists(row, more)) continue;
+      const uint16_t state = Low::narrow(a.o * tanh_of(after));
+      c[block][i] = after;
+      h[block][more] = (h[block][more] & (n ? 0xffff : 0xffff0000)) | static_cast<uint32_t>(state) << 16 * n;
+      if (t == (own.reverse ? 0 : steps[row] - 1)) keep_last(block, i, state);
     }
   }
 
+  // What is kept of a step, from the gates that it left and the states as they are after it.
+  FASTSEQ_DEVICE void keep(int s, const uint32_t (&gates)[Tile::kRowBlocks][2][4]) const {
+    const int64_t H = call.shape.H;
+    FASTSEQ_UNROLL
+    for (int at = 0; at < 2 * Tile::kRowBlocks; ++at) {
+      const int block = at / 2, n = at % 2, row = row_of(block) + n, t = time_of(s);
+      if (t >= steps[row]) {
+        clear(row, t);
+        continue;
+      }
+      if (!this->exists(row, 0)) continue;
+      const int64_t to = element(call.shape, t, first_row + row) * H + unit();
+      this->put_two(own.h, to, (h[block][0] >> 16 * n & 0xffff) | h[block][1] >> 16 * n << 16);
+      if (own.c) {
+        own.c[to] = c[block][n];
+        if (this->exists(row, 1)) own.c[to + 1] = c[block][n + 2];
+      }
+      if (own.gates) write_gates(row, t, gates[block][n]);
+    }
+  }
+  FASTSEQ_DEVICE void write_gates(int row, int t, const uint32_t (&gates)[4]) const {
+    const int64_t H = call.shape.H, to = element(call.shape, t, first_row + row) * 4 * H + unit();
+    FASTSEQ_UNROLL
+    for (int gate = 0; gate < 4; ++gate) this->put_two(own.gates, to + gate * H, gates[gate]);
+  }
+
+  // Zeros where a row of dense data has ended.
+  FASTSEQ_DEVICE void clear(int row, int t) const {
+    if (call.shape.offsets || !this->exists(row, 0)) return;
+    const int64_t to = element(call.shape, t, first_row + row) * call.shape.H + unit();
+    this->put_two(own.h, to, 0);
+    if (own.c) {
+      own.c[to] = 0.0f;
+      if (this->exists(row, 1)) own.c[to + 1] = 0.0f;
+    }
+    if (own.gates) write_gates(row, t, {0, 0, 0, 0});
+  }
+
+  // A step is written to memory while the next one waits for other blocks.
   FASTSEQ_DEVICE void run() {
     begin();
+    uint32_t gates[Tile::kRowBlocks][2][4];
     for (int s = 0; s < longest; ++s) {
       uint32_t x[Tile::kRowBlocks][2][4];
       ask(s, x);
       narrow();
-      this->collect(s);
+      this->collect(s, [&] {
+        if (s > 0) keep(s - 1, gates);
+      });
       FASTSEQ_UNROLL
-      for (int block = 0; block < Tile::kRowBlocks; ++block) step(s, block, x[block]);
+      for (int block = 0; block < Tile::kRowBlocks; ++block) step(s, block, x[block], gates[block]);
     }
-    for (int t = longest; !call.shape.offsets && t < call.shape.T; ++t) {
-      for (int n = 0; n < 2 * Tile::kRowBlocks; ++n) keep({}, {}, row_of(n / 2) + n % 2, t, false);
+    if (longest > 0) keep(longest - 1, gates);
+    for (int t = longest; t < call.shape.T; ++t) {
+      for (int n = 0; n < 2 * Tile::kRowBlocks; ++n) clear(row_of(n / 2) + n % 2, t);
     }
   }
 };

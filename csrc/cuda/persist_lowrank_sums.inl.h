@@ -116,13 +116,13 @@ struct LowRankSums {
     for (int i = 0; i < 4; ++i) to[32 * i] = d[i];
   }
 
-  // Entry `entry` of those of a block: which sum, of which row. Those beyond the rank and the batch stay zeros.
+  // Which sum, of which row, entry `n` of this thread is. Those beyond the rank and the batch stay zeros.
   struct Sum {
     int sum, row;
   };
-  static FASTSEQ_DEVICE Sum sum_of(int entry) {
-    const int piece = entry / 128;
-    const Place at = place_in_d(entry % 32, entry / 32 % 4);
+  static FASTSEQ_DEVICE Sum sum_of(int n) {
+    const int piece = n * (Tile::kThreads / 128) + thread_index() / 128;
+    const Place at = place_in_d(thread_index() % 32, thread_index() / 32 % 4);
     return {16 * (piece / Tile::kRowBlocks) + at.row, 8 * (piece % Tile::kRowBlocks) + at.column};
   }
   FASTSEQ_DEVICE bool is_used(Sum of) const {
@@ -133,58 +133,64 @@ struct LowRankSums {
     return exchange + (slot_of(s) ? int64_t(call.groups) * call.blocks * Tile::kEntries : 0);
   }
 
-  // From the parts of all warps of all blocks to `sums`. Every thread hands on and takes in the same entries.
+  // From the parts of all warps of all blocks to `sums`. Every thread hands on and takes in the same entries, and does
+  // what else there is in between.
   static constexpr int kOwn = Tile::kEntries / Tile::kThreads;
-  FASTSEQ_DEVICE void collect(int s) const {
+  template <class Meanwhile>
+  FASTSEQ_DEVICE void collect(int s, Meanwhile meanwhile) const {
     sync_block();
     float total[kOwn];
     FASTSEQ_UNROLL
     for (int n = 0; n < kOwn; ++n) {
-      const int entry = n * Tile::kThreads + thread_index();
-      total[n] = parts[entry];
+      const float* const own = parts + n * Tile::kThreads + thread_index();
+      total[n] = own[0];
       FASTSEQ_UNROLL
-      for (int from = 1; from < Tile::kWarps; ++from) total[n] += parts[from * Tile::kEntries + entry];
+      for (int from = 1; from < Tile::kWarps; ++from) total[n] += own[from * Tile::kEntries];
     }
-    if (call.blocks > 1) exchange_all(total, s);
+    if (call.blocks > 1) hand_on(total, s);
+    meanwhile();
+    if (call.blocks > 1) take_in(total, s);
     FASTSEQ_UNROLL
     for (int n = 0; n < kOwn; ++n) {
-      const Sum of = sum_of(n * Tile::kThreads + thread_index());
+      const Sum of = sum_of(n);
       sums[of.row * Tile::kStride + of.sum] = is_used(of) ? Low::narrow(total[n]) : 0;
     }
     sync_block();
   }
 
-  // From this block's sums to those of all, of which some are asked for at a time.
-  FASTSEQ_DEVICE void exchange_all(float (&total)[kOwn], int s) const {
-    constexpr int kSome = kOwn < Tile::kAhead ? Tile::kAhead / kOwn : 1;
-    uint32_t* const here = slot(s);
-    bool used[kOwn];
+  // This block's sums, to all blocks.
+  FASTSEQ_DEVICE void hand_on(const float (&total)[kOwn], int s) const {
+    uint32_t* const here = slot(s) + block_x() * Tile::kEntries + thread_index();
     FASTSEQ_UNROLL
     for (int n = 0; n < kOwn; ++n) {
-      const int entry = n * Tile::kThreads + thread_index();
-      used[n] = is_used(sum_of(entry));
-      if (used[n]) write_word(here + block_x() * Tile::kEntries + entry, Float::write(bits_of(total[n]), s));
-      total[n] = 0.0f;
+      if (is_used(sum_of(n))) write_word(here + n * Tile::kThreads, Float::write(bits_of(total[n]), s));
     }
+  }
+
+  // The sums over all blocks, of which some are asked for at a time.
+  FASTSEQ_DEVICE void take_in(float (&total)[kOwn], int s) const {
+    constexpr int kSome = kOwn < Tile::kAhead ? Tile::kAhead / kOwn : 1;
+    const uint32_t* const here = slot(s) + thread_index();
+    bool used[kOwn];
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kOwn; ++n) used[n] = is_used(sum_of(n)), total[n] = 0.0f;
     for (int first = 0; first < call.blocks; first += kSome) {
-      uint32_t found[kSome][kOwn];
+      uint32_t found[kSome * kOwn];
       FASTSEQ_UNROLL
       for (int at = 0; at < kSome * kOwn; ++at) {
         const int from = first + at / kOwn, n = at % kOwn;
-        const bool wanted = used[n] && from < call.blocks;
-        if (wanted) found[at / kOwn][n] = read_word(here + from * Tile::kEntries + n * Tile::kThreads + thread_index());
+        if (used[n] && from < call.blocks) found[at] = read_word(here + from * Tile::kEntries + n * Tile::kThreads);
       }
       FASTSEQ_UNROLL
       for (int at = 0; at < kSome * kOwn; ++at) {
         const int from = first + at / kOwn, n = at % kOwn;
         if (!used[n] || from >= call.blocks) continue;
-        uint32_t& word = found[at / kOwn][n];
         Waiting wait;
-        while (Float::stale(word, s)) {
+        while (Float::stale(found[at], s)) {
           wait.look_again();
-          word = read_word(here + from * Tile::kEntries + n * Tile::kThreads + thread_index());
+          found[at] = read_word(here + from * Tile::kEntries + n * Tile::kThreads);
         }
-        total[n] += float_of(Float::read(word));
+        total[n] += float_of(Float::read(found[at]));
       }
     }
   }
