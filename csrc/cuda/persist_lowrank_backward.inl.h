@@ -19,7 +19,7 @@ struct LowRankBackward : LowRankSums<LowRankBackwardCall, PersistLowRankBackward
   static constexpr size_t kShared = Tile::kShared;
 
   using Base = LowRankSums<LowRankBackwardCall, PersistLowRankBackward, Low, Tile>;
-  using Base::call, Base::own, Base::steps, Base::longest, Base::first_row, Base::unit, Base::row_of;
+  using Base::call, Base::own, Base::steps, Base::longest, Base::unit, Base::row_of;
 
   uint32_t ups[4 * Tile::kRankTiles][4], downs[Tile::kSumTiles][4];
   float dh[Tile::kRowBlocks][4], dc[Tile::kRowBlocks][4];
@@ -57,7 +57,7 @@ struct LowRankBackward : LowRankSums<LowRankBackwardCall, PersistLowRankBackward
   FASTSEQ_DEVICE Kept ask(int row, int s) const {
     Kept found{};
     if (s >= longest || unit() >= call.shape.H || !alive(row, s)) return found;
-    const int64_t H = call.shape.H, b = first_row + row;
+    const int64_t H = call.shape.H, b = this->first_row() + row;
     const int t = time_of(s), before = own.reverse ? t + 1 : t - 1;
     const bool first = own.reverse ? before == steps[row] : t == 0;
     const int64_t at = element(call.shape, t, b);
@@ -109,7 +109,7 @@ struct LowRankBackward : LowRankSums<LowRankBackwardCall, PersistLowRankBackward
     }
   }
   FASTSEQ_DEVICE void write(int row, int t, const uint32_t (&d)[4]) const {
-    const int64_t H = call.shape.H, at = element(call.shape, t, first_row + row) * 4 * H + unit();
+    const int64_t H = call.shape.H, at = element(call.shape, t, this->first_row() + row) * 4 * H + unit();
     FASTSEQ_UNROLL
     for (int gate = 0; gate < 4; ++gate) this->put_two(own.dx_gates, at + gate * H, d[gate]);
   }

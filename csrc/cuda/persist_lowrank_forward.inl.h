@@ -19,7 +19,7 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
   static constexpr size_t kShared = Tile::kShared;
 
   using Base = LowRankSums<LowRankForwardCall, PersistLowRankForward, Low, Tile>;
-  using Base::call, Base::own, Base::steps, Base::longest, Base::first_row, Base::unit, Base::row_of;
+  using Base::call, Base::own, Base::steps, Base::longest, Base::unit, Base::row_of;
 
   uint32_t ups[4 * Tile::kRankTiles][4], downs[Tile::kSumTiles][4];
   float c[Tile::kRowBlocks][4];
@@ -56,7 +56,7 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
     for (int n = 0; n < 2 * Tile::kRowBlocks; ++n) {
       const int row = row_of(n / 2) + n % 2, t = time_of(s);
       const bool here = unit() < H && t < steps[row];
-      const int64_t at = here ? element(call.shape, t, first_row + row) * 4 * H + unit() : 0;
+      const int64_t at = here ? element(call.shape, t, this->first_row() + row) * 4 * H + unit() : 0;
       FASTSEQ_UNROLL
       for (int gate = 0; gate < 4; ++gate) x[n / 2][n % 2][gate] = here ? this->two(own.x_gates, at + gate * H) : 0;
     }
@@ -136,7 +136,7 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
         continue;
       }
       if (!this->exists(row, 0)) continue;
-      const int64_t to = element(call.shape, t, first_row + row) * H + unit();
+      const int64_t to = element(call.shape, t, this->first_row() + row) * H + unit();
       this->put_two(own.h, to, (h[block][0] >> 16 * n & 0xffff) | h[block][1] >> 16 * n << 16);
       if (own.c) {
         own.c[to] = c[block][n];
@@ -146,7 +146,7 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
     }
   }
   FASTSEQ_DEVICE void write_gates(int row, int t, const uint32_t (&gates)[4]) const {
-    const int64_t H = call.shape.H, to = element(call.shape, t, first_row + row) * 4 * H + unit();
+    const int64_t H = call.shape.H, to = element(call.shape, t, this->first_row() + row) * 4 * H + unit();
     FASTSEQ_UNROLL
     for (int gate = 0; gate < 4; ++gate) this->put_two(own.gates, to + gate * H, gates[gate]);
   }
@@ -154,7 +154,7 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
   // Zeros where a row of dense data has ended.
   FASTSEQ_DEVICE void clear(int row, int t) const {
     if (call.shape.offsets || !this->exists(row, 0)) return;
-    const int64_t to = element(call.shape, t, first_row + row) * call.shape.H + unit();
+    const int64_t to = element(call.shape, t, this->first_row() + row) * call.shape.H + unit();
     this->put_two(own.h, to, 0);
     if (own.c) {
       own.c[to] = 0.0f;

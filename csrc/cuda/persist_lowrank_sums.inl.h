@@ -19,12 +19,12 @@ struct LowRankSums {
   const Call& call;
   const Direction& own;
   int lane, warp;
-  int64_t first_unit, first_row;  // of the warp, of the block
-  bool paired;                    // whether two neighbouring units are one word in memory
-  float* parts;                   // [warp][piece][place][lane], of this block
-  uint16_t* sums;                 // [row][kStride], low
-  int* steps;                     // of each row
-  uint32_t* exchange;             // [slot][from block][entry], of this group
+  int first_unit;      // of the warp
+  bool paired;         // whether two neighbouring units are one word in memory
+  float* parts;        // [warp][piece][place][lane], of this block
+  uint16_t* sums;      // [row][kStride], low
+  int* steps;          // of each row
+  uint32_t* exchange;  // [slot][from block][entry], of this group
   int longest = 0;
 
   // A lane's cell i of a block of 8 rows, which is number i of its part of a product: first the same unit's.
@@ -33,25 +33,27 @@ struct LowRankSums {
 
   FASTSEQ_DEVICE explicit LowRankSums(const Call& given) : call(given), own(given.direction) {
     lane = thread_index() % 32, warp = thread_index() / 32;
-    first_unit = static_cast<int64_t>(block_x()) * Tile::kUnits + 16 * warp;
-    first_row = static_cast<int64_t>(block_y()) * Tile::kRows;
+    first_unit = block_x() * Tile::kUnits + 16 * warp;
     parts = reinterpret_cast<float*>(shared_bytes());
     sums = reinterpret_cast<uint16_t*>(parts + Tile::kWarps * Tile::kEntries);
     steps = reinterpret_cast<int*>(sums + Tile::kRows * Tile::kStride);
-    exchange = call.exchange + static_cast<int64_t>(block_y()) * call.blocks * Tile::kEntries;
   }
 
+  static FASTSEQ_DEVICE int first_row() { return block_y() * Tile::kRows; }  // of the block
+
   // A lane's units are this one and the next; its rows, within the block, likewise.
-  FASTSEQ_DEVICE int64_t unit() const { return first_unit + 2 * (lane / 4); }
+  FASTSEQ_DEVICE int unit() const { return first_unit + 2 * (lane / 4); }
   FASTSEQ_DEVICE int row_of(int block) const { return 8 * block + 2 * (lane % 4); }
   FASTSEQ_DEVICE bool exists(int row, int more) const {
-    return unit() + more < call.shape.H && first_row + row < call.shape.B;
+    return unit() + more < call.shape.H && first_row() + row < call.shape.B;
   }
-  FASTSEQ_DEVICE int64_t place(int row) const { return (first_row + row) * call.shape.H + unit(); }  // in [B, H]
+  FASTSEQ_DEVICE int64_t place(int row) const {
+    return int64_t{first_row() + row} * call.shape.H + unit();
+  }  // in [B, H]
 
   FASTSEQ_DEVICE void count_steps() {
     for (int row = thread_index(); row < Tile::kRows; row += Tile::kThreads) {
-      steps[row] = steps_of(call.shape, first_row + row);
+      steps[row] = steps_of(call.shape, first_row() + row);
     }
     sync_block();
     for (int row = 0; row < Tile::kRows; ++row) longest = steps[row] > longest ? steps[row] : longest;
@@ -126,11 +128,12 @@ struct LowRankSums {
     return {16 * (piece / Tile::kRowBlocks) + at.row, 8 * (piece % Tile::kRowBlocks) + at.column};
   }
   FASTSEQ_DEVICE bool is_used(Sum of) const {
-    return of.sum % Tile::kRank < call.shape.rank && first_row + of.row < call.shape.B;
+    return of.sum % Tile::kRank < call.shape.rank && first_row() + of.row < call.shape.B;
   }
 
+  // [from block][entry] of this group, for this step.
   FASTSEQ_DEVICE uint32_t* slot(int s) const {
-    return exchange + (slot_of(s) ? int64_t(call.groups) * call.blocks * Tile::kEntries : 0);
+    return call.exchange + (int64_t{slot_of(s)} * call.groups + block_y()) * call.blocks * Tile::kEntries;
   }
 
   // From the parts of all warps of all blocks to `sums`. Every thread hands on and takes in the same entries, and does
