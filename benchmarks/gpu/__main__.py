@@ -41,8 +41,10 @@ SHARDS = {
     **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in DTYPES},
     **{("persist", dtype): 3 for dtype in ("bfloat16", "float16")},
     **{("lookup", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
+    **{("persist_lowrank", dtype): 1 for dtype in ("bfloat16", "float16")},
 }
-COMPILED = {"persist": "lstm_persist", "lookup": "vq_lookup"}  # families of csrc/cuda, and what they verify
+# families of csrc/cuda, and what they verify
+COMPILED = {"persist": "lstm_persist", "persist_lowrank": "lstm_persist_lowrank", "lookup": "vq_lookup"}
 
 
 def parity(compiled: bool) -> tuple[str, ...]:
@@ -53,7 +55,11 @@ def parity(compiled: bool) -> tuple[str, ...]:
 
 PERSIST_PARITY, PARITY = parity(True), parity(False)
 DRY = {  # share -> its parts, where not the first alone
-    "persist-parity": ("parity:persist-bfloat16-0/1", "parity:lookup-float32-0/1"),
+    "persist-parity": (
+        "parity:persist-bfloat16-0/1",
+        "parity:persist_lowrank-bfloat16-0/1",
+        "parity:lookup-float32-0/1",
+    ),
     "parity": ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1"),
 }
 SUITES = tuple(f"host:cuda-{n}/4" for n in range(4))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import lstm, persist_loop, timing
+from benchmarks.gpu import lstm, persist_loop, persist_lowrank, timing
 from benchmarks.gpu.lstm_case import Case
 from benchmarks.gpu.part import Context, Row, Unit, reason
 from benchmarks.gpu.persist_loop import Direction, Results
@@ -33,6 +33,7 @@ REST = [(64, 512), (64, 256), (64, 1024), (256, 512), (256, 256), (64, 2048), (2
 LABELS = (lstm.PERSIST, lstm.OURS, "stock", "stock float16", "stock float32")
 GATE_STEPS = 20
 TOOLS, TOOL_SECONDS = ("memcheck", "racecheck"), 45.0  # each
+LOOPS = ("persist_loop", "persist_lowrank_loop")
 
 
 def _defined(call: Direction, grads: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype) -> list[Results]:
@@ -153,13 +154,14 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(beside))
 
 
-def sanitized(context: Context, tool: str) -> list[Row]:
-    """Small calls of every tile under a tool of compute-sanitizer."""
-    row: Row = {"op": "tests", "table": "tests", "suite": "sanitizer", "case": f"lstm_persist {tool}"}
+def sanitized(context: Context, tool: str, loop: str = "persist_loop") -> list[Row]:
+    """Small calls of every tile of a loop under a tool of compute-sanitizer."""
+    name = f"lstm_{loop.removesuffix('_loop')} {tool}"
+    row: Row = {"op": "tests", "table": "tests", "suite": "sanitizer", "case": name}
     where = sanitizer()
     if where is None or context.dry:
         return [{**row, "gate": f"{ABSENT[1]}compute-sanitizer is not on PATH"}]
-    command = [where, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.persist_loop"]
+    command = [where, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", f"benchmarks.gpu.{loop}"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a block of torch's hides what is beyond
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TOOL_SECONDS)
@@ -189,14 +191,18 @@ def grid(context: Context, points: list[tuple[int, int]], dtype: torch.dtype, la
 def units(context: Context, kind: str) -> list[Unit]:
     """Of the kind "sanitizer", or all that is timed."""
     if kind == "sanitizer":
-        tools = context.pick(TOOLS, TOOLS[:1])
-        return [Unit(tool, 30.0, functools.partial(sanitized, context, tool), TOOL_SECONDS + 30) for tool in tools]
+        asked = context.pick([(tool, loop) for loop in LOOPS for tool in TOOLS], [(TOOLS[0], LOOPS[0])])
+        return [Unit(" ".join(of), 30.0, functools.partial(sanitized, context, *of), TOOL_SECONDS + 30) for of in asked]
     if context.dry:
-        return [*grid(context, [(2, 8)], torch.float32, LABELS[1:3]), _loop(context, 2, 40)]
+        return [
+            *grid(context, [(2, 8)], torch.float32, LABELS[1:3]),
+            _loop(context, 2, 40),
+            *persist_lowrank.units(context),
+        ]
     alone = [_loop(context, B, H) for B, H in (*AIMED, *REST)]
     halves = [grid(context, points, torch.bfloat16, LABELS) for points in (AIMED, REST)]
     low = grid(context, AIMED[:6], torch.float16, (lstm.PERSIST, lstm.OURS, "stock"))
-    return [*halves[0], *alone, *halves[1], *low]
+    return [*halves[0], *alone, *persist_lowrank.units(context), *halves[1], *low]
 
 
 def _loop(context: Context, B: int, H: int) -> Unit:

@@ -69,6 +69,12 @@ def loop(rows: list[Row]) -> Table:
     return Table("The loop of the persistent LSTM alone, by tile", header, lines, failed(rows))
 
 
+def lowrank(rows: list[Row]) -> Table:
+    """The same of the persistent low-rank LSTM, and of Triton's kernels."""
+    found = loop([{"units": "-", **r} for r in rows])
+    return found._replace(title="The loop of the persistent low-rank LSTM alone, by tile, and Triton's operators")
+
+
 def vq(rows: list[Row]) -> Table:
     header = ["case", "dtype", "provider", "ms", "TFLOP/s", "wrong indices", "peak MB", "fastseq's time over it"]
     lines = []
@@ -134,6 +140,7 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "parity": parity,
     "persist": persist,
     "persist loop": loop,
+    "lowrank loop": lowrank,
     "limits": limits,
     "stock": stock,
     "lstm": lstm,

@@ -8,6 +8,7 @@
 
 #define FASTSEQ_DEVICE __device__ __forceinline__
 #define FASTSEQ_UNROLL _Pragma("unroll")
+#define FASTSEQ_ROLL _Pragma("unroll 1")
 
 namespace fastseq::cuda {
 
@@ -84,6 +85,14 @@ FASTSEQ_DEVICE void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(at)
                : "memory");
+}
+
+// Of an 8 x 8 block of 16-bit numbers, lane l gives numbers 2 * (l % 4) and the next of row l / 4, and has those of the
+// transpose.
+FASTSEQ_DEVICE uint32_t transposed(uint32_t two) {
+  uint32_t found;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(two));
+  return found;
 }
 
 // Clusters, from sm_90 on: blocks of threads that write into each other's shared memory. Where numbers arrive, a

@@ -28,6 +28,8 @@ LEAST_T = 64  # steps from which CUDA graphs are used
 LAUNCHES = 15.0  # a step that is launched on its own; measured 13 to 18
 
 
+LOWRANK_CELLS = 0.25  # estimate: 4 cells of a lane for each 8 rows, and their words from and to memory
+
 MOST_WORK = 1 << 24  # rows times squared units up to which our ways were measured beside torch's LSTM
 CUDNN_LAUNCHES = (20.0, 23.0)  # a step, forward and backward, outside of its persistent kernels; measured 16 to 30
 CUDNN_ROW = (0.1, 0.1)  # a step and row inside, from 16 rows on; measured 1.6 to 2.2 at 16 rows, 6.5 to 8 at 64
@@ -86,6 +88,44 @@ def persist(
     product = max(work * tile.rows / MULTIPLY, work / 256 / (tile.threads // 32) * CHAIN)  # instructions on 8 rows
     step = exchange + product + (0 if int8 else tile.in_shared / SHARED) + CELL
     return Cost(rounds * PERSIST_START, rounds * step)
+
+
+class LowRankTile(NamedTuple):
+    """A compiled shape of the persistent low-rank kernels; see ``PersistLowRankTile``."""
+
+    units: int
+    rows: int
+    rank: int
+    downs: int
+    threads: int
+
+    def grid(self, B: int, H: int) -> tuple[int, int]:
+        """Blocks of threads along the units and along the rows."""
+        return math.ceil(H / self.units), math.ceil(B / self.rows)
+
+
+def persist_lowrank(tile: LowRankTile, B: int, H: int) -> Cost:
+    """The persistent low-rank kernels, either pass: every block reads the sums of all, float32, of its rows; those of
+    its own warps go through shared memory. One block has nobody to wait for."""
+    blocks, groups = tile.grid(B, H)
+    sums = tile.rows * tile.downs * tile.rank * 4
+    read = max(blocks * sums / READ, (blocks + 1) * blocks * groups * sums / READ_ALL)
+    product = tile.rows * tile.units * (4 + tile.downs) * tile.rank / MULTIPLY
+    own = 2 * tile.threads // 32 * sums / SHARED
+    cells = CELL + tile.rows / 8 * LOWRANK_CELLS
+    return Cost(PERSIST_START, (EXCHANGE + read if blocks > 1 else 0.0) + product + own + cells)
+
+
+def triton_lowrank(H: int, rank: int, downs: int, route: str, backward: bool = False) -> Cost:
+    """The low-rank kernels in triton by one of their routes, all of it an estimate: beside what the cells of
+    ``RESIDENT`` take, both products of 16 rows, with factors from shared memory or from the second-level cache."""
+    numbers = (4 + downs) * H * rank
+    if route == "steps":
+        cost = Cost(0.0, 2 * LAUNCHES)
+    else:
+        step = RESIDENT[1] + 16 * numbers / MULTIPLY + 2 * numbers / (SHARED if route == "resident" else READ)
+        cost = Cost(RESIDENT[0], step)
+    return cost._replace(step=cost.step * BACKWARD) if backward else cost
 
 
 def triton(T: int, B: int, H: int, resident: bool, backward: bool = False, graphs: bool = True) -> Cost:

@@ -14,6 +14,7 @@ from torch.autograd import Function, forward_ad
 
 from fastseq import reference
 from fastseq.ops import lstm as _lstm
+from fastseq.ops import lstm_persist_lowrank
 from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._select import once
 from fastseq.ops._transforms import apply, in_float32, one_by_one, refuse_forward_mode
@@ -72,10 +73,8 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 forward_reference = in_float32(_forward, 0, 4, 0, 3, 4)
 backward_reference = in_float32(_backward, 5, 8, 9, 10, 11, 10, 11)
 
-BACKENDS = {
-    "lstm_lowrank_forward": backends("lstm_lowrank_forward", forward_reference, "lstm_lowrank"),
-    "lstm_lowrank_backward": backends("lstm_lowrank_backward", backward_reference, "lstm_lowrank"),
-}
+_DEFINITIONS = {"lstm_lowrank_forward": forward_reference, "lstm_lowrank_backward": backward_reference}
+BACKENDS = {op: backends(op, run, "lstm_lowrank", lstm_persist_lowrank.BACKEND[op]) for op, run in _DEFINITIONS.items()}
 for _op in BACKENDS:
     register(_op, BACKENDS[_op])
 

@@ -88,12 +88,15 @@ def chosen(shape: Shape) -> Chosen | str:
         if room is None:
             return "no CUDA device is here"
         found.append(Chosen(n, lstm_costs.persist(TILES[n], *shape[1:4], shape.backward, shape.int8, room[1]), *room))
-    best = min(found, key=lambda c: (c.needs > c.room, c.cost.step, c.needs))
-    return (
-        best
-        if best.needs <= best.room
-        else f"needs {best.needs} blocks of threads at a time, the device holds {best.room}"
-    )
+    return best(found)
+
+
+def best(found: Sequence[Chosen]) -> Chosen | str:
+    """The cheapest that there is room for, or why there is none."""
+    first = min(found, key=lambda c: (c.needs > c.room, c.cost.step, c.needs))
+    if first.needs <= first.room:
+        return first
+    return f"needs {first.needs} blocks of threads at a time, the device holds {first.room}"
 
 
 def _room(shape: Shape, tile: int) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 // The persistent LSTM on the CPU, for tests: run by ctypes, or as a program of its own under the thread sanitizer.
 #include <algorithm>
 
-#include "tests/cuda/emulator.h"
+#include "tests/cuda/emulator_cluster.h"
 // after the names of the device
 #include "cuda/exchange.h"
 #include "cuda/persist_plan.h"

@@ -13,6 +13,7 @@ from tests.cuda import emulated
 
 # with two places for h and with one, weights in registers and in shared memory too, and a cluster
 TILES = [0, 9, emulated.FIRST_CLUSTER]
+LOWRANK_TILES = [7]  # one matrix down for each gate, two blocks of rows, in reverse
 
 
 def ran(source: str, folder: Path, tile: int) -> subprocess.CompletedProcess[str]:
@@ -29,6 +30,12 @@ def ran(source: str, folder: Path, tile: int) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("tile", TILES)
 def test_no_race(tile: int, tmp_path: Path) -> None:
     found = ran("races.cpp", tmp_path, tile)
+    assert found.returncode == 0, found.stderr[-4000:]
+
+
+@pytest.mark.parametrize("tile", LOWRANK_TILES)
+def test_no_race_of_low_rank(tile: int, tmp_path: Path) -> None:
+    found = ran("races_lowrank.cpp", tmp_path, tile)
     assert found.returncode == 0, found.stderr[-4000:]
 
 

@@ -3,6 +3,7 @@
 // tile, by the name of its kernel, with all the shared memory that a call may ask for.
 #include <cstdio>
 
+#include "cuda/persist_lowrank_tile.h"
 #include "cuda/persist_tile.h"
 #include "cuda/vq_plan.h"
 
@@ -14,6 +15,13 @@ int main() {
                 Of::kForwardShared, Of::kBackwardShared);                                                        \
   }
   FASTSEQ_PERSIST_TILES(FASTSEQ_LINE)
+#undef FASTSEQ_LINE
+#define FASTSEQ_LINE(n, ...)                                                                                      \
+  {                                                                                                               \
+    using Of = fastseq::cuda::LowRankTile<__VA_ARGS__>;                                                           \
+    std::printf("LowRankTile;" #__VA_ARGS__ ";tile " #n ";%d;%zu;%zu\n", Of::kThreads, Of::kShared, Of::kShared); \
+  }
+  FASTSEQ_LOWRANK_TILES(FASTSEQ_LINE)
 
   using namespace fastseq::cuda;
   const size_t shared = vq_shared(kVqMostD, kVqMostLevels);
