@@ -44,7 +44,7 @@ inline cudaError_t allow(const Kernel& kernel, unsigned blocks) {
 
 // Blocks that the device can hold at a time, where `blocks` of them are a cluster if there are any; 0 where one is too
 // large for it, or they cannot be launched together.
-inline int64_t room(const Kernel& kernel, int blocks, int threads) {
+inline int64_t room(const Kernel& kernel, int threads, int blocks = 1) {
   int device = 0, processors = 0, together = 0, most = 0, each = 0, major = 0;
   const auto ask = [&](int* found, cudaDeviceAttr what) { return cudaDeviceGetAttribute(found, what, device); };
   const bool known = cudaGetDevice(&device) == cudaSuccess &&

@@ -29,7 +29,7 @@ Kernel backward_kernel(const PersistShape& shape, int tile) {
 
 int64_t room_of(const Kernel& kernel, const PersistShape& shape, int tile) {
   const Grid grid = grid_of(shape, kTiles[tile]);
-  return grid.groups > kMostGroups ? 0 : room(kernel, grid.blocks, static_cast<int>(kTiles[tile].threads));
+  return grid.groups > kMostGroups ? 0 : room(kernel, static_cast<int>(kTiles[tile].threads), grid.blocks);
 }
 
 bool is_tile(int tile) { return tile >= 0 && tile < persist_tiles(); }

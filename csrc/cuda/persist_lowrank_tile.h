@@ -14,6 +14,7 @@ namespace fastseq::cuda {
 // 8 rows of the batch.
 template <int Rank, int Downs, int RowBlocks>
 struct LowRankTile {
+  static constexpr bool kCluster = false;
   static constexpr int kRank = Rank, kDowns = Downs, kRowBlocks = RowBlocks;
   static constexpr int kWarps = 8, kThreads = 32 * kWarps, kUnits = 16 * kWarps, kRows = 8 * RowBlocks;
   static constexpr int kRankTiles = Rank / 16;  // of a gate
