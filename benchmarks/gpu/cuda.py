@@ -56,10 +56,10 @@ def why_no_nvcc() -> str | None:
     return None if found else "nvcc is not on PATH and CUDA_HOME is not set"
 
 
-def compile_alone(folder: Path, archs: str, seconds: float) -> str | None:
+def compile_alone(folder: Path, archs: str, seconds: float, **more: str) -> str | None:
     """``folder/fastseq``: a library of csrc/cuda and its record of the build, or what was said last."""
     (folder / "fastseq").mkdir()
-    environment = {**os.environ, "FASTSEQ_BUILD": "cuda", "FASTSEQ_CUDA_ARCHS": archs}
+    environment = {**os.environ, "FASTSEQ_BUILD": "cuda", "FASTSEQ_CUDA_ARCHS": archs, **more}
     command = [sys.executable, "-c", _BUILD, str(folder)]
     try:
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)

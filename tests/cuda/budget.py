@@ -140,14 +140,21 @@ def exceeded(budget: dict[str, Any], kernel: Kernel, found: Taken) -> list[str]:
     return wrong
 
 
-def misnamed(budget: dict[str, Any], kernels: Iterable[Kernel]) -> list[str]:
-    """Rows that no kernel has, and kernels that have no row, of all targets with rows."""
+def misnamed(budget: dict[str, Any], kernels: Iterable[Kernel], sources: Iterable[str]) -> list[str]:
+    """Rows that no kernel of ``sources`` has, and kernels that have no row, of all targets with rows."""
     every = {kernel._replace(arch=arch) for kernel in kernels for arch in TARGETS}
     expected = {kernel.row for kernel in every if kernel.exists}
+    stems = {Path(source).stem for source in sources}
+    rows = {row for row in budget["rows"] if row.split()[0] in stems}
     return [
-        *(f"{row}: not in {FILE.name}; {REWRITE}" for row in sorted(expected - set(budget["rows"]))),
-        *(f"{row}: there is no such kernel any more; {REWRITE}" for row in sorted(set(budget["rows"]) - expected)),
+        *(f"{row}: not in {FILE.name}; {REWRITE}" for row in sorted(expected - rows)),
+        *(f"{row}: there is no such kernel any more; {REWRITE}" for row in sorted(rows - expected)),
     ]
+
+
+def sources() -> list[str]:
+    """All that nvcc is given."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def _included(source: str, found: set[str]) -> set[str]:
@@ -167,12 +174,10 @@ def digest(source: str, flags: list[str]) -> str:
     return told.hexdigest()[:16]
 
 
-def changed(budget: dict[str, Any], kernels: Iterable[Kernel], flags: list[str]) -> list[str]:
-    """Sources that are not those of which the rows are."""
-    sources = {kernel.source for kernel in kernels}
-    known = {source: digest(source, flags) for source in sources}
-    rows = budget["rows"]
-    return sorted({k.source for k in kernels if rows.get(k.row, {}).get("source") != known[k.source]})
+def changed(budget: dict[str, Any], flags: list[str]) -> list[str]:
+    """Sources that are not those of which the rows are, and sources that there are no more."""
+    now = {source: digest(source, flags) for source in sources()}
+    return sorted(source for source in {*now, *budget["sources"]} if budget["sources"].get(source) != now.get(source))
 
 
 def why_not_comparable(budget: dict[str, Any], compiled: Compiled) -> str | None:
@@ -189,23 +194,26 @@ def table(measured: dict[Kernel, Taken]) -> Iterator[str]:
 
 
 def write() -> None:
-    rows, stack, nvcc = {}, {}, ""
+    rows, stack = {}, {}
     for arch in LIMITS:
         compiled = library.kernels(arch)
-        nvcc = compiled.nvcc
         for kernel, found in measure(compiled.objects).items():
             if found.stack:
                 stack[kernel.row] = found.stack
             if arch in TARGETS:
-                told = {"runs": found.runs(arch), "source": digest(kernel.source, compiled.flags)}
-                rows[kernel.row] = {**{name: getattr(found, name) for name in ROW}, **told}
-    parts = {"stack": stack, "rows": rows}
-    written = [f'  "nvcc": {json.dumps(nvcc)}']
+                rows[kernel.row] = {**{name: getattr(found, name) for name in ROW}, "runs": found.runs(arch)}
+    known = {source: digest(source, compiled.flags) for source in sources()}
+    save({"nvcc": compiled.nvcc, "sources": known, "stack": stack, "rows": rows})
+
+
+def save(budget: dict[str, Any]) -> None:
+    parts = {name: budget[name] for name in ("sources", "stack", "rows")}
+    written = [f'  "nvcc": {json.dumps(budget["nvcc"])}']
     for name, part in parts.items():
         lines = ",\n".join(f"    {json.dumps(row)}: {json.dumps(values)}" for row, values in part.items())
         written.append(f'  "{name}": {{\n{lines}\n  }}')
     FILE.write_text("{\n" + ",\n".join(written) + "\n}\n")
-    print(f"{FILE}: {len(rows)} rows, {len(stack)} kernels with a stack")
+    print(f"{FILE}: {len(parts['rows'])} rows, {len(parts['stack'])} kernels with a stack")
 
 
 def check() -> int:
@@ -217,7 +225,7 @@ def check() -> int:
     if reason is not None:
         print(f"not compared: {reason}")
         return 0
-    wrong = misnamed(budget, measured)
+    wrong = misnamed(budget, measured, [*sources(), *budget["sources"]])
     wrong += [line for kernel, m in measured.items() for line in exceeded(budget, kernel, m)]
     print("\n".join(wrong) or f"{len(measured)} kernels within their budgets")
     return bool(wrong)
