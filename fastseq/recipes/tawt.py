@@ -88,7 +88,8 @@ class TaskWeights:
 
     def scale(self, t: int) -> float:
         """What to multiply a loss of task ``t`` by: its weight times the number of tasks that had one at first."""
-        return float(self._weights[self._task("TaskWeights.scale", "t", t)]) * self._active
+        weight: float = self._weights[self._task("TaskWeights.scale", "t", t)].item()
+        return weight * self._active
 
     def observe(self, t: int, shared: Shared | None = None, *, gradients: Gradients | None = None) -> None:
         """Take the gradient of task ``t``; that of the target is copied, to compare the others with until its next one.

@@ -1,4 +1,4 @@
-"""The three ways of weighted training of the TAWT paper, as loops: pre-training, joint, and joint normalised by size."""
+"""The three ways of weighted training in the TAWT paper, as loops: pre-training, joint, joint normalised by size."""
 
 from __future__ import annotations
 
