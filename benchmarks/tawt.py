@@ -53,11 +53,12 @@ def gradients() -> list[list[Tensor]]:
 
 
 def ours(found: list[list[Tensor]]) -> Tensor:
-    """As ``TaskWeights.observe`` does it, of the target too; the copy of the target's gradient is not counted."""
+    """As ``TaskWeights.observe`` does it; its copy of the target's gradient is not counted."""
     from fastseq.recipes import tawt
 
-    own = tawt.square(found[0]).sqrt()
-    return torch.stack([tawt.dot(g, found[0]) / (own * tawt.square(g).sqrt()) for g in found])
+    own = tawt.square(found[0])
+    cosines = [tawt.dot(g, found[0]) / (own.sqrt() * tawt.square(g).sqrt()) for g in found[1:]]
+    return torch.stack([torch.ones_like(own), *cosines])
 
 
 def products(found: list[list[Tensor]]) -> Tensor:
