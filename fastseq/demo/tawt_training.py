@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ KINDS = (
 )
 
 Kind = tuple[str, str]
+Places = tuple[Tensor, Tensor]  # windows [N, T], and numbers of tokens among all of them
 Report = Callable[[float, str], None]  # fraction done, remark
 
 
@@ -126,7 +128,7 @@ def train(kind: Kind, seed: int, setting: Setting, corpus: Corpus) -> Run:
 
     total = s.sources_total if paradigm == PRETRAINING else s.total
     signal, eta = "none" if weighting == SCHEDULE else "cosine", 0.0 if weighting == FIXED else 1.0
-    options = {"eta": eta, "c": total / s.epochs, "signal": signal}
+    options: dict[str, Any] = {"eta": eta, "c": total / s.epochs, "signal": signal}
     options |= {"after_step": scheduler.step, "after_epoch": after_epoch}
     shared, begin = model.encoder, time.perf_counter()
     if paradigm in (SINGLE, LONG):
@@ -176,3 +178,31 @@ def train_all(
     else:
         report(1.0, "")
     return runs
+
+
+def encoders(seed: int, setting: Setting, corpus: Corpus) -> list[Tagger]:
+    """One model for each task, trained on it alone with as many examples as a source has, for ``task_distances``."""
+    found = []
+    for t, task in enumerate(batches(seed, replace(setting, target=setting.source), corpus)):
+        torch.manual_seed(seed)
+        model = Tagger(setting.H)
+        optimizer = torch.optim.Adam(model.parameters(), setting.rate)
+        joint([task], 0, _loss_of(model, t), optimizer, model.encoder, setting.epochs)
+        found.append(model.eval())
+    return found
+
+
+def features(model: Tagger) -> Callable[[Places], Tensor]:
+    """An encoder of tokens, for ``task_distances``."""
+    return lambda places: model.features(places[0]).flatten(0, 1)[places[1]]
+
+
+def examples(corpus: Corpus, task: str, count: int) -> tuple[Places, Tensor]:
+    """Test windows, which of their tokens the task says something of, at most ``count``, and what it says."""
+    labels = corpus.test.labels[task].flatten()
+    known = (labels != NONE).nonzero()[:count, 0]
+    return (corpus.test.x, known), labels[known]
+
+
+def _loss_of(model: Tagger, t: int) -> Callable[[int, tuple[Tensor, Tensor]], Tensor]:
+    return lambda _, batch: model.loss(t, batch)

@@ -73,6 +73,7 @@ class TaskWeights:
         self.eta, self.c, self.signal = eta, c, signal
         self.updates = 0
         self._weights = self._initial(init)
+        self._active = int((self._weights > 0).sum())  # how many have a weight at first
         self._found = torch.zeros(2, n_tasks, dtype=torch.float64)  # sums of signals, and how many
         self._gradients: list[Tensor | None] | None = None  # the target's last
         self._square = torch.zeros((), dtype=torch.float64)  # of their norm
@@ -88,8 +89,7 @@ class TaskWeights:
 
     def scale(self, t: int) -> float:
         """What to multiply a loss of task ``t`` by: its weight times the number of tasks that had one at first."""
-        weight: float = self._weights[self._task("TaskWeights.scale", "t", t)].item()
-        return weight * self._active
+        return float(self._weights[self._task("TaskWeights.scale", "t", t)]) * self._active
 
     def observe(self, t: int, shared: Shared | None = None, *, gradients: Gradients | None = None) -> None:
         """Take the gradient of task ``t``; that of the target is copied, to compare the others with until its next one.
@@ -193,7 +193,6 @@ class TaskWeights:
         if not (values.isfinite().all() and (values >= 0).all() and values.sum() > 0):
             expected = "finite numbers >= 0, of tasks that take part > 0"
             _check.fail("TaskWeights", "init", expected, values.tolist())
-        self._active = int((values > 0).sum())
         return values / values.sum()
 
     def _task(self, function: str, name: str, t: int) -> int:
