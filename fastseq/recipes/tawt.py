@@ -98,7 +98,8 @@ class TaskWeights:
         gradient of zeros is orthogonal to the target's.
 
         Args:
-            shared: a module, or parameters, whose ``grad`` is that of a loss of this task alone, times ``scale(t)``.
+            shared: a module, or parameters, whose ``grad`` is that of a loss of this task alone, times ``scale(t)``;
+                where processes average their gradients, all have the same task at a time.
             gradients: instead of that, as ``torch.autograd.grad`` gives them of a loss that was not scaled; None stands
                 for zeros.
 

@@ -159,11 +159,11 @@ def test_the_target_is_copied_and_sources_are_not_held():
 def test_what_comes_before_the_target_and_what_is_not_finite_is_left_out():
     one, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     weights = TaskWeights(2, 0)
-    weights.observe(1, gradients=[one])
-    for target, source in ((one, other), (one, other * torch.nan), (one * torch.inf, one)):
+    weights.observe(1, gradients=[other])
+    for target, source in ((one, one), (one, other * torch.nan), (one * torch.inf, other)):
         weights.observe(0, gradients=[target])
         weights.observe(1, gradients=[source])
-    assert weights.update().tolist() == [1, 0]
+    assert weights.update().tolist() == [1, 1]
 
 
 def test_a_gradient_of_zeros_is_orthogonal():
