@@ -24,7 +24,8 @@ def _quality(task: str, rows: list[Row]) -> Table:
         weights = " ".join(f"{mean:.3f}" for mean in means) or "-"
         accuracy = interval([100 * row["accuracy"] for row in found], 2)
         lines.append([paradigm, weighting, accuracy, gain, weights, f"{found[0]['steps']:,}"])
-    one, seeds = rows[0], len({row["seed"] for row in rows})
+    counts = sorted({len(found) for found in by.values()})
+    one, seeds = rows[0], " to ".join(dict.fromkeys(str(n) for n in (counts[0], counts[-1])))
     header = ["training", "weights", "accuracy %", "over schedule only", "last weights", "steps"]
     notes = [
         f"mean and 95 % interval of {seeds} seeds; {one['source']:,} examples of each source, {one['epochs']} epochs; "
