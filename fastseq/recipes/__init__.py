@@ -5,5 +5,25 @@ from fastseq.recipes.lars import LARS
 from fastseq.recipes.layerwise import layerwise_groups
 from fastseq.recipes.legw import LEGW, Schedule
 from fastseq.recipes.legw_plan import plan
+from fastseq.recipes.task_distance import distances_figure, task_distance, task_distances
+from fastseq.recipes.tawt import TaskWeights, mirror_step, probe, sample_signals
+from fastseq.recipes.tawt_training import joint, normalized_joint, pretraining
 
-__all__ = ["LAMB", "LARS", "LEGW", "Schedule", "layerwise_groups", "plan"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "LEGW",
+    "Schedule",
+    "TaskWeights",
+    "distances_figure",
+    "joint",
+    "layerwise_groups",
+    "mirror_step",
+    "normalized_joint",
+    "plan",
+    "pretraining",
+    "probe",
+    "sample_signals",
+    "task_distance",
+    "task_distances",
+]
