@@ -128,6 +128,8 @@ class ADT(nn.Module):
             return None, None
         if channels is None and (generator is None or self.variant == "imp_am"):
             _check.fail("ADT", "channels", f"given, of the input, with variant={self.variant!r}", "None")
+        if channels is not None:
+            _check.count("ADT", "channels", channels)
         explicit = self.variant == "exp_am"
         if generator is None:
             parts, latent = (2, 0) if explicit else (1, LATENT)
@@ -217,7 +219,7 @@ class ADT(nn.Module):
         if self.entropy == "sum":
             return self.lam * valid.to(dtype)
         count = valid.sum() if self.mode == "compat" else valid.flatten(1).sum(1).view(-1, *(1,) * (valid.dim() - 1))
-        return self.lam * valid / count.clamp_min(1).to(dtype)
+        return self.lam * valid.to(dtype) / count.clamp_min(1)
 
     def _generated(
         self,

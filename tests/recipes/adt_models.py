@@ -18,6 +18,8 @@ class Sequences(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lstm, self.head = fastseq.nn.LSTM(C, 7, batch_first=True), nn.Linear(7, K)
+        for p in self.parameters():  # steep, as if trained
+            nn.init.normal_(p)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         h = self.lstm(x)[0]
