@@ -126,8 +126,8 @@ def test_the_entropy_by_quadrature():
     delta = 0.3 * u.tanh()
     density = of_u / (0.3 * (1 - u.tanh() ** 2))
     got = reference.adt_entropy(mu, rho, (u / sigma)[:, None], torch.tensor([0.3], dtype=torch.float64))[:, 0]
-    core = u.abs() < 8
-    assert_within_budget("surprise", got[core], lambda d: -d.log(), (density[core],), factor=1000)
+    core = u.abs() < 4  # further out 1 - tanh ** 2 loses its digits
+    assert float((got + density.log())[core].abs().max()) < 1e-10
     mean = float(torch.trapezoid(of_u * got, u))
     assert mean == pytest.approx(math.log(0.3) + 0.648, abs=1e-3)
     assert mean < math.log(0.6)  # that of the uniform one

@@ -23,6 +23,12 @@ ATTACKS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """All is too small to be shared among threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_raise_the_loss_and_stay_within_the_threat(name):
     attack, options = ATTACKS[name]
