@@ -27,7 +27,7 @@ from fastseq.recipes.threat import (
 
 VARIANTS = ("exp", "exp_am", "imp_am")
 LATENT = 64  # size of the noise of imp_am
-_FOLD = 2**18  # numbers of an input: with more, an LSTM on a CPU is slower (Xeon: 64 rows, T 64, C 128: 1.3 times)
+_FOLD = 2**18  # numbers of an input; with 10 times as many an LSTM takes 1.2 to 1.4 times as long per row (Xeon, H 256)
 _TINY = 1e-8  # below the step of the authors' optimizer
 
 
@@ -72,8 +72,8 @@ class ADT(nn.Module):
             nothing satisfies it; below log 2 = 0.69 the noise must show in the perturbations.
         objective: outputs and labels to a loss of each row.
         module: the network behind ``model``, where that is a plain function.
-        fold: samples that go through the model as one batch; None for all of them on a GPU, on a CPU for as many as the
-            cache is good for.
+        fold: rows, of all samples, that go through the model as one batch in "exp"; None for all of them on a GPU, and
+            on a CPU for as many as the cache is good for.
         seed: of all noise; processes of ``torch.distributed`` draw different noise. The state dict counts the calls.
 
     Raises:
@@ -201,17 +201,18 @@ class ADT(nn.Module):
         return mu, rho
 
     def _gradients(self, model: Model, adversarial: Tensor, labels: Tensor, args: tuple[Any, ...]) -> Tensor:
-        """Of the perturbed inputs, [S, B, ...], as many samples as one call of the model should see together."""
+        """Of the perturbed inputs, [S, B, ...], as many rows at a time as one call of the model should see."""
+        rows = adversarial.flatten(0, 1)
         together = self.fold
         if together is None:
-            numbers = max(1, adversarial[0].numel())
-            together = max(1, _FOLD // numbers) if adversarial.device.type == "cpu" else len(adversarial)
+            together = max(1, _FOLD // max(1, rows[0].numel())) if rows.device.type == "cpu" else len(rows)
+        many, *more = folded(len(adversarial), labels, *args)
         found = []
-        for part in adversarial.split(together):
-            many, *more = folded(len(part), labels, *args)
-            g = input_gradient(model, part.flatten(0, 1), many, tuple(more), self.objective)
-            found.append(g.view_as(part))
-        g = found[0] if len(found) == 1 else torch.cat(found)
+        for start in range(0, len(rows), together):
+            part = slice(start, start + together)
+            rest = tuple(v[part] if isinstance(v, Tensor) and v.dim() else v for v in more)
+            found.append(input_gradient(model, rows[part], many[part], rest, self.objective))
+        g = (found[0] if len(found) == 1 else torch.cat(found)).view_as(adversarial)
         return g / len(labels) if self.mode == "compat" else g  # there of the mean over the batch
 
     def _weight(self, valid: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,9 @@ from fastseq.recipes import ADT
 from tests.recipes.adt_models import Sequences, sequence_batch
 
 
-def main(folder: str) -> None:
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+def main(folder: str, rank: int) -> None:
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", store, timeout=timedelta(seconds=40), world_size=2, rank=rank)
     torch.manual_seed(0)
     model = DistributedDataParallel(Sequences())
     x, labels = sequence_batch()
@@ -26,9 +27,9 @@ def main(folder: str) -> None:
         adt(x, labels).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     found = {"perturbed": perturbed, "gradients": gradients}
-    torch.save(found, Path(folder) / f"{distributed.get_rank()}.pt")
+    torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))
