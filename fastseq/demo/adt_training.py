@@ -29,8 +29,8 @@ class Setting:
     steps: int = 320
     batch: int = 64
     rate: float = 1e-2
-    eps: float = 0.2
-    radii: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+    eps: float = 0.1
+    radii: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2)
     images: int = 250
 
 

@@ -205,7 +205,7 @@ class ADT(nn.Module):
         rows = adversarial.flatten(0, 1)
         together = self.fold
         if together is None:
-            together = max(1, _FOLD // max(1, rows[0].numel())) if rows.device.type == "cpu" else len(rows)
+            together = max(1, _FOLD * len(rows) // max(1, rows.numel())) if rows.device.type == "cpu" else len(rows)
         many, *more = folded(len(adversarial), labels, *args)
         found = []
         for start in range(0, len(rows), together):

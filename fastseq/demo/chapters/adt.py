@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastseq.demo import Budget, pictures
 from fastseq.demo.adt_training import KINDS, OURS, PGD, STANDARD, Run, Setting, train_all
@@ -32,7 +34,7 @@ class Sizes:
 
 
 _FULL = Sizes()
-_QUICK = Sizes(seeds=1, setting=Setting(H=32, steps=80, batch=32, radii=(0.0, 0.1, 0.2), images=100))
+_QUICK = Sizes(seeds=1, setting=Setting(H=32, steps=100, batch=32, radii=(0.0, 0.1), images=100))
 Cells = Mapping[str, Sequence[Run]]  # by kind, in the order of the seeds
 
 
@@ -104,7 +106,14 @@ def _withstood(cells: Cells, sizes: Sizes, data: Digits) -> Section:
     drawn = pictures.curves([("largest change of a pixel", "right under attack, %", series)])
     note = "The attacks are ones that no training has seen: 20 steps on the margin of logits, and MIM."
     table = Table(("training", *(f"{radius:g}" for radius in s.radii)), rows, caption)
-    return Section("What withstands", [Picture(drawn, caption, note), table, _shown(cells, sizes, data)])
+    return Section(
+        "What withstands",
+        [
+            Picture(drawn, "Right under attack by the largest change of a pixel", note),
+            table,
+            _shown(cells, sizes, data),
+        ],
+    )
 
 
 def _shown(cells: Cells, sizes: Sizes, data: Digits) -> Picture:
@@ -120,6 +129,6 @@ def _shown(cells: Cells, sizes: Sizes, data: Digits) -> Picture:
     return Picture(pictures.images(lines), "Digits before and after an attack", "Each model is attacked on its own.")
 
 
-def _row(x: torch.Tensor, titles: Sequence[str]) -> list[tuple[str, pictures.NDArray[pictures.np.uint8]]]:
+def _row(x: torch.Tensor, titles: Sequence[str]) -> list[tuple[str, NDArray[np.uint8]]]:
     pixels = (255 * x).round().byte()[..., None].expand(-1, -1, -1, 3).numpy()
     return list(zip(titles, pixels, strict=True))
