@@ -18,9 +18,10 @@ def _table(task: str, rows: list[Row]) -> Table:
         if own:
             figures = [interval([row[name] for row in own], 1) for name in FIGURES]
             lines.append([method, *figures, f"{statistics.median(row['epoch_s'] for row in own):.2g}"])
-    one, seeds = rows[0], len({row["seed"] for row in rows})
+    one, seeds = rows[0], [len([row for row in rows if row["method"] == line[0]]) for line in lines]
+    many = f"{min(seeds)} to {max(seeds)} seeds" if min(seeds) < max(seeds) else f"{seeds[0]} seed(s)"
     note = (
-        f"accuracy %, mean and 95 % interval of {seeds} seeds, {one['epochs']} epochs, eps {one['eps']:g}; "
+        f"accuracy %, mean and 95 % interval of {many}, {one['epochs']} epochs, eps {one['eps']:g}; "
         f"{one['device']}, one thread"
     )
     return Table(task, ["training", *FIGURES, "s an epoch"], lines, [note])
