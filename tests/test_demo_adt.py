@@ -82,7 +82,7 @@ def test_adt_chapter(seeds, chapter, tmp_path, monkeypatch, data):
     assert [row[0] for row in withstood.rows] == list(KINDS) and withstood.rows[-1][0] == OURS
 
 
-@pytest.mark.parametrize("seconds, count, steps", [(6.0, 1, 100), (45.0, 3, 320)])
+@pytest.mark.parametrize("seconds, count, steps", [(3.0, 1, 60), (20.0, 3, 200)])
 def test_a_quick_run_has_less_of_everything(seconds, count, steps, chapter, monkeypatch, data):
     class Asked(Exception):
         pass

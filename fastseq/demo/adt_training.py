@@ -26,7 +26,7 @@ class Setting:
     """H: units. eps: of the training, reached half-way. radii: of the attacks. images: of the test, attacked."""
 
     H: int = 64
-    steps: int = 320
+    steps: int = 200
     batch: int = 64
     rate: float = 1e-2
     eps: float = 0.1

@@ -19,7 +19,7 @@ from fastseq.demo.vq_spread import Spread, difference
 from fastseq.recipes import Threat, attacks
 
 TITLE = "Learning on the worst of perturbations"
-FULL_SECONDS, QUICK_SECONDS = 45.0, 6.0
+FULL_SECONDS, QUICK_SECONDS = 20.0, 3.0
 
 _COLOURS = dict(zip(KINDS, ("orange", "violet", "blue"), strict=True))
 _SHOWN = 6  # images
@@ -34,7 +34,7 @@ class Sizes:
 
 
 _FULL = Sizes()
-_QUICK = Sizes(seeds=1, setting=Setting(H=32, steps=100, batch=32, radii=(0.0, 0.1), images=100))
+_QUICK = Sizes(seeds=1, setting=Setting(H=32, steps=60, batch=32, radii=(0.0, 0.1), images=100))
 Cells = Mapping[str, Sequence[Run]]  # by kind, in the order of the seeds
 
 
