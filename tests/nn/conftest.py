@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.nn import two_ranks
+from tests.nn import training_ranks, two_ranks
 
 SECONDS = 180
 
@@ -20,8 +20,17 @@ SECONDS = 180
 @pytest.fixture(scope="session")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank returned, of every scenario."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", two_ranks.__name__, str(folder))
+    return _of_two_ranks(two_ranks.__name__, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="session")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank returned of a training in which one was killed, and both were started again."""
+    return _of_two_ranks(training_ranks.__name__, tmp_path_factory.mktemp("killed"), "--max-restarts=1")
+
+
+def _of_two_ranks(module: str, folder: Path, *options: str) -> list[dict[str, Any]]:
+    run = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, "-m", module, str(folder))
     process = subprocess.Popen(
         [sys.executable, "-m", *run],
         cwd=Path(__file__).parents[2],
