@@ -1,5 +1,5 @@
-"""What two processes train together, for ``test_training_ranks.py``; killed in the middle and started again:
-torchrun --max-restarts=1 ... -m tests.nn.training_ranks FOLDER.
+"""What two processes train together, for ``test_training_ranks.py``; of one that is killed in the middle, for the
+fixture ``killed``: torchrun ... -m tests.nn.training_ranks FOLDER, twice.
 """
 
 from __future__ import annotations
@@ -107,9 +107,11 @@ def run_noise(rank: int) -> dict[Any, Any]:
     x = inputs()
     for wrap in WRAPS:
         for time in range(2):
-            model = WRAPS[wrap](noisy())
+            lstm, seen = noisy(), []
+            lstm.register_forward_hook(lambda module, x, out, seen=seen: seen.append(out[0].detach()))
             torch.manual_seed(7)
-            out[wrap, time] = [model(x[0])[0].detach(), *train(model, x)]
+            trained = train(WRAPS[wrap](Model(lstm)), x)
+            out[wrap, time] = [seen[0], *trained]
     seed = functional.draw_seed()
     dist.broadcast(seed, 0)
     weights, part = [Weights(*noisy().parameters())], x[0].split(B // 2, 1)[rank]

@@ -1,0 +1,100 @@
+"""``python -m benchmarks.scaling``: two processes of one thread beside one, on the same global batch of an LSTM and VQ.
+
+Rounds of the one and of the two are interleaved, in the same processes: while one works alone, the other waits. What is
+kept are medians of rounds. A row also has the time of the step's all-reduces alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import harness
+
+RESULTS = harness.RESULTS / "scaling.jsonl"
+T, INPUTS, HIDDEN, CODES = 64, 64, 256, 512
+BATCHES = (16, 64)
+STEPS = 3  # of a round
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        from fastseq.nn import LSTM, VectorQuantize
+
+        self.lstm, self.vq = LSTM(INPUTS, HIDDEN, 2, gates="binary"), VectorQuantize(HIDDEN, CODES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantized, _, loss = self.vq(self.lstm(x)[0])
+        return quantized.square().mean() + loss.sum()
+
+
+def steps(model: nn.Module, x: Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(x).backward()
+        optimizer.step()
+
+
+def seconds(work: Callable[[], object], ranks: int, rank: int) -> float:
+    """Of one step, on rank 0; ranks that take no part wait."""
+    dist.barrier()
+    begin = time.perf_counter()
+    if rank < ranks:
+        work()
+    dist.barrier()
+    return (time.perf_counter() - begin) / STEPS
+
+
+def worker(rank: int, store: str, rounds: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    alone, together = Model(), DistributedDataParallel(Model())
+    alone.vq._codebook.use_ddp = False
+    gradients, sums = (sum(p.numel() for p in alone.parameters()), CODES * (HIDDEN + 1))
+    sent = [torch.zeros(gradients), torch.zeros(sums)]
+    for batch in BATCHES:
+        x = torch.randn(T, batch, INPUTS)
+        works: dict[str, tuple[Callable[[], object], int]] = {
+            "one": (lambda x=x: steps(alone, x), 1),  # type: ignore[misc]
+            "two": (lambda x=x.split(batch // 2, 1)[rank]: steps(together, x), 2),  # type: ignore[misc]
+            "all_reduce": (lambda: [dist.all_reduce(t) for t in sent * STEPS], 2),
+        }
+        found: dict[str, dict[int, float]] = {name: {} for name in works}
+        for number in range(-1, rounds):
+            for name, (work, ranks) in works.items():
+                found[name][number] = seconds(work, ranks, rank)
+        if rank:
+            continue
+        times = {name: harness.quantile({n: s for n, s in v.items() if n >= 0}, 0.5) for name, v in found.items()}
+        row: dict[str, Any] = {"op": "scaling", "case": f"T{T}_B{batch}_I{INPUTS}_H{HIDDEN}_L2_K{CODES}"}
+        row |= {f"ms_{name}": round(1e3 * value, 3) for name, value in times.items()}
+        row |= {"efficiency": round(times["one"] / times["two"] / 2, 3), "rounds": rounds}
+        row |= {"gradient_bytes": 4 * gradients, "codebook_bytes": 4 * sums}
+        print(row, flush=True)
+        harness.append([{**row, **harness.provenance(1, [])}], Path(out))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(worker, (f"{folder}/store", given.rounds, str(given.out)), nprocs=2)
+
+
+if __name__ == "__main__":
+    main()
