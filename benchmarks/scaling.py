@@ -11,7 +11,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,13 +54,11 @@ def seconds(work: Callable[[], object], ranks: int, rank: int) -> tuple[float, f
     if rank < ranks:
         work()
     used += time.process_time()
-    dist.barrier()
-    passed = time.perf_counter() - begin
-    dist.all_reduce(used)
-    return passed / STEPS, float(used) / STEPS
+    dist.all_reduce(used)  # waits for all
+    return (time.perf_counter() - begin) / STEPS, float(used) / STEPS
 
 
-def worker(rank: int, store: str, rounds: int, out: str) -> None:
+def worker(rank: int, store: str, rounds: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -83,25 +80,23 @@ def worker(rank: int, store: str, rounds: int, out: str) -> None:
                 found[name].append(seconds(work, ranks, rank))
         if rank:
             continue
-        ms = {name: 1e3 * np.median(values[1:], axis=0) for name, values in found.items()}  # but for the first round
+        ms = {name: (1e3 * np.median(v[1:], axis=0)).tolist() for name, v in found.items()}  # but for the first round
         row: dict[str, Any] = {"op": "scaling", "case": f"T{T}_B{batch}_I{INPUTS}_H{HIDDEN}_L2_K{CODES}"}
         for name, (passed, used) in ms.items():
             row |= {f"ms_{name}": round(passed, 3), f"cpu_ms_{name}": round(used, 3)}
-        by_clock, by_processor = ms["one"] / ms["two"]
+        by_clock, by_processor = (one / two for one, two in zip(ms["one"], ms["two"], strict=True))
         row |= {"efficiency": round(by_clock / 2, 3), "cpu_efficiency": round(by_processor, 3), "rounds": rounds}
         row |= {"gradient_bytes": 4 * gradients, "codebook_bytes": 4 * sums}
         print(row, flush=True)
-        harness.append([{**row, **harness.provenance(1, [])}], Path(out))
+        harness.append([{**row, **harness.provenance(1, [])}], RESULTS)
     dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (f"{folder}/store", given.rounds, str(given.out)), nprocs=2)
+        torch.multiprocessing.spawn(worker, (f"{folder}/store", parser.parse_args().rounds), nprocs=2)
 
 
 if __name__ == "__main__":
