@@ -20,18 +20,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import harness
+from fastseq.nn import LSTM, VectorQuantize
 
 RESULTS = harness.RESULTS / "scaling.jsonl"
-T, INPUTS, HIDDEN, CODES = 64, 64, 256, 512
+T, INPUTS, HIDDEN, CODES, STEPS = 64, 64, 256, 512, 3  # STEPS: of a round
 BATCHES = (16, 64)
-STEPS = 3  # of a round
 
 
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        from fastseq.nn import LSTM, VectorQuantize
-
         self.lstm, self.vq = LSTM(INPUTS, HIDDEN, 2, gates="binary"), VectorQuantize(HIDDEN, CODES)
 
     def forward(self, x: Tensor) -> Tensor:
