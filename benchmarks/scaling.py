@@ -24,7 +24,6 @@ from fastseq.nn import LSTM, VectorQuantize
 
 RESULTS = harness.RESULTS / "scaling.jsonl"
 T, INPUTS, HIDDEN, CODES, STEPS = 64, 64, 256, 512, 3  # STEPS: of a round
-BATCHES = (16, 64)
 
 
 class Model(nn.Module):
@@ -64,7 +63,7 @@ def worker(rank: int, store: str, rounds: int) -> None:
     alone.vq._codebook.use_ddp = False
     gradients, sums = (sum(p.numel() for p in alone.parameters()), CODES * (HIDDEN + 1))
     sent = [torch.zeros(gradients), torch.zeros(sums)]
-    for batch in BATCHES:
+    for batch in (16, 64):
         x = torch.randn(T, batch, INPUTS)
         mine = x.split(batch // 2, 1)[rank]
         works: dict[str, tuple[Callable[[], object], int]] = {
