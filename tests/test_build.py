@@ -151,6 +151,7 @@ for example in json.loads(sys.argv[1]):
     read, write = os.pipe()
     if os.fork() == 0:
         os.dup2(write, 2)
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")  # as of torchrun
         sys.stdout = open(os.devnull, "w")
         exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
         sys.exit()

@@ -168,7 +168,7 @@ class Codebook(nn.Module):
         if counts is not None:
             _check.shape("set_codes", "counts", counts, "G, K", *self.cluster_size.shape)
             self.cluster_size.copy_(counts)
-        self.embed.copy_(means)
+        self._overwrite(means)
         self.embed_avg.copy_(self.embed * self.cluster_size[..., None])
         self.initted.fill_(True)
         self.ready = True
@@ -270,7 +270,7 @@ class Codebook(nn.Module):
         total = self.cluster_size.sum(-1, keepdim=True)
         smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
         means = self.transform_input(self.embed_avg / smoothed[..., None])
-        self.embed.copy_(means if when is None else torch.where(when, means, self.embed))
+        self._overwrite(means if when is None else torch.where(when, means, self.embed))
 
     @torch.no_grad()
     def expire_codes_(self, rows: Tensor, mask: Tensor | None = None) -> None:
@@ -280,13 +280,19 @@ class Codebook(nn.Module):
         drawn = self.draw(rows.reshape(self.num_codebooks, -1, rows.shape[-1]), mask)
         self._replace(Drawn(*sum_over_ranks(drawn)) if self.use_ddp else drawn, None)
 
+    def _overwrite(self, codes: Tensor) -> None:
+        if self.learnable_codebook and getattr(self, "_is_fsdp_managed_module", False):
+            expected = "False within fully_shard, whose next gather would undo what is written"
+            _check.fail("VectorQuantize", "learnable_codebook", expected, "True, with codes to overwrite")
+        self.embed.copy_(codes)
+
     def _replace(self, drawn: Drawn, when: Tensor | None) -> None:
         dead = self.cluster_size < self.threshold_ema_dead_code
         if when is not None:
             dead = dead & when
         rows, taken = dead_codes.assign(dead, drawn)
         rows = self.transform_input(rows).to(self.embed)
-        self.embed.copy_(torch.where(taken[..., None], rows, self.embed))
+        self._overwrite(torch.where(taken[..., None], rows, self.embed))
         self.cluster_size.copy_(torch.where(taken, self.reset_cluster_size, self.cluster_size))
         self.embed_avg.copy_(torch.where(taken[..., None], rows * self.reset_cluster_size, self.embed_avg))
 

@@ -27,7 +27,7 @@ from fastseq.nn.reservoir import Reservoir
 from fastseq.nn.sharded_codebook import ShardedCodebook
 from fastseq.nn.usage import CodebookUsage
 from fastseq.nn.vector_quantize import VectorQuantize
-from tests.nn import residual_ranks
+from tests.nn import residual_ranks, training_ranks
 
 SPLITS = {"halves": (60, 60), "uneven": (101, 19), "none on one": (120, 0)}
 Result = dict[str, Any]
@@ -310,6 +310,8 @@ SCENARIOS: dict[str, Callable[[int], Result]] = {
     name.removeprefix("run_"): function for name, function in list(globals().items()) if name.startswith("run_")
 }
 SCENARIOS["residual"] = residual_ranks.run
+for name in ("training", "noise", "legw", "overwritten"):
+    SCENARIOS[name] = getattr(training_ranks, f"run_{name}")
 
 
 def of(both: list[dict[str, Any]], scenario: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
@@ -323,6 +325,7 @@ def main(folder: str) -> None:
     torch.use_deterministic_algorithms(True)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, results = dist.get_rank(), {}
+    SCENARIOS["through"] = lambda rank: training_ranks.resumable(rank, Path(folder) / "through")
     for name, scenario in SCENARIOS.items():
         torch.manual_seed(0)
         try:
