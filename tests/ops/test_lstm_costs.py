@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fastseq.ops import lstm_costs
-from fastseq.ops.lstm_costs import Tile
+from fastseq.ops.lstm_costs import Cost, Tile
 
 ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.jsonl"
-NARROW, WIDE, DEEP = Tile(16, 8, 1024, 256), Tile(16, 32, 1024, 256), Tile(16, 8, 2048, 256)
+NARROW, WIDE, DEEP = (Tile(16, *sizes, 256, 0, 0) for sizes in ((8, 1024), (32, 1024), (8, 2048)))
 
 
 def measured() -> list[tuple[int, int, int, str, float]]:
@@ -60,3 +60,17 @@ def test_torch_costs_what_was_measured() -> None:
         model = sum(lstm_costs.cudnn(B, H, half, backward).of(T) for backward in passes)
         inside = half and B >= 16 and H <= 1024
         assert model == pytest.approx(1e3 * row["ms"], rel=0.25 if inside else 0.6), row["case"]
+
+
+def test_clusters_follow_each_other_where_there_is_no_room() -> None:
+    """Two groups of rows of 16 blocks each, on a device for one of them; and a push costs less than an exchange."""
+    cluster = Tile(32, 8, 512, 256, 1, 0)
+    both, one = (lstm_costs.persist(cluster, 16, 512, room=room) for room in (32, 16))
+    assert one == Cost(2 * both.start, 2 * both.step)
+    assert both.step < lstm_costs.persist(cluster._replace(cluster=0), 16, 512).step
+    assert cluster.grid(16, 300) == (16, 2) and cluster._replace(cluster=0).grid(16, 300) == (10, 2)  # a power of two
+
+
+def test_int8_weights_cost_less() -> None:
+    for tile in (WIDE, WIDE._replace(cluster=1)):
+        assert lstm_costs.persist(tile, 32, 1024, int8=True).step < lstm_costs.persist(tile, 32, 1024).step
