@@ -107,7 +107,7 @@ std::tuple<int64_t, int64_t> lstm_persist_lowrank_room(int64_t device, int64_t B
                                                        int64_t tile, bool backward) {
   check_tile("lstm_persist_lowrank_room", tile);
   const int at = static_cast<int>(tile);
-  const cuda::PersistLowRankShape shape{{1, B, H, nullptr, nullptr, 1.0f, false, bfloat16}, 1, 1};
+  const cuda::PersistLowRankShape shape{{1, B, H, nullptr, nullptr, 1.0f, false, bfloat16, false}, 1, 1};
   const torch::stable::accelerator::DeviceGuard here(static_cast<int32_t>(device));
   return {cuda::persist_lowrank_blocks(shape, at),
           backward ? cuda::persist_lowrank_backward_room(shape, at) : cuda::persist_lowrank_forward_room(shape, at)};
