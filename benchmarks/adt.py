@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import adt_speed, adt_table, harness, table
+from benchmarks import adt_speed, adt_table, experiment, harness, table
 from benchmarks.adt_tasks import TASKS, Data, Task
+from benchmarks.experiment import say
 from fastseq.recipes import ADT, attacks
 
 RESULTS = harness.RESULTS / "adt.jsonl"
@@ -27,10 +28,6 @@ SEEDS = 3
 STANDARD, PGD, *VARIANTS = METHODS = adt_table.METHODS
 RAMP = 0.5  # of the epochs: eps grows from 0, since with all of it small networks do not start to learn
 AMORTIZED_RATE = 1e-3  # of Adam, for the generator; the authors' 2e-4 is for 76 epochs
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def losses(task: Task, method: str, model: nn.Module, seed: int) -> tuple[Callable[[Data, float], Tensor], list[Any]]:
@@ -116,18 +113,9 @@ def run(task: Task, seed: int, out: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adt", description=__doc__)
-    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)} (default: all)")
-    parser.add_argument("--table", action="store_true", help="print the tables of the rows, train nothing")
+    parser = experiment.parser("adt", __doc__, "tasks", TASKS, SEEDS, RESULTS)
     parser.add_argument("--speed", action="store_true", help="only time the search for perturbations")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    found = parser.parse_args()
-    for name in found.tasks:
-        if name not in TASKS:
-            parser.error(f"tasks: {name} is none of {', '.join(TASKS)}")
-    return found
+    return experiment.parsed(parser, "tasks", TASKS)
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import harness, legw_table, table
+from benchmarks import experiment, harness, legw_table, table
+from benchmarks.experiment import say
 from benchmarks.legw_tasks import TASKS, Data, Splits, Task
 
 RESULTS = harness.RESULTS / "legw.jsonl"
@@ -32,10 +33,6 @@ class Trained(NamedTuple):
     model: nn.Module
     steps: int
     seconds: float  # of the processor, per epoch
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def scheduled(task: Task, rule: str, k: int, rate: float, parameters: Any, examples: int) -> tuple[Any, Any]:
@@ -109,17 +106,8 @@ def run(task: Task, seed: int, out: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.legw", description=__doc__)
-    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)} (default: all)")
-    parser.add_argument("--table", action="store_true", help="print the tables of the rows, train nothing")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    found = parser.parse_args()
-    for name in found.tasks:
-        if name not in TASKS:
-            parser.error(f"tasks: {name} is none of {', '.join(TASKS)}")
-    return found
+    parser = experiment.parser("legw", __doc__, "tasks", TASKS, SEEDS, RESULTS)
+    return experiment.parsed(parser, "tasks", TASKS)
 
 
 def main() -> None:

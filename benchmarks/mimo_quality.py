@@ -17,17 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness, mimo_quality_table, table
+from benchmarks import experiment, harness, mimo_quality_table, table
+from benchmarks.experiment import say
 from benchmarks.mimo_models import KINDS, Kind, Model
 from benchmarks.mimo_tasks import TASKS, Data, Splits, Task
 
 RESULTS = harness.RESULTS / "mimo_quality.jsonl"
 MEMBERS = 3  # of the deep ensemble
 SEEDS = 5
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def train(task: Task, kind: Kind, seed: int, data: Data) -> tuple[Model, float]:
@@ -121,18 +118,9 @@ def run(task: Task, kinds: list[Kind], seeds: list[int], out: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mimo_quality", description=__doc__)
-    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)} (default: all)")
-    parser.add_argument("--table", action="store_true", help="print the tables of the rows, train nothing")
+    parser = experiment.parser("mimo_quality", __doc__, "tasks", TASKS, SEEDS, RESULTS)
     parser.add_argument("--models", nargs="+", choices=[kind.name for kind in KINDS], help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    found = parser.parse_args()
-    for name in found.tasks:
-        if name not in TASKS:
-            parser.error(f"tasks: {name} is none of {', '.join(TASKS)}")
-    return found
+    return experiment.parsed(parser, "tasks", TASKS)
 
 
 def main() -> None:

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import harness, quality_compressed, quality_table, table
+from benchmarks.experiment import say
 from benchmarks.quality_case import KINDS, Task, train
 
 TASKS = ("characters", "words")
 RESULTS = harness.RESULTS / "quality.jsonl"
 SAME = ("task", "model", "seed", "steps")  # what rows of one model share
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def known(rows: list[dict[str, Any]], task: str, model: str, seed: int, steps: int) -> dict[str, dict[str, Any]]:

@@ -7,23 +7,20 @@ alone takes seconds.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness, table, tawt_table
+from benchmarks import experiment, harness, table, tawt_table
+from benchmarks.experiment import say
 from benchmarks.tawt_tasks import TASKS, load
 
 RESULTS = harness.RESULTS / "tawt.jsonl"
 SEEDS = 5
+PARTS = ("speed", *TASKS)
 GRADIENTS = 4
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def run(name: str, seed: int, out: Path) -> None:
@@ -93,23 +90,14 @@ def speed(out: Path, rounds: int) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tawt", description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of speed, {', '.join(TASKS)} (default: all)")
-    parser.add_argument("--table", action="store_true", help="print the tables of the rows, train nothing")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
+    parser = experiment.parser("tawt", __doc__, "parts", PARTS, SEEDS, RESULTS)
     parser.add_argument("--rounds", type=int, default=15, help="of speed (default: 15)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    found = parser.parse_args()
-    for name in found.parts:
-        if name not in ("speed", *TASKS):
-            parser.error(f"parts: {name} is none of speed, {', '.join(TASKS)}")
-    return found
+    return experiment.parsed(parser, "parts", PARTS)
 
 
 def main() -> None:
     args = arguments()
-    parts = args.parts or ["speed", *TASKS]
+    parts = args.parts or PARTS
     if not args.table:
         torch.set_num_threads(args.threads)
         if "speed" in parts:

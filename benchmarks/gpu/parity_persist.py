@@ -212,32 +212,37 @@ def repeats(kernels: Kernels, tile: int) -> None:
             same_bits(NAMED, _pass(one, tile), first)
 
 
-def _needs_device(kernels: Kernels) -> None:
+def needs_device(kernels: Kernels) -> None:
     if kernels.context.dry:
         raise CannotRun("it needs a GPU")
 
 
-def streams(kernels: Kernels, tile: int, sizes: tuple[int, int, int]) -> None:
-    """Two calls at once, whose blocks may not have room together, give the bits of one after the other."""
-    _needs_device(kernels)
-    pair = [_real(kernels, sizes, seed) for seed in (0, 1)]
-    persist_loop.needs_room(pair[0], Options(), tile)
-    alone = [_pass(one, tile) for one in pair]
+def two_at_once(pair: Sequence[Any], run: Callable[[Any], Results]) -> None:
+    """``run`` of both in streams of their own, whose blocks may not have room together, gives the bits of one after the
+    other."""
+    alone = [run(one) for one in pair]
     torch.cuda.synchronize()
     lanes = [torch.cuda.Stream() for _ in pair]
     for _ in range(20):
         found = []
         for lane, one in zip(lanes, pair, strict=True):
             with torch.cuda.stream(lane):
-                found.append(_pass(one, tile))
+                found.append(run(one))
         torch.cuda.synchronize()
         for got, expected in zip(found, alone, strict=True):
             same_bits(NAMED, got, expected)
 
 
+def streams(kernels: Kernels, tile: int, sizes: tuple[int, int, int]) -> None:
+    needs_device(kernels)
+    pair = [_real(kernels, sizes, seed) for seed in (0, 1)]
+    persist_loop.needs_room(pair[0], Options(), tile)
+    two_at_once(pair, lambda one: _pass(one, tile))
+
+
 def graph(kernels: Kernels, tile: int) -> None:
     """Captured once, replayed with other numbers in the same places."""
-    _needs_device(kernels)
+    needs_device(kernels)
     one = _real(kernels, REAL)
     persist_loop.needs_room(one, Options(), tile)
     side = torch.cuda.Stream()
@@ -259,7 +264,7 @@ def graph(kernels: Kernels, tile: int) -> None:
 
 def refused(kernels: Kernels) -> None:
     """A grid that the device cannot hold: an error of the loop, and the next backend takes the call of the operator."""
-    _needs_device(kernels)
+    needs_device(kernels)
     one, tile = _real(kernels, CROWD), max(n for n, t in persist_loop.tiles(False).items() if t.depth >= CROWD[2])
     needed, held = persist_loop.room(one, Options(), tile, 1, False)
     assert needed > held, f"{needed} blocks have room, {held} do"

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.gpu import parity_compressed, parity_persist, persist_lowrank_loop
 from benchmarks.gpu.parity import Check, Kernels
-from benchmarks.gpu.parity_persist import same_bits, upstream
+from benchmarks.gpu.parity_persist import NAMED, needs_device, same_bits, two_at_once, upstream
 from benchmarks.gpu.part import backend
 from benchmarks.gpu.persist_lowrank_loop import Given, Results
 from benchmarks.harness import CannotRun
@@ -105,9 +105,6 @@ def _pass(call: Given, n: int) -> Results:
     return *out, *persist_lowrank_loop.backward(call, out, (out[0], out[3], out[4]), Options(), n)
 
 
-NAMED = (*persist_lowrank_loop.OUTPUTS, *persist_lowrank_loop.GRADIENTS)
-
-
 def repeats(kernels: Kernels, n: int, tile: Any) -> None:
     call = _real(kernels, tile)
     persist_lowrank_loop.needs_room(call, n)
@@ -118,22 +115,10 @@ def repeats(kernels: Kernels, n: int, tile: Any) -> None:
 
 
 def streams(kernels: Kernels, n: int, tile: Any) -> None:
-    """Two calls at once, whose blocks may not have room together, give the bits of one after the other."""
-    if kernels.context.dry:
-        raise CannotRun("it needs a GPU")
+    needs_device(kernels)
     pair = [_real(kernels, tile, seed) for seed in (0, 1)]
     persist_lowrank_loop.needs_room(pair[0], n)
-    alone = [_pass(call, n) for call in pair]
-    torch.cuda.synchronize()
-    lanes = [torch.cuda.Stream() for _ in pair]
-    for _ in range(20):
-        found = []
-        for lane, call in zip(lanes, pair, strict=True):
-            with torch.cuda.stream(lane):
-                found.append(_pass(call, n))
-        torch.cuda.synchronize()
-        for got, expected in zip(found, alone, strict=True):
-            same_bits(NAMED, got, expected)
+    two_at_once(pair, lambda call: _pass(call, n))
 
 
 def _of_tile(kernels: Kernels, n: int, tile: Any) -> Iterator[tuple[str, Callable[[], None]]]:

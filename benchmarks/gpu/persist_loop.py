@@ -55,7 +55,7 @@ def runs(dry: bool) -> Iterator[None]:
         yield
 
 
-def _layout(data: Tensor, options: Options, B: int) -> tuple[int, Tensor | None, Tensor | None]:
+def layout(data: Tensor, options: Options, B: int) -> tuple[int, Tensor | None, Tensor | None]:
     """T, lengths and offsets."""
     if options.batch_sizes is None:
         return data.shape[0], options.lengths, None
@@ -91,7 +91,7 @@ def forward_of(
     """The call, and what it writes: h, c, gates, h_n and c_n of each direction, full of NaN before; ``in_place``: gates
     where a copy of x_gates is."""
     first, found = directions[0], []
-    _, *places = _layout(first.x_gates, options, first.c0.shape[0])
+    _, *places = layout(first.x_gates, options, first.c0.shape[0])
     given = [d.x_gates.clone() for d in directions] if in_place else [d.x_gates for d in directions]
     for x, d in zip(given, directions, strict=True):
         lead, H = x.shape[:-1], d.c0.shape[1]
@@ -119,7 +119,7 @@ def backward_of(
 ) -> tuple[Callable[[], None], list[Results]]:
     """The call, and what it writes: dx_gates, dh0 and dc0 of each direction; ``grads`` are those of h, h_n and c_n."""
     first = directions[0]
-    _, *places = _layout(first.x_gates, options, first.c0.shape[0])
+    _, *places = layout(first.x_gates, options, first.c0.shape[0])
     found = [tuple(torch.full_like(v, torch.nan) for v in (d.x_gates, d.h0, d.c0)) for d in directions]
     kept = [[out[2] for out in outputs], [out[1] for out in outputs]]
     weights = [[d.weight_hh for d in directions], [d.c0 for d in directions]]

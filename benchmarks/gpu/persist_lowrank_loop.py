@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.persist_loop import _layout
+from benchmarks.gpu.persist_loop import GRADIENTS as GRADIENTS
+from benchmarks.gpu.persist_loop import OUTPUTS as OUTPUTS
+from benchmarks.gpu.persist_loop import Results, layout
 from benchmarks.harness import CannotRun
 from fastseq.ops.lstm import Options
-
-OUTPUTS, GRADIENTS = ("h", "c", "gates", "h_n", "c_n"), ("dx_gates", "dh0", "dc0")
-Results = tuple[Tensor, ...]
 
 
 class Given(NamedTuple):
@@ -76,7 +75,7 @@ def needs_room(call: Given, tile: int) -> None:
 def forward_of(call: Given, options: Options, tile: int, in_place: bool = False) -> tuple[Callable[[], None], Results]:
     """The call, and what it writes: h, c, gates, h_n and c_n, full of NaN before; ``in_place``: gates where a copy of
     x_gates is."""
-    _, *places = _layout(call.x_gates, options, call.c0.shape[0])
+    _, *places = layout(call.x_gates, options, call.c0.shape[0])
     x = call.x_gates.clone() if in_place else call.x_gates
     lead, H = x.shape[:-1], call.c0.shape[1]
     gates = x if in_place else torch.full_like(x, torch.nan)
@@ -96,7 +95,7 @@ def backward_of(
     call: Given, out: Results, grads: Sequence[Tensor | None], options: Options, tile: int
 ) -> tuple[Callable[[], None], Results]:
     """The call, and what it writes: dx_gates, dh0 and dc0; ``grads`` are those of h, h_n and c_n."""
-    _, *places = _layout(call.x_gates, options, call.c0.shape[0])
+    _, *places = layout(call.x_gates, options, call.c0.shape[0])
     found = tuple(torch.full_like(v, torch.nan) for v in (call.x_gates, call.h0, call.c0))
     args = (*grads, out[2], out[1], call.up, call.down, call.c0, *places, *options.gate, tile, *found)
     return functools.partial(torch.ops.fastseq.lstm_persist_lowrank_backward.default, *args), found

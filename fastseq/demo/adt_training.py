@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastseq.demo.mimo_digits import Digits
 from fastseq.demo.mimo_training import RowLSTM
+from fastseq.demo.seeds import that_fit
 from fastseq.recipes import ADT, Threat, attacks
 
 STANDARD, PGD, OURS = "plain training", "PGD training", "ADT"
@@ -85,15 +86,9 @@ def _share(model: nn.Module, x: Tensor, labels: Tensor, radius: float) -> float:
 
 def train_all(seeds: Sequence[int], setting: Setting, data: Digits, seconds: float, report: Report) -> list[Run]:
     """Every kind for as many of the seeds as fit into the time, at least for one."""
-    begin, runs = time.perf_counter(), list[Run]()
-    for n, seed in enumerate(seeds):
-        spent = time.perf_counter() - begin
-        if n and spent * (n + 1) / n > seconds:
-            report(1.0, "out of time")
-            break
+    runs = list[Run]()
+    for done, seed in that_fit(seeds, seconds, report):
         for j, kind in enumerate(KINDS):
-            report((n + j / len(KINDS)) / len(seeds), f"seed {seed}, {kind}")
+            report(done + j / len(KINDS) / len(seeds), f"seed {seed}, {kind}")
             runs.append(train(kind, seed, setting, data))
-    else:
-        report(1.0, "")
     return runs

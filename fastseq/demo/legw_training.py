@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastseq.demo.mimo_digits import Digits
 from fastseq.demo.mimo_training import RowLSTM
+from fastseq.demo.seeds import that_fit
 from fastseq.recipes import LEGW
 
 OURS, LINEAR, NONE = "LEGW", "linear scaling", "rate as tuned"
@@ -83,16 +84,9 @@ def train(rule: str, k: int, seed: int, setting: Setting, data: Digits) -> Run:
 
 def train_all(seeds: Sequence[int], setting: Setting, data: Digits, seconds: float, report: Report) -> list[Run]:
     """Every rule with every batch, for as many of the seeds as fit into the time, at least for one."""
-    begin, runs = time.perf_counter(), list[Run]()
-    cells = [(k, rule) for k in setting.factors for rule in RULES]
-    for n, seed in enumerate(seeds):
-        spent = time.perf_counter() - begin
-        if n and spent * (n + 1) / n > seconds:
-            report(1.0, "out of time")
-            break
+    runs, cells = list[Run](), [(k, rule) for k in setting.factors for rule in RULES]
+    for done, seed in that_fit(seeds, seconds, report):
         for j, (k, rule) in enumerate(cells):
-            report((n + j / len(cells)) / len(seeds), f"seed {seed}, batch {k * setting.base}, {rule}")
+            report(done + j / len(cells) / len(seeds), f"seed {seed}, batch {k * setting.base}, {rule}")
             runs.append(train(rule, k, seed, setting, data))
-    else:
-        report(1.0, "")
     return runs

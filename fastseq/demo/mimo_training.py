@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fastseq.nn
 from fastseq.calibration import fit_temperature
 from fastseq.demo.mimo_digits import Digits, Images, turned
+from fastseq.demo.seeds import that_fit
 from fastseq.functional import ensemble_stats
 
 PLAIN, ENSEMBLE = "one LSTM", "three LSTMs"
@@ -183,23 +184,17 @@ def judge(kind: str, seed: int, networks: Sequence[nn.Module], steps: Sequence[f
 def train_all(seeds: Sequence[int], setting: Setting, data: Digits, seconds: float, report: Report) -> list[Run]:
     """All kinds for as many of the seeds as fit into the time, at least for one. Of a seed, the one LSTM is the first
     of the three."""
-    begin, runs = time.perf_counter(), list[Run]()
-    for n, seed in enumerate(seeds):
-        spent = time.perf_counter() - begin
-        if n and spent * (n + 1) / n > seconds:
-            report(1.0, "out of time")
-            break
+    runs, parts = list[Run](), len(seeds) * (M + len(RHO))
+    for done, seed in that_fit(seeds, seconds, report):
         plain = []
         for k in range(M):
-            report((n + k / (M + len(RHO))) / len(seeds), f"seed {seed}, LSTM {k + 1} of {M}")
+            report(done + k / parts, f"seed {seed}, LSTM {k + 1} of {M}")
             plain.append(train(None, 1000 * k + seed, setting, data.training))
         together = [sum(step) for step in zip(*(steps for _, steps in plain), strict=True)]
         runs.append(judge(PLAIN, seed, [plain[0][0]], plain[0][1], data))
         runs.append(judge(ENSEMBLE, seed, [network for network, _ in plain], together, data))
         for k, (kind, rho) in enumerate(RHO.items()):
-            report((n + (M + k) / (M + len(RHO))) / len(seeds), f"seed {seed}, {kind}")
+            report(done + (M + k) / parts, f"seed {seed}, {kind}")
             network, steps = train(rho, seed, setting, data.training)
             runs.append(judge(kind, seed, [network], steps, data))
-    else:
-        report(1.0, "")
     return runs

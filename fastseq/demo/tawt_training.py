@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fastseq.nn
 from fastseq.demo.python_tags import NONE, SYMBOLS, TAGS, TASKS, Corpus
+from fastseq.demo.seeds import that_fit
 from fastseq.recipes import TaskWeights, joint, normalized_joint, pretraining
 
 TARGET = TASKS.index("name role")
@@ -166,17 +167,11 @@ def train_all(
     seeds: Sequence[int], kinds: Sequence[Kind], setting: Setting, corpus: Corpus, seconds: float, report: Report
 ) -> list[Run]:
     """Every kind for as many of the seeds as fit into the time, at least for one."""
-    begin, runs = time.perf_counter(), list[Run]()
-    for n, seed in enumerate(seeds):
-        spent = time.perf_counter() - begin
-        if n and spent * (n + 1) / n > seconds:
-            report(1.0, "out of time")
-            break
+    runs = list[Run]()
+    for done, seed in that_fit(seeds, seconds, report):
         for j, kind in enumerate(kinds):
-            report((n + j / len(kinds)) / len(seeds), f"seed {seed}, {kind[0]}, {kind[1]} weights")
+            report(done + j / len(kinds) / len(seeds), f"seed {seed}, {kind[0]}, {kind[1]} weights")
             runs.append(train(kind, seed, setting, corpus))
-    else:
-        report(1.0, "")
     return runs
 
 
