@@ -93,7 +93,7 @@ def _filled(lstm: nn.Module, case: Case, width: int) -> Any:
             getattr(lstm, f"{name}_l0").copy_(value)
         lstm.bias_ih_l0.copy_(given["bias"])
         lstm.bias_hh_l0.zero_()
-    return lstm
+    return lstm.to(case.device)
 
 
 def _train(name: str, case: Case) -> Work:

@@ -21,6 +21,7 @@ class Case(NamedTuple):
 
     sizes: tuple[tuple[str, int], ...]
     mode: str
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -81,7 +82,7 @@ class Work(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The same numbers for every provider of a case; by mode."""
+    """The same numbers for every provider of a case, on its device; by mode."""
 
     x: Tensor  # logits [N, M, K], or [T, B, C]
     labels: Tensor  # [N] for "stats", [N, M] for "nll"
@@ -97,16 +98,15 @@ def inputs(case: Case) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+        return torch.randn(*size, generator=generator).to(case.device)
 
     none = torch.empty(0)
     if case.mode in ROWS:
         size = (case.N,) if case.mode == "stats" else (case.N, case.M)
-        return Inputs(
-            2 * draw(case.N, case.M, case.K), torch.randint(case.K, size, generator=generator), none, {}, none
-        )
+        labels = torch.randint(case.K, size, generator=generator).to(case.device)
+        return Inputs(2 * draw(case.N, case.M, case.K), labels, none, {}, none)
     T, B, M, C, H = case.T, case.B, case.M, case.C, case.H
-    index = functional.mimo_index(B, M, case.R, generator=generator)
+    index = functional.mimo_index(B, M, case.R, generator=generator).to(case.device)
     sizes = {"weight_ih": (4 * H, M * C), "weight_hh": (4 * H, H), "bias": (4 * H,), "head": (M * CLASSES, H)}
     weights = {name: draw(*size) * (size[-1] ** -0.5) for name, size in sizes.items()}
     return Inputs(draw(T, B, C), none, index, weights, draw(T, case.rows, 4 * H if case.mode == "project" else H))

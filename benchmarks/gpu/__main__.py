@@ -1,8 +1,8 @@
 """``make gpu``, or ``python -m benchmarks.gpu``: everything that has to be seen on a GPU, in ten minutes.
 
 Facts of the machine; the persistent LSTM, whose library is carried along or built, and every Triton host function
-against float64, which decides ``verified.json``; what the device can do; the LSTM, the lookup and layers beside their
-rivals; the tests that have a device. On cores of their own, or afterwards where there are few, the compiled core is
+against float64, which decides ``verified.json``; what the device can do; the LSTM, the lookup, MIMO and layers beside
+their rivals; the tests that have a device. On cores of their own, or afterwards where there are few, the compiled core is
 built, and the tests and benchmarks of the processor run. Every part is a process: what fails or hangs costs no other
 part its rows. Nothing is downloaded.
 """
@@ -72,7 +72,8 @@ STAGES: dict[tuple[str, ...], Share] = {
     ("limits",): Share("limits", 2, 20, 60),
     ("lstm",): Share("lstm", 5, 45, 170),
     ("vq",): Share("vq", 6, 30, 110),
-    ("layers",): Share("layers", 8, 20, 60),
+    ("mimo",): Share("mimo", 8, 15, 45),
+    ("layers",): Share("layers", 9, 20, 60),
     SUITES: Share("tests", 7, 60, 180),
 }
 PERSISTENT = ("persist-parity", "persist", "sanitizer")  # shares that need the library of csrc/cuda

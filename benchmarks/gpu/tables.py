@@ -111,6 +111,18 @@ def layers(rows: list[Row]) -> Table:
     return Table("Layers", header, lines, failed(rows))
 
 
+def mimo(rows: list[Row]) -> Table:
+    header = ["case", "mode", "provider", "ms", "GB/s of what must move", "peak MB", "fastseq's time over it"]
+    lines = []
+    for mode in dict.fromkeys(r["mode"] for r in rows):
+        for case, group in by_case([r for r in rows if r["mode"] == mode]).items():
+            ours = group.get("fastseq", {})
+            for label, r in group.items():
+                speed = f"{r['gbs']:.4g}" if "gbs" in r else "-"
+                lines.append([case, mode, label, ms(r), speed, f"{r.get('peak_mb', '-')}", table.ratio(ours, label)])
+    return Table("MIMO in float32, forward and backward", header, lines, failed(rows))
+
+
 def tests(rows: list[Row]) -> Table:
     header, lines, notes = ["suite", "files", "passed", "skipped", "failed"], [], []
     for suite in dict.fromkeys(r["suite"] for r in rows):
@@ -146,6 +158,7 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "lstm": lstm,
     "vq": vq,
     "few rows": few_rows,
+    "mimo": mimo,
     "layers": layers,
     "tests": tests,
 }
