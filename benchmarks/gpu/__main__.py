@@ -2,8 +2,8 @@
 
 Facts of the machine; the persistent LSTM, whose library is carried along or built, and every Triton host function
 against float64, which decides ``verified.json``; what the device can do; the LSTM, the lookup, MIMO and layers beside
-their rivals; the tests that have a device. On cores of their own, or afterwards where there are few, the compiled core is
-built, and the tests and benchmarks of the processor run. Every part is a process: what fails or hangs costs no other
+their rivals; the tests that have a device. On cores of their own, or afterwards where there are few, the compiled core
+is built, and the tests and benchmarks of the processor run. Every part is a process: what fails or hangs costs no other
 part its rows. Nothing is downloaded.
 """
 
