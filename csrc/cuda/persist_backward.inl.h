@@ -24,10 +24,10 @@ struct Backward {
   const BackwardCall& call;
   const PersistBackward& own;
   int lane, warp;
-  int first_unit, first_row;
-  Arrivals* arrivals;  // of even and odd steps, in a cluster
-  uint32_t* room;      // [slot][from block][part], in a cluster
-  float* sums;         // [adder][part], those that are added up
+  int first_unit, first_row, rows;  // rows: those that there are
+  Arrivals* arrivals;               // of even and odd steps, in a cluster
+  uint32_t* room;                   // [slot][from block][part], in a cluster
+  float* sums;                      // [adder][part], those that are added up
   uint16_t *shared_weights, *gradients;
   int* steps;          // of each row
   uint32_t* exchange;  // of this group
@@ -43,6 +43,7 @@ struct Backward {
     lane = thread_index() % 32, warp = thread_index() / 32;
     first_unit = block_x() * Tile::kUnits;
     first_row = block_y() * Tile::kRows;  // far from 2^31: a launch has less than 2^16 groups
+    rows = static_cast<int>(call.shape.B - first_row < Tile::kRows ? call.shape.B - first_row : Tile::kRows);
     arrivals = reinterpret_cast<Arrivals*>(shared_bytes());
     room = reinterpret_cast<uint32_t*>(shared_bytes() + Tile::kArrivals);
     sums = reinterpret_cast<float*>(room + Tile::kRoom);
@@ -59,7 +60,7 @@ struct Backward {
     if constexpr (Tile::kCluster) return room + (slot_of(s) * (Tile::kDepth / Tile::kUnits) + from) * Tile::kPart;
     return exchange + (slot_of(s) ? slot_words() : 0) + (to * call.blocks + from) * Tile::kPart;
   }
-  // Steps are undone from the last in the order of the forward recurrence. All rows are exchanged at every step.
+  // Steps are undone from the last in the order of the forward recurrence. Rows are exchanged at every step.
   FASTSEQ_DEVICE int time_of(int s) const { return own.reverse ? s : longest - 1 - s; }
   FASTSEQ_DEVICE bool alive(int row, int s) const { return time_of(s) < steps[row]; }
 
@@ -82,8 +83,8 @@ struct Backward {
     }
   }
 
-  FASTSEQ_DEVICE uint32_t* shared_tile(int tile) const {
-    return reinterpret_cast<uint32_t*>(shared_weights) + ((warp * Tile::kInShared + tile) * 32 + lane) * 4;
+  FASTSEQ_DEVICE Words* shared_tile(int tile) const {
+    return reinterpret_cast<Words*>(shared_weights) + (warp * Tile::kInShared + tile) * 32 + lane;
   }
 
   FASTSEQ_DEVICE void begin(Cell (&cells)[Tile::kCells]) {
@@ -92,7 +93,7 @@ struct Backward {
     for (int tile = 0; tile < Tile::kInShared; ++tile) {
       uint32_t found[4];
       load_tile(Tile::kInRegisters + tile, found);
-      for (int r = 0; r < 4; ++r) shared_tile(tile)[r] = found[r];
+      *shared_tile(tile) = {found[0], found[1], found[2], found[3]};
     }
     for (int row = thread_index(); row < Tile::kRows; row += Tile::kThreads) {
       steps[row] = steps_of(call.shape, first_row + row);
@@ -121,7 +122,9 @@ struct Backward {
     sync_cluster();
   }
   FASTSEQ_DEVICE void expect_parts(int s) const {
-    if (s < longest) expect(arrivals + slot_of(s), static_cast<uint32_t>(call.blocks * Tile::kPart * sizeof(float)));
+    // 16 bytes for two rows of two units
+    if (s < longest)
+      expect(arrivals + slot_of(s), static_cast<uint32_t>(call.blocks * Tile::kUnits * 8 * ((rows + 1) / 2)));
   }
   FASTSEQ_DEVICE void await(int s) const {
     Waiting wait;
@@ -136,40 +139,35 @@ struct Backward {
     return (first_row + cell.row) * call.shape.H + first_unit + cell.unit;
   }
 
-  // Adds up what all blocks have found at step s: every thread four neighbours, over some of the blocks, whose words it
-  // waits for together.
+  // Adds up what all blocks have found at step s: every thread four neighbours, of two rows, over some of the blocks.
   FASTSEQ_DEVICE void gather(int s) const {
-    constexpr int kQuads = Tile::kPart / 4, kSome = 4;
+    constexpr int kQuads = Tile::kPart / 4, kSome = 8;
     if constexpr (Tile::kCluster) await(s);
-    const uint32_t* const from = part(s, block_x(), 0) + thread_index() % kQuads * 4;
+    const int quad = thread_index() % kQuads;
+    const uint32_t* const from = part(s, block_x(), 0) + quad * 4;
+    const int blocks = Tile::first_row_of(quad) < rows ? call.blocks : 0;
     float sum[4] = {};
-    for (int first = thread_index() / kQuads; first < call.blocks; first += kSome * Tile::kAdders) {
+    for (int first = thread_index() / kQuads; first < blocks; first += kSome * Tile::kAdders) {
       Words found[kSome];
+      const auto block_of = [&](int n) { return first + n * Tile::kAdders; };
       FASTSEQ_UNROLL
       for (int n = 0; n < kSome; ++n) {
-        const int block = first + n * Tile::kAdders;
-        if (block < call.blocks) found[n] = read(from + block * Tile::kPart);
+        found[n] = {Float::mark(s + 2), 0, 0, 0};  // stale
+        if (Tile::kCluster && block_of(n) < blocks)
+          found[n] = *reinterpret_cast<const Words*>(from + block_of(n) * Tile::kPart);
+      }
+      if constexpr (!Tile::kCluster) {
+        await_all<kSome>([&](int n) { return block_of(n) < blocks && stale(found[n], s); },
+                         [&](int n) { found[n] = read_words(from + block_of(n) * Tile::kPart); });
       }
       FASTSEQ_UNROLL
       for (int n = 0; n < kSome; ++n) {
-        const int block = first + n * Tile::kAdders;
-        if (block >= call.blocks) continue;
-        if constexpr (!Tile::kCluster) {
-          Waiting wait;
-          while (stale(found[n], s)) {
-            wait.look_again();
-            found[n] = read(from + block * Tile::kPart);
-          }
-        }
+        if (block_of(n) >= blocks) continue;
         sum[0] += sum_in(found[n].x), sum[1] += sum_in(found[n].y);
         sum[2] += sum_in(found[n].z), sum[3] += sum_in(found[n].w);
       }
     }
-    FASTSEQ_UNROLL
-    for (int n = 0; n < 4; ++n) sums[4 * thread_index() + n] = sum[n];
-  }
-  static FASTSEQ_DEVICE Words read(const uint32_t* from) {
-    return Tile::kCluster ? *reinterpret_cast<const Words*>(from) : read_words(from);
+    reinterpret_cast<Four*>(sums)[thread_index()] = {sum[0], sum[1], sum[2], sum[3]};
   }
   static FASTSEQ_DEVICE float sum_in(uint32_t word) { return float_of(Tile::kCluster ? word : Float::read(word)); }
   static FASTSEQ_DEVICE bool stale(const Words& w, int s) {
@@ -249,51 +247,50 @@ struct Backward {
     if (alive(cell.row, s)) cell.dh = sum_of(cell);
   }
 
-  // This block's part of the gradient of h, to the blocks that own the units.
+  // This block's part of the gradient of h, to the blocks that own the units. Four bands go side by side.
   FASTSEQ_DEVICE void multiply(int s) const {
+    constexpr int kSome = least(4, Tile::kBackwardBands), kLoads = Tile::kBands / 2;
     const uint16_t* const from = gradients + (lane % 8) * Tile::kGateStride + 8 * (lane / 8);
     FASTSEQ_UNROLL
-    for (int band = 0; band < Tile::kBackwardBands; ++band) {
-      if (first_of_band(band) >= call.blocks * Tile::kUnits) continue;
-      float d[Tile::kRowBlocks][4] = {};
+    for (int block = 0; block < Tile::kRowBlocks; ++block) {
+      if (8 * block >= rows) continue;
+      uint32_t b[kLoads][4];
       FASTSEQ_UNROLL
-      for (int tile = 0; tile < Tile::kBands; tile += 2) {
-        uint32_t a[2][4];
+      for (int n = 0; n < kLoads; ++n) load_blocks(b[n], from + 8 * block * Tile::kGateStride + 32 * n);
+      FASTSEQ_UNROLL
+      for (int band = 0; band < Tile::kBackwardBands; band += kSome) {
+        if (first_of_band(band) >= call.blocks * Tile::kUnits) continue;
+        float d[kSome][4] = {};
         FASTSEQ_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          const int which = band * Tile::kBands + tile + n;
-          FASTSEQ_UNROLL
-          for (int r = 0; r < 4; ++r) {
-            a[n][r] = which < Tile::kInRegisters ? weights[which % Tile::kInRegisters][r]
-                                                 : shared_tile(which - Tile::kInRegisters)[r];
+        for (int n = 0; n < Tile::kBands * kSome; ++n) {
+          const int tile = n / kSome, of = n % kSome, which = (band + of) * Tile::kBands + tile;
+          const uint32_t first = b[tile / 2][tile % 2 * 2], second = b[tile / 2][tile % 2 * 2 + 1];
+          if (which < Tile::kInRegisters) {
+            Low::multiply_add(d[of], weights[which % Tile::kInRegisters], first, second);
+          } else {
+            const Words a = *shared_tile(which - Tile::kInRegisters);
+            Low::multiply_add(d[of], {a.x, a.y, a.z, a.w}, first, second);
           }
         }
         FASTSEQ_UNROLL
-        for (int block = 0; block < Tile::kRowBlocks; ++block) {
-          uint32_t b[4];
-          load_blocks(b, from + 8 * block * Tile::kGateStride + 16 * tile);
-          Low::multiply_add(d[block], a[0], b[0], b[1]);
-          Low::multiply_add(d[block], a[1], b[2], b[3]);
-        }
+        for (int of = 0; of < kSome; ++of) publish(first_of_band(band + of), block, d[of], s);
       }
-      publish(first_of_band(band), d, s);
     }
   }
 
-  FASTSEQ_DEVICE void publish(int first, const float (&d)[Tile::kRowBlocks][4], int s) const {
+  // 16 units of 8 rows.
+  FASTSEQ_DEVICE void publish(int first, int block, const float (&d)[4], int s) const {
     const int to = first / Tile::kUnits, unit = first % Tile::kUnits + place_in_d(lane, 0).row;
+    const int row = 8 * block + place_in_d(lane, 0).column;
+    if (row >= rows || to >= call.blocks) return;
     const bool odd = unit / 16 & 1;
-    FASTSEQ_UNROLL
-    for (int block = 0; block < Tile::kRowBlocks; ++block) {
-      const int row = 8 * block + place_in_d(lane, 0).column;
-      uint32_t* const at = part(s, to, block_x()) + (Tile::place_in_part(unit, row) & ~3);
-      const auto number = [&](int n) { return bits_of(odd ? d[block][n ^ 1] : d[block][n]); };
-      if constexpr (Tile::kCluster) {
-        push_words(to, at, {number(0), number(1), number(2), number(3)}, arrivals + slot_of(s));
-      } else {
-        const auto word = [&](int n) { return Float::write(number(n), s); };
-        write_words(at, {word(0), word(1), word(2), word(3)});
-      }
+    uint32_t* const at = part(s, to, block_x()) + (Tile::place_in_part(unit, row) & ~3);
+    const auto number = [&](int n) { return bits_of(odd ? d[n ^ 1] : d[n]); };
+    if constexpr (Tile::kCluster) {
+      push_words(to, at, {number(0), number(1), number(2), number(3)}, arrivals + slot_of(s));
+    } else {
+      const auto word = [&](int n) { return Float::write(number(n), s); };
+      write_words(at, {word(0), word(1), word(2), word(3)});
     }
   }
 

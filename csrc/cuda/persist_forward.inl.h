@@ -29,6 +29,7 @@ struct Forward {
   const PersistForward& own;
   int lane, band, part, first_unit;
   int64_t first_row, width;  // width: units of all blocks, at least H
+  int rows, sharing;         // those that there are; the warps that gather one of them
   Arrivals* arrivals;        // of even and odd steps, in a cluster
   uint16_t *shared_weights, *states;
   Sum* sums;
@@ -44,6 +45,8 @@ struct Forward {
     first_unit = block_x() * Tile::kUnits + 4 * band;
     first_row = static_cast<int64_t>(block_y()) * Tile::kRows;
     width = static_cast<int64_t>(call.blocks) * Tile::kUnits;
+    rows = static_cast<int>(call.shape.B - first_row < Tile::kRows ? call.shape.B - first_row : Tile::kRows);
+    sharing = rows < Tile::kWarps ? Tile::kWarps / rows : 1;
     arrivals = reinterpret_cast<Arrivals*>(shared_bytes());
     shared_weights = reinterpret_cast<uint16_t*>(shared_bytes() + Tile::kArrivals);
     states = shared_weights + Tile::kSharedTiles;
@@ -54,7 +57,7 @@ struct Forward {
 
   FASTSEQ_DEVICE int64_t slot_words() const { return int64_t(call.groups) * Tile::kRows * width / 2; }
   FASTSEQ_DEVICE int time_of(int s) const { return own.reverse ? longest - 1 - s : s; }
-  // Whether step s is the first of a row. All rows are exchanged at every step, before they begin and after they end.
+  // Whether step s is the first of a row. Rows are exchanged at every step, before they begin and after they end.
   FASTSEQ_DEVICE bool begins(int row, int s) const { return own.reverse ? time_of(s) == steps[row] - 1 : s == 0; }
 
   // The neighbours of one word along the depth, of row `row` of this warp's band.
@@ -74,10 +77,10 @@ struct Forward {
     }
   }
 
-  // This warp's part of a tile in shared memory: four words of a lane side by side.
-  FASTSEQ_DEVICE uint32_t* shared_tile(int tile) const {
+  // This lane's part of a tile in shared memory.
+  FASTSEQ_DEVICE Words* shared_tile(int tile) const {
     const int warp = part * Tile::kBands + band;
-    return reinterpret_cast<uint32_t*>(shared_weights) + ((warp * Tile::kInShared + tile) * 32 + lane) * 4;
+    return reinterpret_cast<Words*>(shared_weights) + (warp * Tile::kInShared + tile) * 32 + lane;
   }
 
   FASTSEQ_DEVICE void begin() {
@@ -86,10 +89,14 @@ struct Forward {
     for (int tile = 0; tile < Tile::kInShared; ++tile) {
       uint32_t found[4];
       load_tile(Tile::kInRegisters + tile, found);
-      for (int r = 0; r < 4; ++r) shared_tile(tile)[r] = found[r];
+      *shared_tile(tile) = {found[0], found[1], found[2], found[3]};
     }
     for (int row = thread_index(); row < Tile::kRows; row += Tile::kThreads) {
       steps[row] = steps_of(call.shape, first_row + row);
+    }
+    // States of rows and units that there are not stay zeros.
+    for (int at = thread_index(); at < Tile::kStates * Tile::kRows * Tile::kStride / 8; at += Tile::kThreads) {
+      reinterpret_cast<Words*>(states)[at] = {0, 0, 0, 0};
     }
     sync_block();
     for (int row = 0; row < Tile::kRows; ++row) longest = steps[row] > longest ? steps[row] : longest;
@@ -138,14 +145,14 @@ struct Forward {
       expect_state(s);
     }
     constexpr int kQuads = Tile::kDepth / 8;  // four words each
-    for (int at = thread_index(); at < Tile::kRows * kQuads; at += Tile::kThreads) {
+    for (int at = thread_index(); at < rows * kQuads; at += Tile::kThreads) {
       const int row = at / kQuads, k = at % kQuads * 4 * Low::kPerWord;
-      store_state(0, row, k, begins(row, 0) && steps[row] > 0 ? first_state(row, k) : Words{0, 0, 0, 0});
+      if (begins(row, 0) && steps[row] > 0) *in_state(0, row, k) = first_state(row, k);
     }
     sync_cluster();
   }
   FASTSEQ_DEVICE void expect_state(int s) const {
-    if (s < longest) expect(arrivals + slot_of(s), static_cast<uint32_t>(Tile::kRows * width * 4 / Low::kPerWord));
+    if (s < longest) expect(arrivals + slot_of(s), static_cast<uint32_t>(rows * width * 4 / Low::kPerWord));
   }
   FASTSEQ_DEVICE void await(int s) const {
     if (s == 0) return;
@@ -154,78 +161,102 @@ struct Forward {
     if (thread_index() == 0) expect_state(s + 2);
   }
 
-  // Where number k of a row's state is.
-  FASTSEQ_DEVICE uint32_t* in_state(int s, int row, int k) const {
-    return reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride) + k / Low::kPerWord;
-  }
-  FASTSEQ_DEVICE void store_state(int s, int row, int k, const Words& of) const {
-    uint32_t* const to = in_state(s, row, k);
-    to[0] = of.x, to[1] = of.y, to[2] = of.z, to[3] = of.w;
+  // Where numbers k and the next of a row's state are.
+  template <class Of = Words>
+  FASTSEQ_DEVICE Of* in_state(int s, int row, int k) const {
+    return reinterpret_cast<Of*>(reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride) + k / Low::kPerWord);
   }
 
-  // The state that enters step s; words are waited for together, a few at a time.
+  // The state that enters step s. A warp takes row after row, of each lane kEach times 8 numbers; where there are few
+  // rows, several warps share one. A place is always read by the same thread.
   FASTSEQ_DEVICE void gather(int s) const {
-    constexpr int kQuads = kDepth / 8, kOwn = Tile::kRows * kQuads / Tile::kThreads, kSome = kOwn < 4 ? kOwn : 4;
-    static_assert(kSome * Tile::kThreads * (kOwn / kSome) == Tile::kRows * kQuads, "every thread has as many words");
+    constexpr int kEach = kDepth / 256, kRowsAtOnce = least(Tile::kRowBlocks, kEach < 8 ? 8 / kEach : 1);
     const uint32_t* const from = exchange + slot_of(s - 1) * slot_words() + first_row * width / 2;
-    for (int first = 0; first < kOwn; first += kSome) {
-      Words found[kSome];
+    const int warp = thread_index() / 32, apart = Tile::kWarps / sharing;
+    for (int first = warp / sharing; first < rows; first += kRowsAtOnce * apart) {
+      const auto row_of = [&](int n) { return first + n / kEach * apart; };
+      const auto k_of = [&](int n) { return 8 * (lane + 32 * (warp % sharing + n % kEach * sharing)); };
+      const auto here = [&](int n) { return row_of(n) < rows && k_of(n) < width; };
+      Words found[kRowsAtOnce * kEach];
       FASTSEQ_UNROLL
-      for (int n = 0; n < kSome; ++n) {
-        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kQuads, k = at % kQuads * 8;
-        found[n] = {0, 0, 0, 0};
-        if (s > 0 && k < width) found[n] = read_words(from + (row * width + k) / 2);
+      for (int n = 0; n < kRowsAtOnce * kEach; ++n) found[n] = {Pair::mark(s + 1), 0, 0, 0};  // stale
+      if (s > 0) {
+        await_all<kRowsAtOnce * kEach>([&](int n) { return here(n) && stale(found[n], s - 1); },
+                                       [&](int n) { found[n] = read_words(from + (row_of(n) * width + k_of(n)) / 2); });
       }
       FASTSEQ_UNROLL
-      for (int n = 0; n < kSome; ++n) {
-        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kQuads, k = at % kQuads * 8;
-        Waiting wait;
-        while (s > 0 && k < width && stale(found[n], s - 1)) {
-          wait.look_again();
-          found[n] = read_words(from + (row * width + k) / 2);
-        }
-        const bool first = begins(row, s) && steps[row] > 0;
-        const Words of{Pair::read(found[n].x), Pair::read(found[n].y), Pair::read(found[n].z), Pair::read(found[n].w)};
-        if constexpr (kInt8) {
-          uint32_t* const to = in_state(s, row, k);
-          to[0] = first ? first_word(row, k) : bytes_in(of.x, of.y);
-          to[1] = first ? first_word(row, k + 4) : bytes_in(of.z, of.w);
-        } else {
-          store_state(s, row, k, first ? first_state(row, k) : of);
-        }
+      for (int n = 0; n < kRowsAtOnce * kEach; ++n) {
+        if (here(n)) store(s, row_of(n), k_of(n), found[n]);
       }
     }
   }
 
-  // Sums of this warp's band over its part of the depth; where there is one block of rows, in two chains.
+  // Eight numbers of a row's state, as they were found or as the row begins.
+  FASTSEQ_DEVICE void store(int s, int row, int k, const Words& found) const {
+    const bool first = begins(row, s) && steps[row] > 0, none = s == 0;
+    Words of{Pair::read(found.x), Pair::read(found.y), Pair::read(found.z), Pair::read(found.w)};
+    if (none) of = {0, 0, 0, 0};
+    if constexpr (kInt8) {
+      *in_state<Two>(s, row, k) =
+          first ? Two{first_word(row, k), first_word(row, k + 4)} : Two{bytes_in(of.x, of.y), bytes_in(of.z, of.w)};
+    } else {
+      *in_state(s, row, k) = first ? first_state(row, k) : of;
+    }
+  }
+
+  // Sums of this warp's band over its part of the depth, in four chains side by side. What they need from shared
+  // memory is on its way some products before.
   FASTSEQ_DEVICE void multiply(int s, Sum (&d)[Tile::kRowBlocks][4]) const {
-    constexpr bool kTwo = Tile::kRowBlocks == 1;
-    Sum other[4] = {};
-    FASTSEQ_UNROLL
-    for (int n = 0; n < 4 * Tile::kRowBlocks; ++n) d[n / 4][n % 4] = 0;
+    constexpr int kBlocks = Tile::kRowBlocks, kChains = 4 / kBlocks, kAhead = 4;
+    Sum chain[kBlocks][kChains][4] = {};
     const uint16_t* const from = state(s) + (lane % 8) * Tile::kStride + 16 * part * Tile::kTiles + 8 * (lane / 8);
     const int tiles =
         static_cast<int>((width - kTile * part * Tile::kTiles + kTile - 1) / kTile);  // the others are zeros
-    FASTSEQ_UNROLL
-    for (int tile = 0; tile < Tile::kTiles; tile += 2) {
-      if (tile >= tiles) continue;
-      uint32_t a[2][4];
-      FASTSEQ_UNROLL
-      for (int n = 0; n < 8; ++n) {
-        const int which = tile + n / 4;
-        a[n / 4][n % 4] = which < Tile::kInRegisters ? weights[which % Tile::kInRegisters][n % 4]
-                                                     : shared_tile(which - Tile::kInRegisters)[n % 4];
+    uint32_t b[kAhead][4];
+    Words a[2][2];
+    const auto load = [&](int n) {  // of two tiles and a block of rows
+      if (n < Tile::kTiles / 2 * kBlocks) {
+        load_blocks(b[n % kAhead], from + 8 * (n % kBlocks) * Tile::kStride + 32 * (n / kBlocks));
       }
+    };
+    const auto fetch = [&](int tile) {
       FASTSEQ_UNROLL
-      for (int block = 0; block < Tile::kRowBlocks; ++block) {
-        uint32_t b[4];
-        load_blocks(b, from + 8 * block * Tile::kStride + 16 * tile);
-        Low::multiply_add(d[block], a[0], b[0], b[1]);
-        Low::multiply_add(kTwo ? other : d[block], a[1], b[2], b[3]);
+      for (int n = 0; n < 2; ++n) {
+        if (tile >= Tile::kInRegisters && tile < Tile::kTiles) {
+          a[tile / 2 % 2][n] = *shared_tile(tile + n - Tile::kInRegisters);
+        }
+      }
+    };
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kAhead; ++n) load(n);
+    FASTSEQ_UNROLL
+    for (int some = 0; some < Tile::kTiles; some += 8) {
+      if (some >= tiles) continue;
+      FASTSEQ_UNROLL
+      for (int n = some / 2 * kBlocks; n < (some / 2 + 4) * kBlocks; ++n) {
+        const int tile = n / kBlocks * 2, block = n % kBlocks;
+        if (block == 0) fetch(tile + 2);
+        FASTSEQ_UNROLL
+        for (int which = 0; which < 2; ++which) {
+          Sum(&sum)[4] = chain[block][(tile + which) % kChains];
+          const uint32_t (&right)[4] = b[n % kAhead];
+          if (tile < Tile::kInRegisters) {
+            Low::multiply_add(sum, weights[(tile + which) % Tile::kInRegisters], right[2 * which],
+                              right[2 * which + 1]);
+          } else {
+            const Words& left = a[tile / 2 % 2][which];
+            Low::multiply_add(sum, {left.x, left.y, left.z, left.w}, right[2 * which], right[2 * which + 1]);
+          }
+        }
+        load(n + kAhead);
       }
     }
     FASTSEQ_UNROLL
-    for (int i = 0; kTwo && i < 4; ++i) d[0][i] += other[i];
+    for (int n = 0; n < 4 * kBlocks; ++n) {
+      d[n / 4][n % 4] = chain[n / 4][0][n % 4];
+      FASTSEQ_UNROLL
+      for (int other = 1; other < kChains; ++other) d[n / 4][n % 4] += chain[n / 4][other][n % 4];
+    }
   }
 
   // The first part of each band adds up the sums of all.
@@ -279,7 +310,7 @@ struct Forward {
     const uint32_t own_number = number(h), next = across(own_number, 8);
     const uint32_t pair = Pair::write(safe_pair(own_number, next, Low::kInfinity), s);  // of even units
     const uint32_t other = across(pair, 16);
-    if (cell_unit(lane) == 0) {
+    if (cell_unit(lane) == 0 && row < rows) {
       write_words(exchange + slot_of(s) * slot_words() + ((first_row + row) * width + first_unit) / 2, pair, other);
     }
   }
@@ -295,9 +326,9 @@ struct Forward {
     const uint32_t own_number = number(h), next = across(own_number, 8);
     const uint32_t pair = place % 2 ? next | own_number << 16 : own_number | next << 16, other = across(pair, 16);
     const uint32_t first = place < 2 ? pair : other, second = place < 2 ? other : pair;
-    uint32_t* const to = in_state(s, row, first_unit);
+    uint32_t* const to = in_state<uint32_t>(s, row, first_unit);
     sync_warp();  // what its lanes have read may be written anew by whoever hears of this
-    for (int block = place; block < call.blocks; block += 4) {
+    for (int block = place; row < rows && block < call.blocks; block += 4) {
       if constexpr (kInt8) {
         push_word(block, to, bytes_in(first, second), arrivals + slot_of(s));
       } else {

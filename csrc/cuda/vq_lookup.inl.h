@@ -8,6 +8,8 @@
 // are zero until then and are written once: a reader polls the words themselves, one trip through the second-level
 // cache without a flag or a fence. Nothing but these words, relaxed atomics, goes from block to block, and no place is
 // used twice. The blocks of a launch are on the device together, so what is waited for comes.
+#include "cuda/await.inl.h"
+
 namespace fastseq::cuda {
 
 struct LookupCall {
@@ -62,10 +64,6 @@ FASTSEQ_DEVICE void with_type(Number number, F f) {
 
 FASTSEQ_DEVICE float infinity() { return float_of(0x7f800000u); }
 FASTSEQ_DEVICE bool is_finite(float v) { return fabsf(v) < infinity(); }
-
-struct alignas(16) Four {
-  float x, y, z, w;
-};
 
 struct Lookup {
   static constexpr int kWarps = kVqThreads / 32, kRows = kVqRows, kCodes = kVqCodes;
@@ -206,17 +204,16 @@ struct Lookup {
     const auto some = [&](int own) { return looks(own, m) && 2 * lane < call.blocks; };
     const bool both = 2 * lane + 1 < call.blocks;
     FASTSEQ_UNROLL
-    for (int own = 0; own < kOwn; ++own) {
-      if (some(own)) found[own] = read_words(place(own, m) + 4 * lane);
-    }
+    for (int own = 0; own < kOwn; ++own) found[own] = {0, 0, 0, 0};
+    await_all<kOwn>(
+        [&](int own) {
+          const Words& of = found[own];
+          return some(own) && (!of.x || !of.y || (both && (!of.z || !of.w)));
+        },
+        [&](int own) { found[own] = read_words(place(own, m) + 4 * lane); });
     FASTSEQ_UNROLL
     for (int own = 0; own < kOwn; ++own) {
       best[own] = {~0u, ~0u};
-      Waiting wait;
-      while (some(own) && (!found[own].x || !found[own].y || (both && (!found[own].z || !found[own].w)))) {
-        wait.look_again();
-        found[own] = read_words(place(own, m) + 4 * lane);
-      }
       if (some(own)) best[own] = {found[own].x, found[own].y};
       if (const Best other{found[own].z, found[own].w}; some(own) && both && best[own].after(other)) best[own] = other;
       if (looks(own, m)) best[own] = best_of_lanes(best[own]);
