@@ -171,36 +171,55 @@ struct Forward {
   // rows, several warps share one. A place is always read by the same thread.
   FASTSEQ_DEVICE void gather(int s) const {
     constexpr int kEach = kDepth / 256, kRowsAtOnce = least(Tile::kRowBlocks, kEach < 8 ? 8 / kEach : 1);
-    const uint32_t* const from = exchange + slot_of(s - 1) * slot_words() + first_row * width / 2;
-    const int warp = thread_index() / 32, apart = Tile::kWarps / sharing;
+    constexpr int kCount = kRowsAtOnce * kEach;
+    const int warp = thread_index() / 32, apart = Tile::kWarps / sharing, words = static_cast<int>(width) / 2;
+    const int k0 = 8 * (lane + 32 * (warp % sharing)), next = 256 * sharing;
+    const uint32_t* const from = exchange + slot_of(s - 1) * slot_words() + first_row * words + k0 / 2;
+    FASTSEQ_ROLL
     for (int first = warp / sharing; first < rows; first += kRowsAtOnce * apart) {
       const auto row_of = [&](int n) { return first + n / kEach * apart; };
-      const auto k_of = [&](int n) { return 8 * (lane + 32 * (warp % sharing + n % kEach * sharing)); };
-      const auto here = [&](int n) { return row_of(n) < rows && k_of(n) < width; };
-      Words found[kRowsAtOnce * kEach];
+      const auto k_of = [&](int n) { return k0 + n % kEach * next; };
+      const uint32_t* const of_row = from + first * words;
+      Words found[kCount];
+      bool here[kCount];
       FASTSEQ_UNROLL
-      for (int n = 0; n < kRowsAtOnce * kEach; ++n) found[n] = {Pair::mark(s + 1), 0, 0, 0};  // stale
+      for (int n = 0; n < kCount; ++n) {
+        here[n] = row_of(n) < rows && k_of(n) < width;
+        found[n] = {Pair::mark(s + 1), 0, 0, 0};  // stale, and zeros
+      }
       if (s > 0) {
-        await_all<kRowsAtOnce * kEach>([&](int n) { return here(n) && stale(found[n], s - 1); },
-                                       [&](int n) { found[n] = read_words(from + (row_of(n) * width + k_of(n)) / 2); });
+        await_all<kCount>(
+            [&](int n) { return here[n] && stale(found[n], s - 1); },
+            [&](int n) { found[n] = read_words(of_row + (n / kEach * apart * words + n % kEach * next / 2)); });
       }
       FASTSEQ_UNROLL
-      for (int n = 0; n < kRowsAtOnce * kEach; ++n) {
-        if (here(n)) store(s, row_of(n), k_of(n), found[n]);
+      for (int n = 0; n < kCount; ++n) {
+        if (here[n]) store(s, row_of(n), k_of(n), found[n]);
+      }
+      FASTSEQ_UNROLL
+      for (int n = 0; n < kCount; n += kEach) {
+        if (row_of(n) < rows && begins(row_of(n), s) && steps[row_of(n)] > 0) begin_row(s, row_of(n), k0, next);
       }
     }
   }
 
-  // Eight numbers of a row's state, as they were found or as the row begins.
+  // Eight numbers of a row's state as they were found, and all of this lane's as the row begins.
   FASTSEQ_DEVICE void store(int s, int row, int k, const Words& found) const {
-    const bool first = begins(row, s) && steps[row] > 0, none = s == 0;
-    Words of{Pair::read(found.x), Pair::read(found.y), Pair::read(found.z), Pair::read(found.w)};
-    if (none) of = {0, 0, 0, 0};
+    const Words of{Pair::read(found.x), Pair::read(found.y), Pair::read(found.z), Pair::read(found.w)};
     if constexpr (kInt8) {
-      *in_state<Two>(s, row, k) =
-          first ? Two{first_word(row, k), first_word(row, k + 4)} : Two{bytes_in(of.x, of.y), bytes_in(of.z, of.w)};
+      *in_state<Two>(s, row, k) = {bytes_in(of.x, of.y), bytes_in(of.z, of.w)};
     } else {
-      *in_state(s, row, k) = first ? first_state(row, k) : of;
+      *in_state(s, row, k) = of;
+    }
+  }
+  FASTSEQ_DEVICE void begin_row(int s, int row, int first, int next) const {
+    FASTSEQ_ROLL
+    for (int k = first; k < width; k += next) {
+      if constexpr (kInt8) {
+        *in_state<Two>(s, row, k) = {first_word(row, k), first_word(row, k + 4)};
+      } else {
+        *in_state(s, row, k) = first_state(row, k);
+      }
     }
   }
 
