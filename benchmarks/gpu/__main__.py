@@ -72,9 +72,10 @@ STAGES: dict[tuple[str, ...], Share] = {
     ("limits",): Share("limits", 2, 20, 60),
     ("lstm",): Share("lstm", 5, 45, 170),
     ("vq",): Share("vq", 6, 30, 110),
+    ("lookup",): Share("lookup", 7, 10, 20),
     ("mimo",): Share("mimo", 8, 15, 45),
     ("layers",): Share("layers", 9, 20, 60),
-    SUITES: Share("tests", 7, 60, 180),
+    SUITES: Share("tests", 10, 60, 180),
 }
 PERSISTENT = ("persist-parity", "persist", "sanitizer")  # shares that need the library of csrc/cuda
 FACTS_SECONDS = 60.0
