@@ -174,10 +174,13 @@ def of_rows(rows: Sequence[Row]) -> list[Table]:
 
 
 def newest(folder: Path) -> list[Row]:
-    """The rows of the last run on a GPU among all files of rows."""
+    """Of each table the rows of its last run on a GPU, among all files of rows."""
     rows = [r for path in sorted(folder.glob("*.jsonl")) for r in harness.read(path) if "capability" in r]
-    last = max((r["run"] for r in rows), default=None)
-    return [r for r in rows if r["run"] == last]
+    last: dict[tuple[str, str], str] = {}
+    for r in rows:
+        key = r.get("table", ""), r.get("suite", "")
+        last[key] = max(r["run"], last.get(key, ""))
+    return [r for r in rows if r["run"] == last[r.get("table", ""), r.get("suite", "")]]
 
 
 def brief_lstm(rows: Sequence[Row]) -> Table:
@@ -230,11 +233,16 @@ def brief(rows: Sequence[Row], full: str) -> list[str]:
 
 
 def source(rows: Sequence[Row]) -> str:
-    """Where the figures are from."""
-    first = rows[0]
-    tree = "" if first["clean"] else " with uncommitted changes"
-    versions = f"driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, Triton {first['triton']}"
-    return f"Measured on {first['device']}, {versions}, commit {first['commit']}{tree}, {first['run'][:10]}."
+    """Where the figures are from: the runs, with their tables where there are several."""
+    runs = {r["run"]: r for r in rows}
+    tables = {run: dict.fromkeys(r["table"] for r in rows if r["run"] == run and "table" in r) for run in runs}
+    told = []
+    for run, first in sorted(runs.items()):
+        tree = "" if first["clean"] else " with uncommitted changes"
+        of = f" ({', '.join(tables[run])})" if len(runs) > 1 else ""
+        versions = f"driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, Triton {first['triton']}"
+        told.append(f"on {first['device']}, {versions}, commit {first['commit']}{tree}, {run[:10]}{of}")
+    return f"Measured {'; '.join(told)}."
 
 
 def write_markdown(folder: Path, readme: Path) -> None:
