@@ -31,12 +31,12 @@ class Loop(NamedTuple):
 
 # By whether blocks are a cluster, and the pass. Fitted to the rows of all tiles, B = 1 to 256 and H = 256 to 2048.
 LOOPS = {
-    (0, "forward"): Loop(1.30, 0.50, 2.97, 4.86),
-    (0, "backward"): Loop(2.01, 0.07, 7.52, 3.82),
-    (0, "int8"): Loop(1.23, 0.67, 0.0, 6.15),
-    (1, "forward"): Loop(0.68, 0.46, 2.31, 11.1),
-    (1, "backward"): Loop(0.94, 0.29, 0.0, 6.88),
-    (1, "int8"): Loop(0.68, 0.55, 0.0, 10.6),
+    (0, "forward"): Loop(1.27, 0.49, 3.2, 10.2),
+    (0, "backward"): Loop(1.84, 0.1, 8.8, 13.2),
+    (0, "int8"): Loop(1.25, 0.64, 0.0, 11.9),
+    (1, "forward"): Loop(0.67, 0.58, 0.9, 19.9),
+    (1, "backward"): Loop(0.88, 0.32, 0.0, 25.3),
+    (1, "int8"): Loop(0.74, 0.59, 0.0, 14.3),
 }
 
 RESIDENT = (26.0, 2.35)  # start and step; measured at B = 16, H = 128
@@ -139,7 +139,8 @@ def triton(T: int, B: int, H: int, resident: bool, backward: bool = False, graph
         cost = Cost(*RESIDENT)
     elif T >= LEAST_T and graphs:
         work = B * H * H / 1e6
-        cost = Cost(GRAPH_START, 2.0 + 1.9e-3 * H + (0.28 if B > 1 else 0.0) + 0.017 * work)
+        read = max(1.9e-3 * H, 8 * H * H / READ_ALL)  # all weights at every step
+        cost = Cost(GRAPH_START, 2.0 + read + (0.28 if B > 1 else 0.0) + 0.017 * work)
     else:
         cost = Cost(0.0, LAUNCHES)
     return cost._replace(step=cost.step * BACKWARD) if backward else cost

@@ -18,7 +18,9 @@ import fastseq
 from fastseq import reference
 from fastseq.functional import Weights, lstm, lstm_stock, mimo_index
 from fastseq.functional.lstm_stock import StockCall
+from fastseq.ops import lstm_persist
 from fastseq.ops._select import choose
+from fastseq.ops.lstm_costs import Cost
 from tests.tolerance import assert_same_bits
 
 T, B, I, H = 5, 3, 4, 6  # noqa: E741
@@ -190,6 +192,22 @@ def test_ours_comes_first_where_it_was_measured_to_be_faster(
 
         monkeypatch.setattr(_verified, "doubt", doubt)
         assert choose("lstm", lstm_stock.BACKENDS, call, operator=False).name == expected
+
+
+@pytest.mark.parametrize(("step", "name"), [(None, "torch"), (6.5, "layers"), (30.0, "torch")])
+def test_the_persistent_kernels_come_first_where_they_are_faster(
+    step: float | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a size that is more than Triton's were measured with; torch takes 20 us a step."""
+    monkeypatch.setenv("FASTSEQ_BACKEND", "")
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    cost = None if step is None else Cost(15.0, step)
+    monkeypatch.setattr(lstm_persist, "layer_cost", lambda *size: cost if size[:3] == (64, 8, 1024) else None)
+    with FakeTensorMode():
+        x, weight_hh = (torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in ((64, 64, 8), (4096, 1024)))
+        weights = [Weights(torch.empty(4096, 8), weight_hh)]
+    call = StockCall(x, weights, None, False, None, 0.0, {})
+    assert choose("lstm", lstm_stock.BACKENDS, call, operator=False).name == name
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -11,14 +11,15 @@ import pytest
 from fastseq.ops import lstm_costs
 from fastseq.ops.lstm_costs import Cost, Tile
 
-ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.jsonl"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROWS, TRIALS = RESULTS / "nvidia-h100-80gb-hbm3.jsonl", RESULTS / "h100-trials.jsonl"
 NARROW, WIDE = (Tile(16, *sizes, 256, 0, 0) for sizes in ((8, 1024), (32, 1024)))
 
 
 def measured() -> list[tuple[int, int, int, str, float]]:
     """T, B, H, mode and microseconds a call of our LSTM in bfloat16, as it chose its way in triton."""
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    last = {(r["case"], r["mode"]): r for r in rows if r.get("provider") == "fastseq" and r.get("dtype") == "bfloat16"}
+    last = {(r["case"], r["mode"]): r for r in rows if r.get("label") == "fastseq" and r.get("dtype") == "bfloat16"}
     sizes = {key: re.fullmatch(r"T(\d+)_B(\d+)_H(\d+)", key[0]) for key in last}
     return [(*map(int, m.groups()), key[1], 1e3 * last[key]["ms"]) for key, m in sizes.items() if m]  # type: ignore[misc]
 
@@ -53,7 +54,7 @@ def test_torch_costs_what_was_measured() -> None:
     for row in found:
         T, B, H = map(int, re.fullmatch(r"T(\d+)_B(\d+)_H(\d+)", row["case"]).groups())  # type: ignore[union-attr]
         half = row["dtype"] == "float16" or row["provider"] == "stock float16"
-        if row["ms"] is None or row["dtype"] == "float32" or H < 256:
+        if row["ms"] is None or "float32" in (row["dtype"], row["provider"].removeprefix("stock ")) or H < 256:
             continue
         passes = (False, True) if row["mode"] == "train" else (False,)
         model = sum(lstm_costs.cudnn(B, H, half, backward).of(T) for backward in passes)
@@ -72,17 +73,16 @@ def test_clusters_follow_each_other_where_there_is_no_room() -> None:
 
 def test_persistent_loops_cost_what_was_measured() -> None:
     """And the tile that the model would take is nearly the fastest of those that have room."""
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    found = [r for r in rows if r.get("table") == "persist loop" and "us_per_step" in r]
-    newest = max(r["run"] for r in found)
+    rows = [json.loads(line) for line in TRIALS.read_text().splitlines()]
+    rows = [r for r in rows if r["table"] == "persist loop"]
     calls: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-    for row in (r for r in found if r["run"] == newest):
+    for row in (r for r in rows if r["variant"] == rows[-1]["variant"]):
         B, H = map(int, re.fullmatch(r"T\d+_B(\d+)_H(\d+)", row["case"]).groups())  # type: ignore[union-attr]
         tile = Tile(*(row[name] for name in Tile._fields))
         passes = row["mode"] == "backward", row["dtype"] == "int8"
         cost = lstm_costs.persist(tile, B, H, 1, *passes, row["room"])
-        assert cost.step == pytest.approx(row["us_per_step"], rel=0.4), row["label"]
+        assert cost.step == pytest.approx(row["us_per_step"], rel=0.45), (row["case"], row["tile"], passes)
         calls.setdefault((row["case"], row["mode"], row["dtype"]), []).append((cost.step, row["us_per_step"]))
-    assert len(calls) >= 20
+    assert len(calls) >= 30
     for call, tiles in calls.items():
         assert min(tiles)[1] <= 1.25 * min(measured for _, measured in tiles), call
