@@ -2,8 +2,8 @@
 
 Facts of the machine; the persistent LSTM, whose library is carried along or built, and every Triton host function
 against float64, which decides ``verified.json``; what the device can do; the LSTM, the lookup, MIMO and layers beside
-their rivals; the tests that have a device. On cores of their own, or afterwards where there are few, the compiled core is
-built, and the tests and benchmarks of the processor run. Every part is a process: what fails or hangs costs no other
+their rivals; the tests that have a device. On cores of their own, or afterwards where there are few, the compiled core
+is built, and the tests and benchmarks of the processor run. Every part is a process: what fails or hangs costs no other
 part its rows. Nothing is downloaded.
 """
 
@@ -37,7 +37,7 @@ SHARDS = {
     ("lstm", "float16"): 1,
     ("vq", "float16"): 1,
     ("lstm", "tf32"): 1,
-    **{("mimo", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
+    **{(family, dtype): 1 for family in ("mimo", "adt") for dtype in ("bfloat16", "float32", "float16")},
     **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in DTYPES},
     **{("persist", dtype): 3 for dtype in ("bfloat16", "float16")},
     **{("lookup", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},

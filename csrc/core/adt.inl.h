@@ -130,6 +130,24 @@ struct AdtPlace {
   }
 };
 
+// What all samples of a block have in common, zeros behind it; a copy, since samples are written to places whose low
+// address bits are often those of the tensors here, and a processor lets loads wait for such stores.
+template <class R>
+struct AdtCommon {
+  alignas(kVectorBytes) R x[kAdtBlock], mu[kAdtBlock], spread[kAdtBlock], eps[kAdtBlock];
+  template <class Args>
+  void load_from(const Args& a, const AdtPlace& p) {
+    const int64_t at = p.row * a.N + p.first;
+    for (int64_t n = 0; n < kAdtBlock; n += kLanes<R>) {
+      const int64_t rest = p.count > n ? p.count - n : 0;
+      store(x + n, load_up_to(a.x + at + n, rest));
+      store(mu + n, load_up_to(a.mu + at + n, rest));
+      store(spread + n, softplus<R>(load_up_to(a.rho + at + n, rest)));
+      store(eps + n, load_up_to(a.eps + p.row * a.eps_row + p.first + n, rest));
+    }
+  }
+};
+
 // Blocks [begin, end) of all rows; as the two below.
 template <class R>
 void adt_noise(const AdtNoise<R>& a, int64_t begin, int64_t end) {
@@ -146,44 +164,37 @@ void adt_noise(const AdtNoise<R>& a, int64_t begin, int64_t end) {
 
 template <class R>
 void adt_sample(const AdtSample<R>& a, int64_t begin, int64_t end) {
-  constexpr int64_t L = kLanes<R>;
   const Keys keys(a.source.seed);
-  R noise[kAdtBlock], spread[kAdtBlock];
+  alignas(kVectorBytes) R noise[kAdtBlock];
+  AdtCommon<R> all;
   for (int64_t i = begin; i < end; ++i) {
     const AdtPlace p(i, a.N);
-    const int64_t at = p.row * a.N + p.first;
-    const R* const eps = a.eps + p.row * a.eps_row + p.first;
-    for (int64_t n = 0; n < p.count; n += L) store(spread + n, softplus<R>(load_up_to(a.rho + at + n, p.count - n)));
+    all.load_from(a, p);
     for (int64_t s = 0; s < a.S; ++s) {
       adt_block_noise(keys, p.block, s, p.row, a.source.step, noise);
-      R* const out = a.out + s * a.B * a.N + at;
-      for (int64_t n = 0; n < p.count; n += L) {
-        const int64_t rest = p.count - n;
-        Vec<R> u = fma(load(spread + n), load(noise + n), load_up_to(a.mu + at + n, rest));
+      R* const out = a.out + (s * a.B + p.row) * a.N + p.first;
+      for (int64_t n = 0; n < p.count; n += kLanes<R>) {
+        Vec<R> u = fma(load(all.spread + n), load(noise + n), load(all.mu + n));
         tanh<R, 1>(&u);
-        u = fma(load_up_to(eps + n, rest), u, load_up_to(a.x + at + n, rest));
-        store_up_to(out + n, clamp<R>(u, a.low, a.high), rest);
+        const Vec<R> moved = fma(load(all.eps + n), u, load(all.x + n));
+        store_up_to(out + n, clamp<R>(moved, a.low, a.high), p.count - n);
       }
     }
   }
 }
 
-// Adds the gradients through one sample of a block: of mu, and of spread.
+// Adds the gradients through one sample of a block: of mu, and of the spread.
 template <class R>
-inline void add_gradients(const AdtStep<R>& a, const AdtPlace& p, int64_t sample, const R* noise, const R* spread,
-                          R* dmu, R* dspread) {
-  const int64_t at = p.row * a.N + p.first;
-  const R *const eps = a.eps + p.row * a.eps_row + p.first, *const g = a.g + sample * a.B * a.N + at;
-  const Vec<R> weight = broadcast(R(-2) * a.weight[p.row]);
-  for (int64_t n = 0; n < p.count; n += kLanes<R>) {
-    const int64_t rest = p.count - n;
-    const Vec<R> r = load(noise + n), e = load_up_to(eps + n, rest);
+inline void add_gradients(const AdtStep<R>& a, const AdtCommon<R>& all, const R* g, const R* noise, R weight,
+                          int64_t count, R* dmu, R* dspread) {
+  for (int64_t n = 0; n < count; n += kLanes<R>) {
+    const Vec<R> r = load(noise + n), eps = load(all.eps + n);
     Vec<R> slope;
-    const Vec<R> t = tanh_slope<R>(fma(load(spread + n), r, load_up_to(a.mu + at + n, rest)), &slope);
-    const Vec<R> moved = fma(e, t, load_up_to(a.x + at + n, rest));
+    const Vec<R> t = tanh_slope<R>(fma(load(all.spread + n), r, load(all.mu + n)), &slope);
+    const Vec<R> moved = fma(eps, t, load(all.x + n));
     const Int<R> inside = (moved >= broadcast(a.low)) & (moved <= broadcast(a.high));
-    const Vec<R> through = where<R>(inside, e * slope * load_up_to(g + n, rest));
-    const Vec<R> du = fma(where<R>(e != 0, weight), t, through);
+    const Vec<R> through = where<R>(inside, eps * slope * load_up_to(g + n, count - n));
+    const Vec<R> du = fma(where<R>(eps != 0, broadcast(R(-2) * weight)), t, through);
     store(dmu + n, load(dmu + n) + du);
     store(dspread + n, fma(du, r, load(dspread + n)));
   }
@@ -198,43 +209,37 @@ inline Vec<R> direction(Vec<R> t, bool total) {
 
 // From gradients to results, for one vector of one parameter of the two.
 template <class R>
-inline void finish(const AdtStep<R>& a, int which, int64_t at, int64_t rest, Vec<R> d, const R* value, R* up) {
+inline void finish(const AdtStep<R>& a, int which, int64_t at, int64_t rest, Vec<R> d, Vec<R> value, R* up) {
   const int64_t place = which * a.B * a.N + at;
   if (a.totals) d += load_up_to(a.totals + place, rest);
   if (a.d) store_up_to(a.d + place, d, rest);
-  if (!up) return;
-  const Vec<R> moved = fma(broadcast(a.rate), direction<R>(d, a.totals), load_up_to(value + at, rest));
-  store_up_to(up + at, moved, rest);
+  if (up) store_up_to(up + at, fma(broadcast(a.rate), direction<R>(d, a.totals), value), rest);
 }
 
 template <class R>
 void adt_step(const AdtStep<R>& a, int64_t begin, int64_t end) {
-  constexpr int64_t L = kLanes<R>;
   const Keys keys(a.source.seed);
-  R noise[kAdtBlock], spread[kAdtBlock], dmu[kAdtBlock], dspread[kAdtBlock];
+  alignas(kVectorBytes) R noise[kAdtBlock], dmu[kAdtBlock], dspread[kAdtBlock];
+  AdtCommon<R> all;
   for (int64_t i = begin; i < end; ++i) {
     const AdtPlace p(i, a.N);
-    const int64_t at = p.row * a.N + p.first;
-    for (int64_t n = 0; n < kAdtBlock; n += L) {
-      store(spread + n, softplus<R>(load_up_to(a.rho + at + n, p.count > n ? p.count - n : 0)));
-      store(dmu + n, Vec<R>{});
-      store(dspread + n, Vec<R>{});
-    }
+    const R weight = a.weight[p.row];
+    all.load_from(a, p);
+    __builtin_memset(dmu, 0, sizeof dmu);
+    __builtin_memset(dspread, 0, sizeof dspread);
     for (int64_t s = 0; s < a.S; ++s) {
       adt_block_noise(keys, p.block, s, p.row, a.source.step, noise);
-      add_gradients(a, p, s, noise, spread, dmu, dspread);
+      add_gradients(a, all, a.g + (s * a.B + p.row) * a.N + p.first, noise, weight, p.count, dmu, dspread);
     }
-    const Vec<R> one = broadcast(R(1)), weight = broadcast(R(a.S) * a.weight[p.row]);
-    for (int64_t n = 0; n < p.count; n += L) {
-      const int64_t rest = p.count - n;
-      const Vec<R> rho = load_up_to(a.rho + at + n, rest), e = exp_of_size<R>(rho);
+    for (int64_t n = 0; n < p.count; n += kLanes<R>) {
+      const int64_t at = p.row * a.N + p.first + n, rest = p.count - n;
+      const Vec<R> one = broadcast(R(1)), rho = load_up_to(a.rho + at, rest), e = exp_of_size<R>(rho);
       const Vec<R> sigmoid = where<R>(rho > 0, one, e) / (one + e);
       // sigmoid / softplus goes to 1 where both go to zero
-      const Vec<R> of_log = where<R>(rho < -80, one, sigmoid / load(spread + n));
-      const Int<R> moves = load_up_to(a.eps + p.row * a.eps_row + p.first + n, rest) != 0;
-      const Vec<R> drho = fma(load(dspread + n), sigmoid, where<R>(moves, weight * of_log));
-      finish(a, 0, at + n, rest, load(dmu + n), a.mu, a.mu_up);
-      finish(a, 1, at + n, rest, drho, a.rho, a.rho_up);
+      const Vec<R> of_log = where<R>(rho < -80, one, sigmoid / load(all.spread + n));
+      const Vec<R> entropy = where<R>(load(all.eps + n) != 0, broadcast(R(a.S) * weight) * of_log);
+      finish(a, 0, at, rest, load(dmu + n), load(all.mu + n), a.mu_up);
+      finish(a, 1, at, rest, fma(load(dspread + n), sigmoid, entropy), rho, a.rho_up);
     }
   }
 }

@@ -1,8 +1,8 @@
 """``adt_*``: ADT's explicit distribution of perturbations (Dong et al., NeurIPS 2020), ``fastseq.reference.adt_*``.
 
-Noise is made of counters wherever it is needed, from a seed, the number of a step, a sample, a row and a place in it: it
-is never stored, and a row has the same in any batch where it stands at the same place. Gradients are in closed form, so
-a step on the distribution needs no graph and no more of the model than the gradient of its input.
+Noise is made of counters wherever it is needed, from a seed and the numbers of a step, a sample, a row and a place in
+it: it is never stored, and a row has the same in any batch where it stands at the same place. Gradients are in closed
+form, so a step on the distribution needs no graph and no more of the model than the gradient of its input.
 """
 
 from __future__ import annotations

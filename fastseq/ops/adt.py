@@ -50,7 +50,8 @@ def _(
 
 
 def _noise(like: Tensor, seed: Tensor, samples: int, step: int) -> Tensor:
-    return reference.adt_noise(seed, samples, *like.shape, step, like.dtype).to(like.device)
+    B, N = like.shape
+    return reference.adt_noise(seed, samples, B, N, step, like.dtype).to(like.device)
 
 
 def _sample(

@@ -18,14 +18,12 @@ from fastseq.reference.lstm import philox
 LEAST = 1e-8  # added to the size of a total before it divides: of the authors' optimizer
 
 
-def adt_noise(
-    seed: Tensor, samples: int, B: int, N: int, step: int = 0, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def adt_noise(seed: Tensor, samples: int, B: int, N: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers of N(0, 1), [samples, B, N], on the CPU: pairs sqrt(-2 log U) * (cos(2 pi V), sin(2 pi V)).
 
-    Philox with the seed as key and the counter (c, sample, row, step); U and V = (2 * (word >> 9) + 1) * 2**-24. The
-    pairs of words 0 and 1 and of words 2 and 3 give number 128 * (c // 32) + c % 32 of the row and those that are 32, 64
-    and 96 further (Box and Muller 1958).
+    Philox with the seed as key and the counter (c, sample, row, step); U and V = (2 * (word >> 9) + 1) * 2**-24. Words
+    0 and 1 give number 128 * (c // 32) + c % 32 of the row and the one that is 32 further, words 2 and 3 those that are
+    64 and 96 further (Box and Muller 1958).
 
     Args:
         seed: int64, one element. step: 0 .. 2**32 - 1.
@@ -37,7 +35,7 @@ def adt_noise(
     u, v = ((2 * (words >> 9) + 1).to(torch.float64) * 2.0**-24).unflatten(-1, (2, 2)).unbind(-1)
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(-2)
-    noise = pairs.unflatten(2, (blocks, 32)).transpose(-1, -2).flatten(2)
+    noise: Tensor = pairs.unflatten(2, (blocks, 32)).transpose(-1, -2).flatten(2)
     return noise[..., :N].to(dtype, copy=True)
 
 
