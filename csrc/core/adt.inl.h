@@ -114,7 +114,7 @@ inline Vec<R> tanh_slope(Vec<R> u, Vec<R>* slope) {
   Vec<R> e = to_tanh<R>(u), power;
   exp_minus_one<R, 1>(&e, &power);
   const Vec<R> less_one = cell_fma<R>(power, e, power - one), quotient = one / (broadcast(R(2)) + less_one);
-  *slope = broadcast(R(4)) * (one + less_one) * quotient * quotient;
+  *slope = broadcast(R(4)) * cell_fma<R>(power, e, power) * quotient * quotient;
   return with_sign<R>(-less_one * quotient, (Int<R>)u & (Int<R>)broadcast(R(-0.0)));
 }
 

@@ -33,8 +33,10 @@ CASES = {
     "no_rows": Case(2, 0, 3, True),
     "no_numbers": Case(2, 3, 0),
 }
-if lstm_cases.INTERPRETED:
-    CASES["wide"] = Case(2, 2, 700)
+if lstm_cases.INTERPRETED:  # a program takes as long as any other
+    CASES["wide"] = Case(2, 1, 600)
+    for name in ("one", "under_vector", "vector", "over_vector", "under_block", "block"):
+        del CASES[name]
 LIMITS = {"free": (-math.inf, math.inf), "clamped": (0.0, 1.0)}
 STEP = 3
 

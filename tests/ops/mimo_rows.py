@@ -93,8 +93,8 @@ def backends(op: str, table: Any = BACKENDS) -> list[Any]:
     return found
 
 
-def each_backend(op: str, table: Any = BACKENDS) -> Any:
-    return pytest.mark.parametrize("backend, dtype", backends(op, table))
+def each_backend(op: str) -> Any:
+    return pytest.mark.parametrize("backend, dtype", backends(op))
 
 
 def needs_compiled(op: str) -> Any:
