@@ -49,7 +49,7 @@ def adt_sample(
     samples: int = 1,
     step: int = 0,
 ) -> Tensor:
-    """``x + eps * tanh(mu + softplus(rho) * adt_noise)``, clamped; differentiable in mu and rho, once.
+    """``x + eps * tanh(mu + softplus(rho) * adt_noise)``, clamped; differentiable in mu and rho.
 
     Args:
         x: [B, ...], bfloat16 and float16 are perturbed in float32 and rounded once.

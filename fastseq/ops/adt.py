@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.autograd import Function, forward_ad
 
 from fastseq import reference
 from fastseq.ops._library import backends, fake, library, register
-from fastseq.ops._transforms import apply
+from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode
 
 STATE = "Tensor x, Tensor mu, Tensor rho, Tensor seed, Tensor eps"
 library.define("adt_noise(Tensor like, Tensor seed, int samples, int step) -> Tensor")
@@ -107,7 +106,7 @@ for _op in BACKENDS:
 
 
 class Sample(Function):
-    """Autograd of ``adt_sample``: differentiable in mu and rho, once."""
+    """Autograd of ``adt_sample`` in mu and rho; second derivatives go through the definition."""
 
     @staticmethod
     def forward(x: Tensor, mu: Tensor, rho: Tensor, seed: Tensor, eps: Tensor, *args: Any) -> Tensor:
@@ -121,15 +120,22 @@ class Sample(Function):
         ctx.rest = step, low, high
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, mu, *rest = ctx.saved_tensors
-        d = torch.ops.fastseq.adt_backward.default(g.contiguous(), x, mu, *rest, mu.new_zeros(len(mu)), *ctx.rest)
+        given = (g.contiguous(), x, mu, *rest, mu.new_zeros(len(mu)), *ctx.rest)
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        d = _backward(*given) if again else torch.ops.fastseq.adt_backward.default(*given)
         return None, d[0], d[1], *[None] * 6
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return one_by_one(Sample.apply)(info, in_dims, *args)
 
 
 def sample(x: Tensor, mu: Tensor, rho: Tensor, *args: Any) -> Tensor:
     """``adt_sample``, differentiable in mu and rho."""
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode("adt_sample", mu, rho)
     if torch.is_grad_enabled() and (mu.requires_grad or rho.requires_grad):
         out: Tensor = apply(Sample, x, mu, rho, *args)
     else:

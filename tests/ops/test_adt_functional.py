@@ -90,8 +90,7 @@ def test_gradients():
     got = torch.autograd.grad(sample(mu, rho), (mu, rho), given.g)
     args = (given.g, given.x, mu.detach(), rho.detach(), noise, given.eps, torch.zeros(()))
     assert_within_budget("dmu drho", got, lambda *a: reference.adt_backward(*a, *CLAMP), args, GRADIENTS)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(torch.autograd.grad(sample(mu, rho).sum(), mu, create_graph=True)[0].sum(), mu)
+    assert torch.autograd.gradgradcheck(sample, (mu, rho))
     assert not functional.adt_sample(
         given.x.requires_grad_(), mu.detach(), rho.detach(), given.seed, given.eps
     ).requires_grad
@@ -163,6 +162,23 @@ def test_compile():
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     both = [(y := f(mu, rho), *torch.autograd.grad(y, (mu, rho), given.g)) for f in (compiled, run)]
     assert_same_bits("moved dmu drho", *both)
+
+
+def test_func():
+    """grad, vmap and vmap over grad; forward mode is refused."""
+    given = shaped()
+
+    def loss(mu):
+        y = functional.adt_sample(given.x, mu, given.rho, given.seed, given.eps, CLAMP, samples=S, step=STEP)
+        return (y * given.g).sum()
+
+    many = torch.stack([given.mu, given.mu + 1])
+    assert_same_bits("loss", torch.func.vmap(loss)(many), torch.stack([loss(m) for m in many]))
+    expected = torch.stack([torch.autograd.grad(loss(m), m)[0] for m in many.clone().requires_grad_()])
+    got = torch.func.vmap(torch.func.grad(loss))(many)  # through the definition
+    assert_within_budget("dmu", got, lambda d: d, (expected,), GRADIENTS)
+    with pytest.raises(NotImplementedError, match="adt_sample: forward-mode differentiation"):
+        torch.func.jvp(loss, (given.mu,), (given.mu,))
 
 
 X = torch.zeros(5, 7)
