@@ -237,7 +237,7 @@ def test_the_last_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         got = run(*make(n))
     expected = run(*make(FEW))
     got, expected = ((v,) if isinstance(v, Tensor) else v for v in (got, expected))
-    few = 1 if name == "lstm_noise" else FEW
+    few = 1 if module in ("lstm_noise", "adt") else FEW  # the last program has the last row alone
     for place, (dim, g, e) in enumerate(zip(dims, got, expected, strict=True)):
         if dim is not None:
             assert_same_bits(f"result_{place}", *(v.narrow(dim, v.shape[dim] - few, few) for v in (g, e)))
