@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks import harness
 from benchmarks.adt_tasks import cnn
 from benchmarks.harness import quantile, ratio
-from fastseq.functional import adt_backward, adt_direction, adt_moved
+from fastseq.functional import adt_ascend, adt_sample
 from fastseq.recipes import ADT
 from fastseq.recipes.threat import cross_entropy, input_gradient, quiet
 
@@ -43,15 +43,12 @@ def torch_pgd(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 def pointwise(x: Tensor) -> Callable[[], Any]:
     """All of a step but the model: noise, samples, closed forms and the step itself."""
-    mu, rho, radius, weight = torch.zeros_like(x), torch.zeros_like(x), torch.full_like(x, EPS), torch.tensor(1e-6)
-    g = torch.randn(SAMPLES, *x.shape)
+    state = (x, torch.zeros_like(x), torch.zeros_like(x), torch.tensor([1]), torch.tensor(EPS))
+    g, weight = torch.randn(SAMPLES, *x.shape), torch.tensor(1e-6)
 
     def step() -> None:
-        r = torch.randn_like(g)
-        a = adt_direction(mu, rho, r)
-        adt_moved(x, a, radius)
-        for d in adt_backward(g, x, a, rho, r, radius, weight):
-            d.sign_()
+        adt_sample(*state, samples=SAMPLES)
+        adt_ascend(g, *state, weight, 0.3)
 
     return step
 

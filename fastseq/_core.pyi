@@ -285,6 +285,50 @@ def mimo_nll_backward(
     *,
     threads: int = 1,
 ) -> Array: ...
+def adt_noise(like: Array, seed: int, samples: int, step: int = 0, *, threads: int = 1) -> Array: ...
+def adt_sample(
+    x: Array,
+    mu: Array,
+    rho: Array,
+    seed: int,
+    eps: Array,
+    samples: int,
+    step: int = 0,
+    low: float = ...,
+    high: float = ...,
+    *,
+    threads: int = 1,
+) -> Array: ...
+def adt_backward(
+    g: Array,
+    x: Array,
+    mu: Array,
+    rho: Array,
+    seed: int,
+    eps: Array,
+    weight: Array,
+    step: int = 0,
+    low: float = ...,
+    high: float = ...,
+    *,
+    threads: int = 1,
+) -> Array: ...
+def adt_ascend(
+    g: Array,
+    x: Array,
+    mu: Array,
+    rho: Array,
+    seed: int,
+    eps: Array,
+    weight: Array,
+    totals: Array | None,
+    step: int,
+    rate: float,
+    low: float = ...,
+    high: float = ...,
+    *,
+    threads: int = 1,
+) -> tuple[Array, Array, Array]: ...
 def ensemble_stats(
     logits: Array,
     labels: Index | None = None,

@@ -211,7 +211,7 @@ def test_verified_json(tmp_path: Path) -> None:
 def test_every_operator_has_parity() -> None:
     """A new operator needs cases in ``benchmarks/gpu/parity_*.py``, or it is never verified."""
     names = ("gemm", "lstm", "lstm_layer", "lstm_both", "lstm_lowrank", "lstm_int8", "vq", "vq_codes", "vq_residual")
-    names += ("mimo", "mimo_nll", "ensemble_stats")
+    names += ("mimo", "mimo_nll", "ensemble_stats", "adt")
     tables = {name: importlib.import_module(f"fastseq.ops.{name}").BACKENDS for name in names}
     operators = {op for name, table in tables.items() for op in (table if isinstance(table, dict) else [name])}
     kernels = Kernels(Context(torch.device("cpu"), False), "float32")

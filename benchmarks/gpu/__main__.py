@@ -37,7 +37,7 @@ SHARDS = {
     ("lstm", "float16"): 1,
     ("vq", "float16"): 1,
     ("lstm", "tf32"): 1,
-    **{("mimo", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
+    **{(family, dtype): 1 for family in ("mimo", "adt") for dtype in ("bfloat16", "float32", "float16")},
     **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in DTYPES},
     **{("persist", dtype): 3 for dtype in ("bfloat16", "float16")},
     **{("lookup", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/adt.h"
 #include "core/ensemble_stats.h"
 #include "core/gemm.h"
 #include "core/lstm_step.h"
@@ -45,6 +46,10 @@ struct Table {
   void (*mimo_nll_backward)(const MimoNllBackward<R>& args, int64_t begin, int64_t end);
   // rows begin .. end - 1, without histogram and totals
   void (*ensemble_stats)(const EnsembleStats<R>& args, int64_t begin, int64_t end, const StatsScratch<R>& scratch);
+  // blocks begin .. end - 1 of all rows
+  void (*adt_noise)(const AdtNoise<R>& args, int64_t begin, int64_t end);
+  void (*adt_sample)(const AdtSample<R>& args, int64_t begin, int64_t end);
+  void (*adt_step)(const AdtStep<R>& args, int64_t begin, int64_t end);
 };
 
 struct Kernels {

@@ -23,6 +23,8 @@ inline VecF largest(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m
 inline VecD largest(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
 inline VecF smallest(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
 inline VecD smallest(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
+inline VecF root(VecF x) { return (VecF)_mm256_sqrt_ps((__m256)x); }
+inline VecD root(VecD x) { return (VecD)_mm256_sqrt_pd((__m256d)x); }
 inline VecU64 lane_numbers() { return VecU64{0, 1, 2, 3}; }
 // The low halves of the 64-bit lanes of a, then of b.
 inline VecU32 low_words(VecU64 a, VecU64 b) {

@@ -50,6 +50,12 @@ inline VecF largest(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD largest(VecD a, VecD b) { return a > b ? a : b; }
 inline VecF smallest(VecF a, VecF b) { return a < b ? a : b; }
 inline VecD smallest(VecD a, VecD b) { return a < b ? a : b; }
+inline VecF root(VecF x) {
+  return joined<VecF>(_mm256_sqrt_ps(half<__m256>(x, 0)), _mm256_sqrt_ps(half<__m256>(x, 1)));
+}
+inline VecD root(VecD x) {
+  return joined<VecD>(_mm256_sqrt_pd(half<__m256d>(x, 0)), _mm256_sqrt_pd(half<__m256d>(x, 1)));
+}
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
 
 #else
@@ -63,6 +69,8 @@ inline VecF largest(VecF a, VecF b) { return (VecF)_mm512_maskz_max_ps(0xffff, (
 inline VecD largest(VecD a, VecD b) { return (VecD)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b); }
 inline VecF smallest(VecF a, VecF b) { return (VecF)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
 inline VecD smallest(VecD a, VecD b) { return (VecD)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b); }
+inline VecF root(VecF x) { return (VecF)_mm512_maskz_sqrt_ps(0xffff, (__m512)x); }
+inline VecD root(VecD x) { return (VecD)_mm512_maskz_sqrt_pd(0xff, (__m512d)x); }
 // 64-bit products of the even 32-bit lanes
 inline VecU64 multiply_even(VecU64 a, VecU64 b) { return (VecU64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b); }
 // The first `count` lanes, the others are those of `other`; and their store.

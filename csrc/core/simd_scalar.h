@@ -23,6 +23,14 @@ inline VecF largest(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD largest(VecD a, VecD b) { return a > b ? a : b; }
 inline VecF smallest(VecF a, VecF b) { return a < b ? a : b; }
 inline VecD smallest(VecD a, VecD b) { return a < b ? a : b; }
+inline VecF root(VecF x) {
+  for (int i = 0; i < kVectorBytes / 4; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+inline VecD root(VecD x) {
+  for (int i = 0; i < kVectorBytes / 8; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
 inline VecU64 lane_numbers() { return VecU64{0, 1, 2, 3}; }
 // The low halves of the 64-bit lanes of a, then of b.
 inline VecU32 low_words(VecU64 a, VecU64 b) {

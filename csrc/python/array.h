@@ -66,6 +66,7 @@ inline void check_call(const char* op, int threads) {
   if (threads < 1) door::fail(op, "threads must be at least 1, got ", threads);
 }
 
+void bind_adt(py::module_& m);
 void bind_ensemble_stats(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_lstm(py::module_& m);

@@ -27,6 +27,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The kernels of fastseq on numpy arrays.";
   m.def("isa", &door::isa, "The instruction set that runs.");
   m.def("isas", &door::isas, "The instruction sets that are built and that this machine supports, best last.");
+  door::bind_adt(m);
   door::bind_ensemble_stats(m);
   door::bind_gemm(m);
   door::bind_lstm(m);

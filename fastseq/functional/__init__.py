@@ -1,7 +1,7 @@
 """What users call: checks, dtypes and layout around the operators; one file per operator."""
 
 from fastseq.functional._recurrence import Recurrence, RecurrenceOptions
-from fastseq.functional.adt import adt_backward, adt_direction, adt_entropy, adt_moved, adt_sample
+from fastseq.functional.adt import adt_ascend, adt_entropy, adt_noise, adt_sample
 from fastseq.functional.ensemble_stats import EnsembleStats, ensemble_stats
 from fastseq.functional.lstm import Gates, Result, draw_seed, lstm, lstm_cell, packed_places
 from fastseq.functional.lstm_arguments import Factors, State, Weights
@@ -43,10 +43,9 @@ __all__ = [
     "Result",
     "State",
     "Weights",
-    "adt_backward",
-    "adt_direction",
+    "adt_ascend",
     "adt_entropy",
-    "adt_moved",
+    "adt_noise",
     "adt_sample",
     "best_factors",
     "code_bits",

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastseq import _check
-from fastseq.functional import adt_backward, adt_direction, adt_entropy, adt_moved, adt_sample
+from fastseq.functional import adt_ascend, adt_entropy, adt_sample
 from fastseq.recipes.adt_generator import LatentEncoder, PerturbationGenerator
 from fastseq.recipes.threat import (
     Model,
@@ -28,7 +29,6 @@ from fastseq.recipes.threat import (
 VARIANTS = ("exp", "exp_am", "imp_am")
 LATENT = 64  # size of the noise of imp_am
 _FOLD = 2**18  # numbers of an input; with 10 times as many an LSTM takes 1.2 to 1.4 times as long per row (Xeon, H 256)
-_TINY = 1e-8  # below the step of the authors' optimizer
 
 
 class ADT(nn.Module):
@@ -43,7 +43,8 @@ class ADT(nn.Module):
       the input are formed.
     - "exp_am": a generator gives means and spreads in one pass, from the input and two gradients. It learns at the same
       time as the model, from the same ``loss.backward()`` with the sign turned: give its parameters, those of the ADT,
-      an optimizer (the authors have Adam with a rate of 2e-4 and betas of 0.5 and 0.999).
+      an optimizer (the authors have Adam with a rate of 2e-4 and betas of 0.5 and 0.999). With a model in
+      DistributedDataParallel they start as those of the first process, and their gradients are averaged too.
     - "imp_am": a generator gives perturbations from noise too, and an encoder guesses the noise from them. In place of
       the entropy stands its bound: that guess's -log density, as far as it is above ``threshold``.
 
@@ -120,6 +121,7 @@ class ADT(nn.Module):
         self.fold, self.seed, self.calls = fold, seed, 0
         self._model = (model, *network(model, module))  # in a tuple, so that its parameters are not those of ADT
         self.generator, self.encoder = self._networks(channels, dims, generator)
+        self._averaged: tuple[Any, ...] = ()  # the same two where processes share them; a tuple, as above
 
     def _networks(
         self, channels: int | None, dims: int, generator: nn.Module | None
@@ -166,38 +168,26 @@ class ADT(nn.Module):
             expected = f"[B, ...] with B = {len(labels)}, that of labels"
             _check.fail("ADT", "x", expected, list(x.shape))
         x, radius = x.detach(), self.threat.radius(x, mask)
-        noise = self._noise(x.device)
+        weight, seed = self._weight(x, mask, radius.dtype), self._seed(x.device)
         if self.variant == "exp":
-            mu, rho = self._ascended(x, labels, args, radius, valid_numbers(x, mask), noise)
-            last = torch.randn(1, *x.shape, generator=noise, device=x.device, dtype=radius.dtype)
-            return adt_sample(x, mu, rho, last, radius, self.threat.clamp)[0], None
-        return self._generated(x, labels, args, radius, mask, noise)
+            mu, rho = self._ascended(x, labels, args, radius, weight, seed)
+            return adt_sample(x, mu, rho, seed, radius, self.threat.clamp, step=self.steps)[0], None
+        return self._generated(x, labels, args, radius, weight, seed)
 
     def _ascended(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        args: tuple[Any, ...],
-        radius: Tensor,
-        valid: Tensor,
-        noise: torch.Generator,
+        self, x: Tensor, labels: Tensor, args: tuple[Any, ...], radius: Tensor, weight: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """mu and rho after the steps."""
         model, module = self._model[1:]
-        weight = self._weight(valid, radius.dtype)
         mu, rho = (torch.zeros_like(x, dtype=radius.dtype) for _ in range(2))
-        totals = torch.zeros_like(mu), torch.zeros_like(rho)
+        totals = torch.stack((mu, rho)) if self.mode == "compat" else None
+        clamp = self.threat.clamp
         with quiet(module):
-            for _ in range(self.steps):
-                r = torch.randn(self.samples, *x.shape, generator=noise, device=x.device, dtype=mu.dtype)
-                a = adt_direction(mu, rho, r)
-                g = self._gradients(model, adt_moved(x, a, radius, self.threat.clamp), labels, args)
-                found = adt_backward(g, x, a, rho, r, radius, weight, self.threat.clamp)
-                for value, total, d in zip((mu, rho), totals, found, strict=True):
-                    if self.mode == "compat":
-                        value.add_(total.add_(d) / (total.abs() + _TINY), alpha=self.rate)
-                    else:
-                        value.add_(d.sign_(), alpha=self.rate)
+            for step in range(self.steps):
+                moved = adt_sample(x, mu, rho, seed, radius, clamp, samples=self.samples, step=step)
+                g = self._gradients(model, moved, labels, args)
+                state = (x, mu, rho, seed, radius)
+                mu, rho, totals = adt_ascend(g, *state, weight, self.rate, clamp, step=step, totals=totals)
         return mu, rho
 
     def _gradients(self, model: Model, adversarial: Tensor, labels: Tensor, args: tuple[Any, ...]) -> Tensor:
@@ -207,20 +197,22 @@ class ADT(nn.Module):
         if together is None:
             together = max(1, _FOLD * len(rows) // max(1, rows.numel())) if rows.device.type == "cpu" else len(rows)
         many, *more = folded(len(adversarial), labels, *args)
+        share = 1 / len(labels) if self.mode == "compat" else 1.0  # there of the mean over the batch
         found = []
         for start in range(0, len(rows), together):
             part = slice(start, start + together)
             rest = tuple(v[part] if isinstance(v, Tensor) and v.dim() else v for v in more)
-            found.append(input_gradient(model, rows[part], many[part], rest, self.objective))
-        g = (found[0] if len(found) == 1 else torch.cat(found)).view_as(adversarial)
-        return g / len(labels) if self.mode == "compat" else g  # there of the mean over the batch
+            found.append(input_gradient(model, rows[part], many[part], rest, self.objective, share))
+        return (found[0] if len(found) == 1 else torch.cat(found)).view_as(adversarial)
 
-    def _weight(self, valid: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of the entropy of each number."""
+    def _weight(self, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Of the entropy of each number of a row, [B] or []."""
+        count = valid_numbers(x, mask).flatten(1).sum(1)
         if self.entropy == "sum":
-            return self.lam * valid.to(dtype)
-        count = valid.sum() if self.mode == "compat" else valid.flatten(1).sum(1).view(-1, *(1,) * (valid.dim() - 1))
-        return self.lam * valid.to(dtype) / count.clamp_min(1)
+            count = torch.ones_like(count)
+        elif self.mode == "compat":
+            count = count.sum()
+        return self.lam / count.clamp_min(1).to(dtype)
 
     def _generated(
         self,
@@ -228,22 +220,21 @@ class ADT(nn.Module):
         labels: Tensor,
         args: tuple[Any, ...],
         radius: Tensor,
-        mask: Tensor | None,
-        noise: torch.Generator,
+        weight: Tensor,
+        seed: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """A perturbed input, and what the generator and the encoder make small beside minus the model's loss."""
-        assert self.generator is not None
+        generator, encoder = self._learners()
         features, C = self._features(x, labels, args, radius), channel_dim(x)
         if self.variant == "exp_am":
-            mu, rho = (v.contiguous() for v in self.generator(features).chunk(2, C))
-            r = torch.randn(1, *x.shape, generator=noise, device=x.device, dtype=radius.dtype)
-            weight = self._weight(valid_numbers(x, mask), radius.dtype) / (1 if self.mode == "compat" else len(x))
-            gained = (adt_entropy(mu, rho, r, radius) * weight).sum()
-            return adt_sample(x, mu, rho, r, radius, self.threat.clamp)[0], -gained
-        assert self.encoder is not None
+            mu, rho = generator(features).chunk(2, C)
+            entropy = adt_entropy(mu, rho, seed, radius)[0].flatten(1).sum(1)
+            gained = (entropy * weight).sum() / (1 if self.mode == "compat" else len(x))
+            return adt_sample(x, mu, rho, seed, radius, self.threat.clamp)[0], -gained
+        noise = torch.Generator(x.device).manual_seed(int(seed))
         z = 2 * torch.rand(len(x), LATENT, generator=noise, device=x.device, dtype=radius.dtype) - 1
-        direction = self.generator(features, z).tanh() * (radius > 0)
-        mean, log_variance = self.encoder(direction)
+        direction = generator(features, z).tanh() * (radius > 0)
+        mean, log_variance = encoder(direction)
         surprise = ((z - mean).square() / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
         return (x + radius * direction).clamp(*self.threat.limits).to(x.dtype), self.lam * (
             surprise.mean() - self.threshold
@@ -263,13 +254,23 @@ class ADT(nn.Module):
             second = scaled(self.threat.project(x, x + radius * first.sign(), radius).to(x.dtype))
         return torch.cat([x.to(radius.dtype) * (radius > 0), first, second], channel_dim(x))
 
-    def _noise(self, device: torch.device) -> torch.Generator:
+    def _learners(self) -> tuple[Any, Any]:
+        """Generator and encoder; where the model's gradients are averaged over processes, so are theirs."""
+        model, own = self._model[0], (self.generator, self.encoder)
+        if not (isinstance(model, DistributedDataParallel) and torch.is_grad_enabled()):
+            return own
+        if not self._averaged:  # not before: all processes meet here, and parameters are where they will stay
+            group = model.process_group
+            self._averaged = tuple(m and DistributedDataParallel(m, process_group=group) for m in own)
+        return self._averaged
+
+    def _seed(self, device: torch.device) -> Tensor:
         """Of one call, of this process."""
         distributed = torch.distributed
         rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
         words = hashlib.sha256(f"{self.seed} {rank} {self.calls}".encode()).digest()
         self.calls += 1
-        return torch.Generator(device).manual_seed(int.from_bytes(words[:8], "big") >> 1)
+        return torch.tensor([int.from_bytes(words[:8], "big") >> 1], device=device)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": self.calls}

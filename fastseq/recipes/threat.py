@@ -56,7 +56,7 @@ class Threat:
         elif self.normalise is not None:
             spread = _spread(x.to(wide.dtype), valid)
         try:
-            return (self.eps * spread * valid).expand(x.shape)
+            return (self.eps * (spread if mask is None else spread * valid)).expand(x.shape)
         except RuntimeError:
             _check.fail("Threat", "normalise", f"broadcast to the input, {list(x.shape)}", list(spread.shape))
 
@@ -69,7 +69,7 @@ class Threat:
 def valid_numbers(x: Tensor, mask: Tensor | None) -> Tensor:
     """Bool, like x. mask: bool, [B, T] of [B, T, ...] or broadcast to x; True where x is valid; None for everywhere."""
     if mask is None:
-        return torch.ones_like(x, dtype=torch.bool)
+        return torch.ones((), dtype=torch.bool, device=x.device).expand(x.shape)
     _check.dtype("Threat", "mask", mask, torch.bool)
     wide = mask.reshape(*mask.shape, *(1,) * (x.dim() - mask.dim()))
     try:
@@ -116,13 +116,15 @@ def network(model: Model, module: nn.Module | None) -> tuple[Model, nn.Module | 
     return model, module or (model if isinstance(model, nn.Module) else None)
 
 
-def input_gradient(model: Model, x: Tensor, labels: Tensor, args: tuple[Any, ...], objective: Objective) -> Tensor:
-    """Of the sum of the objective over rows, so of each row its own. Call it inside ``quiet``."""
+def input_gradient(
+    model: Model, x: Tensor, labels: Tensor, args: tuple[Any, ...], objective: Objective, share: float = 1.0
+) -> Tensor:
+    """Of ``share`` times the sum of the objective over rows, so of each row its own. Call it inside ``quiet``."""
     x = x.detach().requires_grad_(True)
     rows = objective(model(x, *args), labels)
     if rows.shape != labels.shape[:1]:
         _check.fail("objective", "result", f"a number of each row, [{len(labels)}]", list(rows.shape))
-    return torch.autograd.grad(rows.sum(), x)[0]
+    return torch.autograd.grad(share * rows.sum(), x)[0]
 
 
 def folded(samples: int, *values: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 """The definitions: plain differentiable torch, any dtype, no speed. Everything else is judged by them."""
 
-from fastseq.reference.adt import adt_backward, adt_entropy, adt_sample
+from fastseq.reference.adt import adt_ascend, adt_backward, adt_entropy, adt_noise, adt_sample
 from fastseq.reference.compression import integer_rows, integer_values, low_rank, rank_of_energy, rounded
 from fastseq.reference.lamb import lamb
 from fastseq.reference.lars import lars
@@ -55,8 +55,10 @@ __all__ = [
     "Gate",
     "Matrix",
     "Part",
+    "adt_ascend",
     "adt_backward",
     "adt_entropy",
+    "adt_noise",
     "adt_sample",
     "ensemble_stats",
     "from_nibbles",

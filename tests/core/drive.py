@@ -1,6 +1,6 @@
 """Drives the numpy door over every layout, option and odd size, without torch, and tells what came out.
 
-    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq|packed|mimo|labelled] [--threads N] [--fresh]
+    python drive.py [--core PATH] [--spread full|few] [--only lstm|vq|packed|mimo|labelled|adt] [--threads N] [--fresh]
 
 prints one line per result: its name and a hash of its bits. Two runs with other instruction sets, threads or builds can
 be compared line by line. Every result must be finite, so memory that was never written shows where fresh memory is NaN.
@@ -50,6 +50,8 @@ ROWS += [(2, 3, 0, 2, 2, 5, 6), (2, 3, 4, 2, 2, 0, 5), (0, 3, 4, 1, 2, 5, 3)]
 LARGE_ROWS = [(11, 32, 128, 1, 3, 100, 140), (2, 250, 600, 1, 2, 60, 40)]
 # rows, slots and classes
 LABELLED = [(1, 1, 1), (3, 2, 7), (35, 1, 16), (5, 3, 33), (40, 4, 100), (2, 5, 1000), (0, 2, 3), (3, 2, 9001)]
+# samples, rows, and numbers of a row
+MOVED = [(1, 1, 1), (3, 2, 33), (2, 3, 129), (5, 2, 700), (2, 0, 3), (2, 3, 0), (3, 40, 1000)]
 LARGE_LOOKUPS = [(600, 70, 20, 1), (20, 420, 100, 1), (2, 900, 140, 1)]
 
 
@@ -358,12 +360,36 @@ def labelled_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, 
             yield from zip((f"{label} {given is None} {mean} {f}" for f in figures), out, strict=True)
 
 
+def adt_results(core: Any, few: bool, threads: int) -> Iterator[tuple[str, np.ndarray]]:
+    """ADT's noise, samples, gradients and steps, by name."""
+    for n, (size, dtype, own) in enumerate(
+        itertools.product(MOVED[: 4 if few else None], (np.float32, np.float64), (False, True))
+    ):
+        random, label = np.random.default_rng(n), f"adt {size} {np.dtype(dtype).name} {own}"
+        S, B, N = size
+        g, x, mu, rho, totals = (
+            random.standard_normal(shape).astype(dtype) for shape in (size, *[(B, N)] * 3, (2, B, N))
+        )
+        eps = random.random((B if own else 1, N)).astype(dtype) * (np.arange(N) % 5 != 2)
+        eps, weight = eps.astype(dtype), random.random(B).astype(dtype)
+        state = (x, mu, 20 * rho, 5 - 2**50, eps)
+        yield f"{label} noise", core.adt_noise(x, 5, S, 2, threads=threads)
+        for low, high in ((-math.inf, math.inf), (0.0, 1.0)):
+            yield f"{label} {low} sample", core.adt_sample(*state, S, 3, low, high, threads=threads)
+            yield f"{label} {low} d", core.adt_backward(g, *state, weight, 3, low, high, threads=threads)
+            for given in (None, totals):
+                out = core.adt_ascend(g, *state, weight, given, 3, 0.3, low, high, threads=threads)
+                names = (f"{label} {low} {given is None} {name}" for name in ("mu", "rho", "totals"))
+                yield from zip(names, out, strict=True)
+
+
 PARTS = {
     "lstm": lstm_results,
     "vq": vq_results,
     "packed": packed_results,
     "mimo": mimo_results,
     "labelled": labelled_results,
+    "adt": adt_results,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-from tests.kernels import lstm_calls, lstm_compressed_calls, mimo_calls, vq_calls  # noqa: F401  (they fill the list)
+from tests.kernels import adt_calls, lstm_calls, lstm_compressed_calls, mimo_calls, vq_calls  # noqa: F401  (they fill the list)
 from tests.kernels._call import CALLS, Call
 
 __all__ = ["CALLS", "Call", "written"]

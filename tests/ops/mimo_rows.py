@@ -81,10 +81,10 @@ def run(op: str, backend: str, *args: Any) -> Any:
     return lstm_cases.run(op, backend, *args, table=BACKENDS)
 
 
-def backends(op: str) -> list[Any]:
+def backends(op: str, table: Any = BACKENDS) -> list[Any]:
     """Every backend with every dtype that it takes."""
     found = []
-    for param in lstm_cases.backends(op, BACKENDS, dims=3):
+    for param in lstm_cases.backends(op, table, dims=3):
         name = param.values[0]
         dtypes = {"cpu": (torch.float32, torch.float64), "triton": (torch.float32, *LOW)}.get(name)
         for dtype in dtypes or (torch.float32, torch.bfloat16):

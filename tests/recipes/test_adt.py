@@ -43,6 +43,20 @@ def variant(request):
 # --- the ascent
 
 
+SEED = torch.tensor([5])
+
+
+def search(adt, x, labels, mask=None):
+    """mu and rho that the recipe finds."""
+    return adt._ascended(x, labels, (), adt.threat.radius(x, mask), adt._weight(x, mask, x.dtype), SEED)
+
+
+def drawn(adt, x):
+    """The noise of each step."""
+    sizes = (adt.samples, len(x), x[0].numel())
+    return [reference.adt_noise(SEED, *sizes, step, x.dtype).view(-1, *x.shape) for step in range(adt.steps)]
+
+
 def ascended(adt, x, labels, noise, mask=None):
     """mu and rho by the definition, with autograd through all of it."""
     model, eps = adt._model[1], adt.threat.radius(x, mask)
@@ -85,12 +99,9 @@ def test_the_ascent_is_the_definition(options, mask, clamp):
     if clamp is not None:
         x = x.clamp(*clamp)
     adt = ADT(model, 0.3, 0.02, steps=3, samples=2, clamp=clamp, **options)
-    draws = torch.Generator().manual_seed(5)
     valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask[..., None].expand_as(x)
-    got = adt._ascended(x, labels, (), adt.threat.radius(x, mask), valid, draws)
-    draws.manual_seed(5)
-    noise = [torch.randn(2, *x.shape, generator=draws, dtype=torch.float64) for _ in range(3)]
-    for one, expected in zip(got, ascended(adt, x, labels, noise, mask), strict=True):
+    got = search(adt, x, labels, mask)
+    for one, expected in zip(got, ascended(adt, x, labels, drawn(adt, x), mask), strict=True):
         assert float((one - expected).abs().max()) < 1e-6  # of steps of 0.3; compat's are not quite whole
     if mask is not None:
         assert bool((got[0][~mask] == 0).all())
@@ -101,19 +112,11 @@ def test_compat_is_adam_that_never_forgets():
     """The authors' optimizer: Adam with betas of 0 on gradients that nothing zeroes."""
     adt = ADT(Sequences().double().eval(), 0.3, 0.02, steps=5, samples=2, mode="compat")
     x, labels = sequence_batch(torch.float64)
-    got = adt._ascended(
-        x,
-        labels,
-        (),
-        adt.threat.radius(x, None),
-        torch.ones_like(x, dtype=torch.bool),
-        torch.Generator().manual_seed(6),
-    )
-    draws = torch.Generator().manual_seed(6)
+    got = search(adt, x, labels)
     mu, rho = (torch.zeros_like(x, requires_grad=True) for _ in range(2))
     optimizer = torch.optim.Adam([mu, rho], lr=0.3, betas=(0.0, 0.0))
-    for _ in range(5):
-        for r in torch.randn(2, *x.shape, generator=draws, dtype=torch.float64):
+    for noise in drawn(adt, x):
+        for r in noise:
             sigma = F.softplus(rho)
             a = torch.tanh(mu + sigma * r)
             entropy = (r.square() / 2 + sigma.log() + (1 - a.square()).log()).mean()
@@ -122,14 +125,7 @@ def test_compat_is_adam_that_never_forgets():
     for one, expected in zip(got, (mu, rho), strict=True):
         assert float((one - expected.detach()).abs().max()) < 1e-6
     other = ADT(adt._model[0], 0.3, 0.02, steps=5, samples=2)
-    fixed = other._ascended(
-        x,
-        labels,
-        (),
-        adt.threat.radius(x, None),
-        torch.ones_like(x, dtype=torch.bool),
-        torch.Generator().manual_seed(6),
-    )
+    fixed = search(other, x, labels)
     assert float((fixed[0] - mu.detach()).abs().max()) > 0.29
 
 
@@ -317,7 +313,7 @@ def test_gradients_of_the_generator():
     got = [p.grad for p in adt.parameters()]
     radius = twin.threat.radius(x, MASK)
     mu, rho = twin.generator(twin._features(x, labels, (), radius)).chunk(2, 2)
-    r = torch.randn(1, *x.shape, generator=twin._noise(x.device), dtype=x.dtype)
+    r = reference.adt_noise(twin._seed(x.device), 1, len(x), x[0].numel(), 0, x.dtype).view(1, *x.shape)
     entropy = reference.adt_entropy(mu, rho, r, torch.ones_like(x))[0] * MASK[..., None]
     share = entropy.flatten(1).sum(1) / (3 * MASK.sum(1))
     loss = F.cross_entropy(model(reference.adt_sample(x, mu, rho, r, radius)[0]), labels)
@@ -336,7 +332,7 @@ def test_the_encoder_learns_what_the_noise_was():
     found = []
     for _ in range(100):
         radius = adt.threat.radius(x, None)
-        penalty = adt._generated(x, labels, (), radius, None, adt._noise(x.device))[1]
+        penalty = adt._generated(x, labels, (), radius, adt._weight(x, None, x.dtype), adt._seed(x.device))[1]
         optimizer.zero_grad()
         penalty.backward()
         optimizer.step()
@@ -414,22 +410,45 @@ def test_spreads_and_losses_of_another_size_are_refused():
         ADT(Sequences(), 0.1, objective=F.cross_entropy)(x, labels)
 
 
-@pytest.mark.skipif(not (distributed.is_available() and distributed.is_gloo_available()), reason="torch has no gloo")
-def test_two_processes_draw_different_noise(tmp_path):
-    """Each learns on another sample of the same rows, and DistributedDataParallel gives both the same gradients."""
-    command = [sys.executable, "-m", adt_ranks.__name__, str(tmp_path)]
+# --- two processes
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes leaves."""
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("torch has no gloo")
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", adt_ranks.__name__, str(folder)]
     options = {"cwd": Path(__file__).parents[2], "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    ranks = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True, **options) for rank in "01"]
+    running = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True, **options) for rank in "01"]
     try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=120)[1] for rank in running]
     finally:
-        for rank in ranks:
+        for rank in running:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert [rank.returncode for rank in running] == [0, 0], "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_draw_different_noise(ranks):
+    """Each learns on another sample of the same rows, and DistributedDataParallel gives both the same gradients."""
+    first, second = ranks
     assert bool((first["perturbed"] != second["perturbed"]).any())
     names = list(first["gradients"])
     assert_same_bits(names, [second["gradients"][n] for n in names], [first["gradients"][n] for n in names])
     x, labels = sequence_batch()
     torch.manual_seed(0)
     assert_same_bits("rank0", first["perturbed"], ADT(Sequences(), 0.3).perturb(x, labels))
+
+
+@pytest.mark.parametrize("name", adt_ranks.VARIANTS)
+def test_two_processes_share_a_generator(name, ranks):
+    """It starts as that of the first process, and each gradient is the mean of what they would have alone."""
+    first, second = (rank[name] for rank in ranks)
+    names = [f"p{n}" for n in range(len(first["own"]))]
+    for result in ("learnt", "averaged"):
+        assert_same_bits(names, second[result], first[result])
+    own = list(zip(first["own"], second["own"], strict=True))
+    assert any(not torch.equal(*pair) for pair in own)
+    assert_within_budget(names, first["averaged"], lambda p: [(a + b) / 2 for a, b in p], (own,), GRADIENTS)
