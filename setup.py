@@ -5,6 +5,7 @@ Environment at build time:
     FASTSEQ_CUDA_ARCHS=80;90a      the GPUs to compile csrc/cuda for; default: 80;86;89;90a;100;120. Needs nvcc, of
                                    CUDA_HOME, CUDA_PATH or PATH. The newest without a letter stands for later ones too.
     FASTSEQ_BUILD_TEST_ISA=1       also the AVX-512 body compiled with AVX2 flags, for tests; refused in a wheel.
+    FASTSEQ_OPERATORS=NAME         torch's namespace for the operators, in a build that shares a process with another.
     FASTSEQ_BUILD_JOBS=N           compilers running at a time; default: the number of cores.
 """
 
@@ -39,6 +40,7 @@ CUDA_ARCHS = "80;86;89;90a;100;120"
 C_LIBRARY = "fastseq.libfastseq"  # the runtime for C; not a Python module
 C_API = "csrc/deploy/c_api.cpp"
 CUDA_LIBRARY = "fastseq._cuda"
+OPERATORS = os.environ.get("FASTSEQ_OPERATORS", "")
 FILES = sorted(glob.glob("csrc/**/*.*", recursive=True))
 
 SEES = {  # folder -> those whose headers its files may include; tests/test_architecture.py holds them to it
@@ -70,7 +72,10 @@ def instruction_sets() -> dict[str, tuple[str, list[str]]]:
     """Name -> (source, its flags beyond the baseline)."""
     # -Wno-psabi: a Vec wider than the set's registers is passed in memory, but only inside its own file
     found: dict[str, tuple[str, list[str]]] = {"scalar": ("csrc/core/isa_scalar.cpp", ["-Wno-psabi"])}
-    if not sysconfig.get_platform().endswith(("x86_64", "amd64")):
+    platform = sysconfig.get_platform()
+    if platform.endswith(("aarch64", "arm64")):
+        return found | {"neon": ("csrc/core/isa_neon.cpp", [])}
+    if not platform.endswith(("x86_64", "amd64")):
         return found
     found |= {"avx2": ("csrc/core/isa_avx2.cpp", AVX2), "avx512": ("csrc/core/isa_avx512.cpp", AVX512)}
     found["avx2_vnni"] = ("csrc/core/isa_avx2_vnni.cpp", [*AVX2, "-mavxvnni"])
@@ -208,6 +213,8 @@ def doors(torch: Torch | None, cuda: Cuda | None) -> list[Extension]:
     if torch:
         minimum = f"-DTORCH_TARGET_VERSION=0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
         include = [minimum, "-isystem", os.path.join(torch.root, "include")]
+        if OPERATORS:
+            include.append(f"-DFASTSEQ_OPERATORS={OPERATORS}")
         stable: dict[str, Any] = {
             "library_dirs": [os.path.join(torch.root, "lib")],
             "depends": [*FILES, os.path.join(torch.root, "version.py")],
