@@ -40,7 +40,7 @@ CUDA_ARCHS = "80;86;89;90a;100;120"
 C_LIBRARY = "fastseq.libfastseq"  # the runtime for C; not a Python module
 C_API = "csrc/deploy/c_api.cpp"
 CUDA_LIBRARY = "fastseq._cuda"
-OPERATORS = os.environ.get("FASTSEQ_OPERATORS", "")
+OPERATORS = os.environ.get("FASTSEQ_OPERATORS") or "fastseq"
 FILES = sorted(glob.glob("csrc/**/*.*", recursive=True))
 
 SEES = {  # folder -> those whose headers its files may include; tests/test_architecture.py holds them to it
@@ -212,9 +212,7 @@ def doors(torch: Torch | None, cuda: Cuda | None) -> list[Extension]:
         found.append(door(C_LIBRARY, [C_API], "-Ifastseq/deploy/include", extra_link_args=link))
     if torch:
         minimum = f"-DTORCH_TARGET_VERSION=0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
-        include = [minimum, "-isystem", os.path.join(torch.root, "include")]
-        if OPERATORS:
-            include.append(f"-DFASTSEQ_OPERATORS={OPERATORS}")
+        include = [minimum, f"-DFASTSEQ_OPERATORS={OPERATORS}", "-isystem", os.path.join(torch.root, "include")]
         stable: dict[str, Any] = {
             "library_dirs": [os.path.join(torch.root, "lib")],
             "depends": [*FILES, os.path.join(torch.root, "version.py")],
@@ -309,6 +307,7 @@ decision = {
     "cuda": cuda and {"targets": cuda.targets, "nvcc": cuda.version, "source": digest("csrc/cuda", "csrc/torch_cuda")},
     "flags": CORE_FLAGS,
     "instruction_sets": {name: flags for name, (_, flags) in sets.items()},
+    "operators": OPERATORS,
 }
 JOBS = int(os.environ.get("FASTSEQ_BUILD_JOBS") or os.cpu_count() or 1)
 jobs = ThreadPoolExecutor(JOBS)
@@ -382,6 +381,10 @@ class BuildDoors(build_ext):
         super().build_extension(ext)
 
     def run(self) -> None:
+        record = Path(self.build_lib, "fastseq", "_build.json")
+        before = json.loads(record.read_text()) if record.exists() else {}
+        # what lies there was linked of other parts, which are no newer files
+        self.force = self.force or any(before.get(name) != value for name, value in decision.items())
         super().run()
         ask = [self.compiler.compiler_so_cxx[0], "--version"]
         version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.splitlines()[0]

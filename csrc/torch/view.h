@@ -14,11 +14,6 @@
 #include "door/scratch.h"
 #include "torch/tensor.h"
 
-// torch's namespace for the operators. Two builds in one process need two.
-#if !defined(FASTSEQ_OPERATORS)
-#define FASTSEQ_OPERATORS fastseq
-#endif
-
 namespace fastseq::torch_door {
 
 inline door::Array view(const char* op, const char* name, const Tensor& tensor) {
