@@ -77,7 +77,7 @@ nightly: check-wheel check-arm
 # a manylinux wheel of both doors, and the source distribution. The libraries of torch, libgomp among them, are not
 # copied in: a second one in the process would be another pool of threads
 wheel: $(VENV)/.built $(VENV)/.wheel
-	rm -rf dist
+	rm -rf dist/plain dist/*.whl dist/*.tar.gz
 	FASTSEQ_BUILD_TEST_ISA=0 $(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist/plain
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libgomp.so.*' \
 	  --wheel-dir dist dist/plain/*.whl
@@ -85,7 +85,8 @@ wheel: $(VENV)/.built $(VENV)/.wheel
 	rm -r dist/plain
 
 # the wheel in empty environments, with torch and without, where there is no compiler and none of these files
-check-wheel: wheel hub
+check-wheel: wheel
+	$(MAKE) --no-print-directory hub
 	TORCH='$(TORCH)' $(BIN)/python -m pytest -m nightly tests/wheel $(ARGS)
 
 # what the Hugging Face Hub expects of a repository of kernels, in dist/hub

@@ -174,6 +174,8 @@ def decide() -> tuple[Torch | None, Cuda | None, dict[str, str]]:
     wanted = os.environ.get("FASTSEQ_BUILD", "")
     if wanted not in ("", "core", "torch", "cuda"):
         fail(f"FASTSEQ_BUILD must be core, torch or cuda, got {wanted!r}")
+    if not OPERATORS.isidentifier():
+        fail(f"FASTSEQ_OPERATORS must be a name, got {OPERATORS!r}")
     torch = "FASTSEQ_BUILD=core" if wanted == "core" else find_torch()
     cuda = find_cuda(torch, wanted)
     missing = {name: why for name, why in {"torch": torch, "cuda": cuda}.items() if isinstance(why, str)}

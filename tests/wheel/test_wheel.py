@@ -52,7 +52,7 @@ def plain(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 def full(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """With torch, and what the tests and the Hub's loader need."""
     found = Environment(
-        tmp_path_factory.mktemp("full"), wheel, TORCH, "pytest>=8", "hypothesis>=6.100", "kernels>=0.15"
+        tmp_path_factory.mktemp("full"), wheel, TORCH, "pytest>=8", "hypothesis>=6.100", "kernels>=0.17"
     )
     found.copy_tests()
     return found
