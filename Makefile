@@ -20,6 +20,7 @@ export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
 .PHONY: demo test $(PARTS) test-triton bench check check-gpu budget format clean gpu
+.PHONY: wheel check-wheel hub check-arm nightly
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
@@ -70,6 +71,32 @@ bench: $(VENV)/.bench
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
+# what takes too long for every change; each target alone says what it needs
+nightly: check-wheel check-arm
+
+# a manylinux wheel of both doors, and the source distribution. The libraries of torch, libgomp among them, are not
+# copied in: a second one in the process would be another pool of threads
+wheel: $(VENV)/.built $(VENV)/.wheel
+	rm -rf dist/plain dist/*.whl dist/*.tar.gz
+	FASTSEQ_BUILD_TEST_ISA=0 $(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist/plain
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libgomp.so.*' \
+	  --wheel-dir dist dist/plain/*.whl
+	mv dist/plain/*.tar.gz dist
+	rm -r dist/plain
+
+# the wheel in empty environments, with torch and without, where there is no compiler and none of these files
+check-wheel: wheel
+	$(MAKE) --no-print-directory hub
+	TORCH='$(TORCH)' $(BIN)/python -m pytest -m nightly tests/wheel $(ARGS)
+
+# what the Hugging Face Hub expects of a repository of kernels, in dist/hub
+hub: $(VENV)/.built $(VENV)/.wheel
+	$(BIN)/python .ci/hub.py dist/hub
+
+# 64-bit ARM in an emulator: core, numpy door and C interface. Needs Debian or Ubuntu with g++-aarch64-linux-gnu, qemu-user
+check-arm: $(VENV)/.built
+	$(BIN)/python -m pytest -m nightly tests/arm $(ARGS)
+
 check: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,7 +109,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 clean:
-	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(VENV)/.bench
+	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(VENV)/.bench $(VENV)/.wheel
 
 $(VENV)/.built: $(TOOLS) $(SOURCES)
 	@echo "compiling fastseq, a minute or two"
@@ -92,6 +119,10 @@ $(VENV)/.built: $(TOOLS) $(SOURCES)
 
 $(VENV)/.bench: $(VENV)/.built
 	$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/.built
+	$(PIP) install --quiet --no-build-isolation --editable '.[wheel]'
 	@touch $@
 
 # real weights for a test; the package's own dependencies are not needed

@@ -5,6 +5,7 @@ Environment at build time:
     FASTSEQ_CUDA_ARCHS=80;90a      the GPUs to compile csrc/cuda for; default: 80;86;89;90a;100;120. Needs nvcc, of
                                    CUDA_HOME, CUDA_PATH or PATH. The newest without a letter stands for later ones too.
     FASTSEQ_BUILD_TEST_ISA=1       also the AVX-512 body compiled with AVX2 flags, for tests; refused in a wheel.
+    FASTSEQ_OPERATORS=NAME         torch's namespace for the operators, in a build that shares a process with another.
     FASTSEQ_BUILD_JOBS=N           compilers running at a time; default: the number of cores.
 """
 
@@ -39,6 +40,7 @@ CUDA_ARCHS = "80;86;89;90a;100;120"
 C_LIBRARY = "fastseq.libfastseq"  # the runtime for C; not a Python module
 C_API = "csrc/deploy/c_api.cpp"
 CUDA_LIBRARY = "fastseq._cuda"
+OPERATORS = os.environ.get("FASTSEQ_OPERATORS") or "fastseq"
 FILES = sorted(glob.glob("csrc/**/*.*", recursive=True))
 
 SEES = {  # folder -> those whose headers its files may include; tests/test_architecture.py holds them to it
@@ -70,7 +72,10 @@ def instruction_sets() -> dict[str, tuple[str, list[str]]]:
     """Name -> (source, its flags beyond the baseline)."""
     # -Wno-psabi: a Vec wider than the set's registers is passed in memory, but only inside its own file
     found: dict[str, tuple[str, list[str]]] = {"scalar": ("csrc/core/isa_scalar.cpp", ["-Wno-psabi"])}
-    if not sysconfig.get_platform().endswith(("x86_64", "amd64")):
+    platform = sysconfig.get_platform()
+    if platform.endswith(("aarch64", "arm64")):
+        return found | {"neon": ("csrc/core/isa_neon.cpp", [])}
+    if not platform.endswith(("x86_64", "amd64")):
         return found
     found |= {"avx2": ("csrc/core/isa_avx2.cpp", AVX2), "avx512": ("csrc/core/isa_avx512.cpp", AVX512)}
     found["avx2_vnni"] = ("csrc/core/isa_avx2_vnni.cpp", [*AVX2, "-mavxvnni"])
@@ -169,6 +174,8 @@ def decide() -> tuple[Torch | None, Cuda | None, dict[str, str]]:
     wanted = os.environ.get("FASTSEQ_BUILD", "")
     if wanted not in ("", "core", "torch", "cuda"):
         fail(f"FASTSEQ_BUILD must be core, torch or cuda, got {wanted!r}")
+    if not OPERATORS.isidentifier():
+        fail(f"FASTSEQ_OPERATORS must be a name, got {OPERATORS!r}")
     torch = "FASTSEQ_BUILD=core" if wanted == "core" else find_torch()
     cuda = find_cuda(torch, wanted)
     missing = {name: why for name, why in {"torch": torch, "cuda": cuda}.items() if isinstance(why, str)}
@@ -207,7 +214,7 @@ def doors(torch: Torch | None, cuda: Cuda | None) -> list[Extension]:
         found.append(door(C_LIBRARY, [C_API], "-Ifastseq/deploy/include", extra_link_args=link))
     if torch:
         minimum = f"-DTORCH_TARGET_VERSION=0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
-        include = [minimum, "-isystem", os.path.join(torch.root, "include")]
+        include = [minimum, f"-DFASTSEQ_OPERATORS={OPERATORS}", "-isystem", os.path.join(torch.root, "include")]
         stable: dict[str, Any] = {
             "library_dirs": [os.path.join(torch.root, "lib")],
             "depends": [*FILES, os.path.join(torch.root, "version.py")],
@@ -302,6 +309,7 @@ decision = {
     "cuda": cuda and {"targets": cuda.targets, "nvcc": cuda.version, "source": digest("csrc/cuda", "csrc/torch_cuda")},
     "flags": CORE_FLAGS,
     "instruction_sets": {name: flags for name, (_, flags) in sets.items()},
+    "operators": OPERATORS,
 }
 JOBS = int(os.environ.get("FASTSEQ_BUILD_JOBS") or os.cpu_count() or 1)
 jobs = ThreadPoolExecutor(JOBS)
@@ -375,6 +383,10 @@ class BuildDoors(build_ext):
         super().build_extension(ext)
 
     def run(self) -> None:
+        record = Path(self.build_lib, "fastseq", "_build.json")
+        before = json.loads(record.read_text()) if record.exists() else {}
+        # what lies there was linked of other parts, which are no newer files
+        self.force = self.force or any(before.get(name) != value for name, value in decision.items())
         super().run()
         ask = [self.compiler.compiler_so_cxx[0], "--version"]
         version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.splitlines()[0]

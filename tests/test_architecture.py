@@ -69,7 +69,7 @@ NO_TORCH = (
 
 SYSTEM = r"<(sys/)?\w+(\.h)?>"
 INCLUDES = {  # the first pattern that fits a file decides
-    r"core/(isa_\w+\.cpp|simd_\w+\.h|\w+\.inl\.h)": r'<(math|stdint|immintrin)\.h>|"core/.*"',
+    r"core/(isa_\w+\.cpp|simd_\w+\.h|\w+\.inl\.h)": r'<(math|stdint|immintrin|arm_neon)\.h>|"core/.*"',
     r"core/isa\.cpp": r'<\w+>|<(cpuid|unistd|sys/syscall)\.h>|"core/.*"',  # asks what there is
     r"core/.*": r'<\w+>|<immintrin\.h>|"core/.*"',
     r"deploy/c_api\.cpp": r'<\w+>|"(core|deploy)/.*"|"fastseq\.h"',

@@ -72,7 +72,7 @@ def test_fastseq_isa_that_cannot_run_is_an_error(isa: str) -> None:
 def test_the_best_set_runs_and_it_is_not_the_one_for_tests() -> None:
     isas = _core.isas()
     run = python("import fastseq._core as c; print(c.isa())", FASTSEQ_ISA=None)
-    order = ("scalar", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_amx")
+    order = ("scalar", "neon", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_amx")
     ascending = [name for name in order if name in isas]
     assert run.stdout.strip() == ascending[-1] == _core.isas()[-1]
 
@@ -203,6 +203,7 @@ def setup(*arguments: str, **environment: str | None) -> str:
 
 def test_a_build_that_was_asked_for_and_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     assert setup("--version", FASTSEQ_BUILD="both") == "fastseq: FASTSEQ_BUILD must be core, torch or cuda, got 'both'"
+    assert setup("--version", FASTSEQ_OPERATORS="a-b") == "fastseq: FASTSEQ_OPERATORS must be a name, got 'a-b'"
     refused = setup("bdist_wheel", FASTSEQ_BUILD_TEST_ISA="1")
     assert refused == "fastseq: FASTSEQ_BUILD_TEST_ISA is for tests, a wheel must not contain avx512_on_avx2"
     (tmp_path / "torch").mkdir()
@@ -264,11 +265,12 @@ def test_what_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the build reads, with the objects that exist already."""
+    """A copy of what the build reads, with the objects that exist already, and what they were linked to for tests."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("csrc", "fastseq", "kernels", "build"):
         if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "lib.*"))
+            skipped = ["arm", "hub"] if name == "build" else ["*.so"]
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", *skipped))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, copy)
     return copy

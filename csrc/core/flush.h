@@ -1,6 +1,8 @@
 // Denormal numbers as zeros, for the length of one call on one thread.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -16,6 +18,19 @@ class FlushDenormals {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  FlushDenormals() : saved_(control()) { set_control(saved_ | kFlushToZero); }
+  ~FlushDenormals() { set_control(saved_); }
+
+ private:
+  static constexpr uint64_t kFlushToZero = 1 << 24;  // operands and results
+  static uint64_t control() {
+    uint64_t value;
+    asm volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+  }
+  static void set_control(uint64_t value) { asm volatile("msr fpcr, %0" : : "r"(value)); }
+  uint64_t saved_;
 #else
   FlushDenormals() {}
 #endif

@@ -17,6 +17,11 @@ namespace fastseq::core {
 namespace scalar {
 extern const Kernels table;
 }
+#if defined(FASTSEQ_HAVE_NEON)
+namespace neon {
+extern const Kernels table;
+}
+#endif
 #if defined(FASTSEQ_HAVE_AVX2)
 namespace avx2 {
 extern const Kernels table;
@@ -50,12 +55,14 @@ extern const Kernels table;
 
 namespace {
 
+#if defined(FASTSEQ_HAVE_AVX2)
 // __builtin_cpu_supports asks the processor and, through XGETBV, the operating system.
 [[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 [[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+#endif
 
 #if defined(FASTSEQ_HAVE_AVX2_VNNI)
 // GCC 12 knows no name for it. Its registers are those of AVX2.
@@ -125,6 +132,9 @@ const Kernels& avx512_amx_table() {
 int supported(const Kernels** out) {
   int count = 0;
   out[count++] = &scalar::table;
+#if defined(FASTSEQ_HAVE_NEON)
+  out[count++] = &neon::table;  // every 64-bit ARM processor has it
+#endif
 #if defined(FASTSEQ_HAVE_AVX512_ON_AVX2)
   if (has_avx2()) out[count++] = &avx512_on_avx2::table;  // before avx2, so that it is never the best
 #endif

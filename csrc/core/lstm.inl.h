@@ -26,15 +26,15 @@ inline Vec<R> step_function(Vec<R> a) {
 
 template <class R, bool Whole, int V>
 inline void cell_forward(const CellForward<R>& s, int64_t row, Units<R, Whole, V> u) {
-  const R* pre = s.pre + row * 4 * kPanel<R> + u.at;
+  const R* pre = s.pre + row * 4 * s.pre_gate + u.at;
   const R* x = s.x_gates[row];
   Vec<R> a[4 * V], *const i = a, *const f = a + V, *const o = a + 2 * V, *const g = a + 3 * V;
   FASTSEQ_EACH(v, V) {
     const R* from = pre + v * kLanes<R>;
     i[v] = load(from) + u.get(x, v);
-    f[v] = load(from + kPanel<R>) + u.get(x + s.x_gate, v);
-    g[v] = load(from + 2 * kPanel<R>) + u.get(x + 2 * s.x_gate, v);
-    o[v] = load(from + 3 * kPanel<R>) + u.get(x + 3 * s.x_gate, v);
+    f[v] = load(from + s.pre_gate) + u.get(x + s.x_gate, v);
+    g[v] = load(from + 2 * s.pre_gate) + u.get(x + 2 * s.x_gate, v);
+    o[v] = load(from + 3 * s.pre_gate) + u.get(x + 3 * s.x_gate, v);
     if (s.noise) {
       const R* noise = s.noise + row * 2 * kPanel<R> + u.at + v * kLanes<R>;
       i[v] += load(noise);

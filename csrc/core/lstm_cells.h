@@ -25,6 +25,7 @@ struct CellsForward {
   R* inner = nullptr;  // [B, H] o * tanh(c) of a step, with projection only
   const LstmArgs<R>& a = call.args;
   R inverse_tau = R(1.0 / a.tau);
+  int64_t pre_gate = table.panel_width;  // elements of a tile's products from one gate to the next
 
   void first_state(int rank, int size) const;
   void ahead(int64_t t, int64_t unit, int64_t units, Range part) const;
@@ -66,7 +67,7 @@ void CellsForward<R>::ahead(int64_t t, int64_t unit, int64_t units, Range part) 
   }
 }
 
-// The cells of a panel for a tile of rows. pre: their products, [rows][4][width]. noise: room for [rows][2][width].
+// The cells of a panel for a tile of rows. pre: their products, [rows][4][pre_gate]. noise: room for [rows][2][width].
 template <class R>
 void CellsForward<R>::run(int64_t t, int64_t unit, int64_t units, Range part, const R* pre, R* noise,
                           const TileInput<R>* input) const {
@@ -75,6 +76,7 @@ void CellsForward<R>::run(int64_t t, int64_t unit, int64_t units, Range part, co
   cell.units = units;
   cell.H = a.H;
   cell.x_gate = input ? input->gate : a.H;
+  cell.pre_gate = pre_gate;
   cell.inverse_tau = inverse_tau;
   cell.hard = a.hard;
   cell.pre = pre;

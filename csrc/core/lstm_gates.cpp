@@ -39,6 +39,7 @@ void cell_row(const Cells<R>& cells, int64_t t, int64_t r) {
     cell.rows = 1;
     cell.units = units;
     cell.H = cell.x_gate = a.H;
+    cell.pre_gate = width;
     cell.inverse_tau = R(1.0 / a.tau);
     cell.hard = a.hard;
     cell.pre = pre;

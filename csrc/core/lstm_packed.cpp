@@ -91,9 +91,10 @@ struct Packed {
         matrix(*kernels().matrix),
         rows(rows),
         split(split),
-        tiling(split, matrix.rows, table.panel_width),
+        tiling(split, matrix.rows, std::max<int64_t>(table.panel_width, kMatrixPanel)),
         steps(input_steps(call)),
         padded((a.H + kMatrixPanel - 1) / kMatrixPanel * kMatrixPanel) {
+    cells.pre_gate = tiling.width;
     h.init(a.P);
     inner.init(a.H);
     if (w.down.N) h.groupings.add(w.down);
@@ -286,12 +287,11 @@ void Packed::make_inputs(int64_t s, int rank, int size, Barrier& barrier, Own& m
 void Packed::cell_tile(int64_t s, int64_t t, int64_t panel, Range part, const Own& mine) const {
   const int64_t width = tiling.width, unit = panel * width, units = std::min(width, a.H - unit);
   pre_activations(s, t, unit / kMatrixPanel, (units + kMatrixPanel - 1) / kMatrixPanel, part, mine);
-  if (mine.input) {
-    const int64_t slot = mine.slot[s % steps] + part.begin - mine.rows.begin;
-    const TileInput<float> input{mine.x_gates + slot * 4 * padded, 4 * padded, padded};
-    cells.run(t, unit, units, part, mine.pre, mine.noise, &input);
-  } else {
-    cells.run(t, unit, units, part, mine.pre, mine.noise);
+  TileInput<float> input{nullptr, 4 * padded, padded};
+  if (mine.input) input.first = mine.x_gates + (mine.slot[s % steps] + part.begin - mine.rows.begin) * 4 * padded;
+  for (int64_t u = 0; u < units; u += table.panel_width) {
+    const int64_t here = std::min<int64_t>(table.panel_width, units - u);
+    cells.run(t, unit + u, here, part, mine.pre + u, mine.noise, input.first ? &input : nullptr);
   }
   for (int64_t r = part.begin; r < part.end; ++r) {
     const float* const out = cells.out(t, r, unit);

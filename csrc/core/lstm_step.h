@@ -20,13 +20,13 @@ struct LstmNoise {
 };
 
 // Pointers to rows point at the first unit of the panel; a gate's units are contiguous, gates are x_gate apart in
-// x_gates, H apart in gates and dx_gates, and panel_width apart in `pre`.
+// x_gates, pre_gate apart in `pre`, and H apart in gates and dx_gates.
 template <class R>
 struct CellForward {
-  int64_t rows, units, H, x_gate;
+  int64_t rows, units, H, x_gate, pre_gate;
   R inverse_tau;
   bool hard;
-  const R* pre;                     // [rows][4][panel_width] recurrent part of the pre-activations
+  const R* pre;                     // [rows][4][pre_gate]    recurrent part of the pre-activations
   const R* x_gates[kMostTileRows];  // input part
   const R* noise;                   // [rows][2][panel_width] or null
   const R* c_in[kMostTileRows];     // state before the step; null means zeros

@@ -63,7 +63,7 @@ void integer_tile(const MatrixTile& t, int64_t first) {
       }
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
           const VecI32 w = load_words(b + p * t.b_panel + at * 64 + v * kVectorBytes);
 #pragma GCC unroll 8
@@ -82,7 +82,7 @@ void integer_tile(const MatrixTile& t, int64_t first) {
       const VecI32 shift = VecI32{} + (kShift ? kShift * t.sums[i][group] : 0);
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
           VecI32 total = sum[0][i][p][v] - shift;
 #pragma GCC unroll 4
@@ -98,7 +98,7 @@ void integer_tile(const MatrixTile& t, int64_t first) {
     const VecF times = broadcast(t.a_scale[0] ? *t.a_scale[i] : 1.0f);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const VecF value = with_bias(t, first + p, v, out[i][p][v] * times);
         store(t.c + i * t.c_row + (first + p) * t.c_panel + v * kLanes<float>, value);
@@ -123,7 +123,7 @@ void float_tile(const MatrixTile& t, int64_t first) {
     const auto add = [&](int64_t k, const auto& weights) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
           const VecF w = weights(p, v);
 #pragma GCC unroll 8
@@ -148,7 +148,7 @@ void float_tile(const MatrixTile& t, int64_t first) {
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) out[i][p][v] += sum[i][p][v];
       }
     }
@@ -157,7 +157,7 @@ void float_tile(const MatrixTile& t, int64_t first) {
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const VecF value = with_bias(t, first + p, v, out[i][p][v]);
         store(t.c + i * t.c_row + (first + p) * t.c_panel + v * kLanes<float>, value);

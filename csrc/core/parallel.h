@@ -33,6 +33,8 @@ class Barrier {
       if (phase_.load(std::memory_order_acquire) != phase) return;
 #if defined(__SSE2__)
       _mm_pause();
+#elif defined(__aarch64__)
+      asm volatile("isb");  // waits for some tens of cycles, which yield does not
 #endif
     }
     while (phase_.load(std::memory_order_acquire) == phase) phase_.wait(phase, std::memory_order_acquire);

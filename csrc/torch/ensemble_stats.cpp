@@ -47,6 +47,6 @@ Nine ensemble_stats(Tensor logits, Optional labels, int64_t bins, int64_t ignore
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("ensemble_stats", TORCH_BOX(&ensemble_stats)); }
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) { m.impl("ensemble_stats", TORCH_BOX(&ensemble_stats)); }
 
 }  // namespace fastseq::torch_door

@@ -28,6 +28,6 @@ Tensor gemm(Tensor a, Tensor b, Optional bias, bool transpose_a, bool transpose_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) { m.impl("gemm", TORCH_BOX(&gemm)); }
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) { m.impl("gemm", TORCH_BOX(&gemm)); }
 
 }  // namespace fastseq::torch_door

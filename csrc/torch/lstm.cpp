@@ -112,7 +112,7 @@ Tensor lstm_noise(Tensor seed, int64_t T, int64_t B, int64_t H, Optional rows, i
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) {
   m.impl("lstm_forward", TORCH_BOX(&lstm_forward));
   m.impl("lstm_gates", TORCH_BOX(&lstm_gates));
   m.impl("lstm_backward", TORCH_BOX(&lstm_backward));

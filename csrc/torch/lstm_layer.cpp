@@ -112,7 +112,7 @@ Nine lstm_layer_backward(Optional dh, Optional dc, Optional dgates, Optional dh_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) {
   m.impl("lstm_layer_forward", TORCH_BOX(&lstm_layer_forward));
   m.impl("lstm_layer_backward", TORCH_BOX(&lstm_layer_backward));
 }

@@ -155,7 +155,7 @@ Eight lstm_mixed_backward(Optional dh, Optional dc, Optional dgates, Optional dh
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) {
   m.impl("lstm_lowrank_forward", TORCH_BOX(&lstm_lowrank_forward));
   m.impl("lstm_lowrank_backward", TORCH_BOX(&lstm_lowrank_backward));
   m.impl("lstm_mixed_forward", TORCH_BOX(&lstm_mixed_forward));

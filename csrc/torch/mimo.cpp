@@ -112,7 +112,7 @@ Three mimo_project_backward(Tensor d, Tensor x, Tensor weight, Tensor index, boo
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) {
   m.impl("mimo_gather", TORCH_BOX(&mimo_gather));
   m.impl("mimo_gather_backward", TORCH_BOX(&mimo_gather_backward));
   m.impl("mimo_combine", TORCH_BOX(&mimo_combine));

@@ -45,7 +45,7 @@ Tensor mimo_nll_backward(Optional dloss, Optional dnll, Tensor logits, Tensor la
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) {
   m.impl("mimo_nll", TORCH_BOX(&mimo_nll));
   m.impl("mimo_nll_backward", TORCH_BOX(&mimo_nll_backward));
 }

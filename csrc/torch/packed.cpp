@@ -132,7 +132,7 @@ Five lstm_int8_forward(Tensor x_gates, Tensor weight_hh, Tensor scale, Tensor h0
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) {
   m.impl("pack_matrix", TORCH_BOX(&pack_matrix));
   m.impl("linear_packed", TORCH_BOX(&linear_packed));
   m.impl("lstm_packed_forward", TORCH_BOX(&lstm_packed_forward));

@@ -112,7 +112,7 @@ Pair vq_backward(Optional dquantized, Optional dcommitment, Optional dcodebook_e
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) {
   m.impl("vq_nearest", TORCH_BOX(&vq_nearest));
   m.impl("vq_quantize", TORCH_BOX(&vq_quantize));
   m.impl("vq_sums", TORCH_BOX(&vq_sums));

@@ -26,7 +26,7 @@ Tensor vq_unpack(Tensor packed, int64_t bits, int64_t count) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) {
   m.impl("vq_pack", TORCH_BOX(&vq_pack));
   m.impl("vq_unpack", TORCH_BOX(&vq_unpack));
 }

@@ -67,7 +67,7 @@ Tensor vq_residual_backward(Optional dquantized, Optional dcommitment, Tensor x,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTSEQ_OPERATORS, CPU, m) {
   m.impl("vq_residual", TORCH_BOX(&vq_residual));
   m.impl("vq_residual_backward", TORCH_BOX(&vq_residual_backward));
 }

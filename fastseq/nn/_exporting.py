@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastseq import _check
 from fastseq.functional import Matrix, Part
 from fastseq.nn._matrices import matrices_of
 
-Arrays = dict[str, NDArray[Any]]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Arrays: TypeAlias = "dict[str, NDArray[Any]]"
 
 
 def array(value: Tensor) -> NDArray[Any]:
@@ -22,7 +23,7 @@ def array(value: Tensor) -> NDArray[Any]:
     value = value.detach().cpu().contiguous()
     if value.dtype == torch.float64:
         value = value.float()
-    return value.view(torch.int16).numpy().view(np.uint16) if value.dtype == torch.bfloat16 else value.numpy()
+    return value.view(torch.int16).numpy().view("uint16") if value.dtype == torch.bfloat16 else value.numpy()
 
 
 def matrix_arrays(name: str, matrix: Matrix) -> Arrays:
