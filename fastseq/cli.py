@@ -169,8 +169,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CommandError(str(error)) from None
     for note in notes:
         print(f"note: {printable(note)}")
-    if arguments.target.suffix == ".onnx":
-        print(f"{arguments.target}: ONNX, {arguments.target.stat().st_size:,} bytes")
+    kind = {".onnx": "ONNX", ".pt": "a state_dict", ".json": "a schedule"}.get(arguments.target.suffix)
+    if kind is not None:
+        print(f"{arguments.target}: {kind}, {arguments.target.stat().st_size:,} bytes")
     else:
         _inspect(argparse.Namespace(file=arguments.target, json=False))
 

@@ -54,7 +54,8 @@ LAYERS = {
         "fastseq.nn",
         "fastseq.recipes",
     },
-    "fastseq.conversion": {"fastseq._check", "fastseq.convert", "fastseq.deploy"},
+    "fastseq.conversion_official": {"fastseq", "fastseq._check", "fastseq.convert", "fastseq.nn"},
+    "fastseq.conversion": {"fastseq._check", "fastseq.conversion_official", "fastseq.convert", "fastseq.deploy"},
     "fastseq.cli": {"fastseq", "fastseq.conversion", "fastseq.demo", "fastseq.deploy"},
 }
 NO_TORCH = (
@@ -63,6 +64,7 @@ NO_TORCH = (
     "fastseq._config",
     "fastseq.cli",
     "fastseq.conversion",
+    "fastseq.conversion_official",
     "fastseq.convert",
     "fastseq.deploy",
 )  # import without it
