@@ -19,7 +19,7 @@ TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
-.PHONY: demo test $(PARTS) test-triton bench check check-gpu budget format clean gpu
+.PHONY: demo test $(PARTS) test-triton bench check check-gpu check-trainers budget format clean gpu
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
@@ -58,6 +58,10 @@ check-gpu: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.budget --check
 	$(BIN)/python -m tests.cuda.budget --check
 
+# twenty steps under Lightning, transformers and Accelerate, which are large and have no part in make test
+check-trainers: $(VENV)/.trainers
+	$(BIN)/python -m pytest tests/trainers $(ARGS)
+
 budget: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.budget
 	$(BIN)/python -m tests.cuda.budget
@@ -82,7 +86,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 clean:
-	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(VENV)/.bench
+	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(VENV)/.bench $(VENV)/.trainers
 
 $(VENV)/.built: $(TOOLS) $(SOURCES)
 	@echo "compiling fastseq, a minute or two"
@@ -92,6 +96,10 @@ $(VENV)/.built: $(TOOLS) $(SOURCES)
 
 $(VENV)/.bench: $(VENV)/.built
 	$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.trainers: $(VENV)/.built
+	$(PIP) install --quiet --no-build-isolation --editable '.[trainers]'
 	@touch $@
 
 # real weights for a test; the package's own dependencies are not needed
