@@ -114,6 +114,27 @@ def _info(arguments: argparse.Namespace) -> None:
     fastseq.show_config()
 
 
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor", help="say what of this set-up is broken and what to do about it", description=_DOCTOR
+    )
+    parser.set_defaults(run=_doctor)
+
+
+_DOCTOR = """Looks at the compiled kernels, torch, the compiler, Triton, OpenMP and the environment, and runs an LSTM. The
+exit status is 1 if something is wrong. Needs neither torch nor numpy."""
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from fastseq import _doctor as doctor
+
+    found = doctor.examine()
+    print(doctor.as_text(found))
+    wrong = sum(finding.verdict == doctor.WRONG for finding in found)
+    if wrong:
+        raise CommandError(f"{wrong} of {len(found)} checks say that something is wrong; what to do stands above")
+
+
 def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect", help="tell what is in the file of a deployed model, and whether it is right", description=_INSPECT
@@ -176,8 +197,45 @@ def _convert(arguments: argparse.Namespace) -> None:
         _inspect(argparse.Namespace(file=arguments.target, json=False))
 
 
+def _add_completion(commands: Any) -> None:
+    parser = commands.add_parser(
+        "completion", help="print what makes a shell complete this command", description=_COMPLETION
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    parser.set_defaults(run=_completion)
+
+
+_COMPLETION = """For bash: fastseq completion bash > ~/.local/share/bash-completion/completions/fastseq. For zsh, into
+a file _fastseq in a folder of $fpath. Needs shtab; the script does not. A new version of fastseq needs a new script."""
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    if find_spec("shtab") is None:
+        raise CommandError("needs shtab: pip install fastseq-kernels[completion]")
+    import shtab  # type: ignore[import-not-found, unused-ignore]
+
+    parser = _parser()
+    for one in (parser, *_subparsers(parser)):
+        for action in one._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, arguments.shell))
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [one for action in actions for one in action.choices.values()]
+
+
 # one function per subcommand
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_demo, _add_info, _add_inspect, _add_convert)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    _add_demo,
+    _add_info,
+    _add_doctor,
+    _add_inspect,
+    _add_convert,
+    _add_completion,
+)
 
 
 if __name__ == "__main__":
