@@ -121,8 +121,8 @@ def _add_doctor(commands: Any) -> None:
     parser.set_defaults(run=_doctor)
 
 
-_DOCTOR = """Looks at the compiled kernels, torch, the compiler, Triton, OpenMP and the environment, and runs an LSTM. The
-exit status is 1 if something is wrong. Needs neither torch nor numpy."""
+_DOCTOR = """Looks at compiled kernels, torch, compiler, Triton, OpenMP and environment, and runs an LSTM.
+The exit status is 1 if something is wrong. Needs neither torch nor numpy."""
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,9 @@ def doctor(code: str, *paths: Path, **environment: str) -> tuple[int, dict[str, 
     """In a process of its own: the exit status, and by the name of each check its verdict and the text behind it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FASTSEQ_")}
     kept |= {"PYTHONPATH": os.pathsep.join(map(str, [*paths, ROOT, ROOT / "kernels"])), **environment}
-    command = f"{code}\nimport sys; from fastseq import cli; sys.exit(cli.main(['doctor']))"
+    # an editable install would find elsewhere what a copy of the package lacks
+    here = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]"
+    command = f"{here}\n{code}\nimport sys; from fastseq import cli; sys.exit(cli.main(['doctor']))"
     where = {"cwd": paths[0] if paths else ROOT, "env": kept}  # python -c looks there first
     run = subprocess.run([sys.executable, "-c", command], **where, capture_output=True, text=True, timeout=300)
     assert "Traceback" not in run.stderr, run.stderr
