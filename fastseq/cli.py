@@ -97,7 +97,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     known = facts.collect(arguments.seed)
     terminal.show(console, known, chapters)
     try:
-        report.write(arguments.out, "fastseq demo", known, chapters)
+        report.write(arguments.out, "fastseq demo", known, chapters, facts.about(arguments.quick))
     except OSError as error:
         raise CommandError(f"--out {arguments.out}: {error.strerror}") from None
     console.print(f"\nreport: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
