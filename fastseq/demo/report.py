@@ -96,8 +96,8 @@ nav .sections { color: var(--soft); font-size: 0.9rem; }
 .scroll { overflow-x: auto;  /* with a shadow at the side where there is more */
   background: linear-gradient(to right, var(--ground) 40%, transparent) left / 2.5rem 100% no-repeat local,
     linear-gradient(to left, var(--ground) 40%, transparent) right / 2.5rem 100% no-repeat local,
-    linear-gradient(to right, var(--soft), transparent) left / 0.6rem 100% no-repeat scroll,
-    linear-gradient(to left, var(--soft), transparent) right / 0.6rem 100% no-repeat scroll; }
+    linear-gradient(to right, var(--line), transparent) left / 1rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: 0.9rem; padding-top: 0.4rem; }
 th, td { padding: 0.35rem 0.8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
