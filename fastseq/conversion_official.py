@@ -135,7 +135,9 @@ def _distsup(arguments: argparse.Namespace) -> Official:
         "how it re-estimated its codes: for training give these to the module (commitment_weight, reinit)",
     ]
     state = {name: value.numpy() for name, value in module.state_dict().items()}
-    made = f'fastseq.nn.load_codebooks(SOURCE, kind="distsup"), which is {module}'
+    whole = isinstance(module, torch.nn.Sequential)
+    what = "an nn.Sequential of batch_norm, projection and vq" if whole else "a VectorQuantize"
+    made = f'what fastseq.nn.load_codebooks(TENSORS, kind="distsup") makes, {what}'
     return Official(state, made, model, why_not, notes)
 
 

@@ -169,15 +169,6 @@ def test_pictures_share_a_page_and_take_its_colours():
     assert {"x <&> $a$", "a & b", "1.2", "é"} <= {word.strip() for word in page.words}
 
 
-@pytest.mark.parametrize("lowest", [1.0, -1.0])
-def test_bands_of_what_is_never_negative_begin_at_zero(lowest):
-    pictures = pytest.importorskip("fastseq.demo.pictures", reason="matplotlib is not installed")
-    svg = pictures.bands([("t", "x", "y", {"a": ("#d9822b", [0.0, 1.0], [lowest, 2.0], [50.0, 50.0])})])
-    labels = [word.strip() for word in Page(svg).words]
-    assert ("\N{MINUS SIGN}40" in labels) == (lowest < 0)
-    assert "50" not in labels or lowest < 0
-
-
 # --- text and training
 
 
