@@ -13,6 +13,7 @@ empty :=
 INTERPRETED_LSTM := $(wildcard tests/ops/test_lstm*.py) tests/ops/test_noise.py tests/ops/test_gemm.py
 PARTS := test-cuda test-core test-ops test-triton-lstm test-nn test-triton-rest test-kernels test-rest
 TWO = $(MAKE) --no-print-directory -j2 --output-sync=target
+EXTRAS := $(addprefix $(VENV)/.,bench wheel trainers)
 TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 
 # a developer's build: both doors or an error, and the AVX-512 body compiled with AVX2 flags, which the tests run
@@ -20,7 +21,7 @@ export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
 .PHONY: demo test $(PARTS) test-triton bench check check-gpu budget format clean gpu
-.PHONY: wheel check-wheel hub check-arm nightly
+.PHONY: wheel check-wheel hub check-arm check-trainers nightly
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
@@ -59,6 +60,10 @@ check-gpu: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.budget --check
 	$(BIN)/python -m tests.cuda.budget --check
 
+# twenty steps under Lightning, transformers and Accelerate, which are large and have no part in make test
+check-trainers: $(VENV)/.trainers
+	$(BIN)/python -m pytest tests/trainers $(ARGS)
+
 budget: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.budget
 	$(BIN)/python -m tests.cuda.budget
@@ -72,7 +77,7 @@ gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # what takes too long for every change; each target alone says what it needs
-nightly: check-wheel check-arm
+nightly: check-wheel check-arm check-trainers
 
 # a manylinux wheel of both doors, and the source distribution. The libraries of torch, libgomp among them, are not
 # copied in: a second one in the process would be another pool of threads
@@ -109,7 +114,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 clean:
-	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(VENV)/.bench $(VENV)/.wheel
+	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(EXTRAS)
 
 $(VENV)/.built: $(TOOLS) $(SOURCES)
 	@echo "compiling fastseq, a minute or two"
@@ -117,12 +122,8 @@ $(VENV)/.built: $(TOOLS) $(SOURCES)
 	$(BIN)/fastseq info
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.built
-	$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
-	@touch $@
-
-$(VENV)/.wheel: $(VENV)/.built
-	$(PIP) install --quiet --no-build-isolation --editable '.[wheel]'
+$(EXTRAS): $(VENV)/.%: $(VENV)/.built
+	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
 	@touch $@
 
 # real weights for a test; the package's own dependencies are not needed

@@ -22,7 +22,7 @@ def show_config() -> dict[str, Any]:
         used, and ``verified``, the kernels whose results were seen to be right on such a device); ``threads`` (of
         torch, or None, and the number of cores).
     """
-    build, core, torch = _build(), _load("fastseq._core"), _load("torch")
+    build, core, torch = build_record(), _load("fastseq._core"), _load("torch")
     doors = {"core": core if isinstance(core, str) else None, "torch": None, "cuda": None, **build.get("missing", {})}
     threads: dict[str, int | None] = {"torch": None, "cores": os.cpu_count()}
     if not isinstance(torch, str):
@@ -34,7 +34,7 @@ def show_config() -> dict[str, Any]:
     config = {
         "version": __version__,
         "build": {"doors": doors, **{key: value for key, value in build.items() if key not in ("built", "missing")}},
-        "instruction_set": _instruction_set(core, list(build.get("instruction_sets", {}))),
+        "instruction_set": instruction_set(),
         "backend": _backend(torch),
         "torch": None if isinstance(torch, str) else torch.__version__,
         "gpu": _gpu(torch),
@@ -44,7 +44,7 @@ def show_config() -> dict[str, Any]:
     return config
 
 
-def _build() -> dict[str, Any]:
+def build_record() -> dict[str, Any]:
     """The record that the build wrote beside this file; empty when nothing was compiled here."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_build.json")
     if not os.path.exists(path):
@@ -66,8 +66,10 @@ def _load(name: str) -> Any:
         return str(error)
 
 
-def _instruction_set(core: Any, built: list[str]) -> dict[str, Any]:
-    wanted = os.environ.get("FASTSEQ_ISA")
+def instruction_set() -> dict[str, Any]:
+    """The one that runs or None, why, and why not the others that were built."""
+    core, wanted = _load("fastseq._core"), os.environ.get("FASTSEQ_ISA")
+    built = build_record().get("instruction_sets", {})
     if isinstance(core, str):
         return {"runs": None, "why": f"core: {core}", "not": {}}
     supported = core.isas()

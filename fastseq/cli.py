@@ -97,7 +97,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     known = facts.collect(arguments.seed)
     terminal.show(console, known, chapters)
     try:
-        report.write(arguments.out, "fastseq demo", known, chapters)
+        report.write(arguments.out, "fastseq demo", known, chapters, facts.about(arguments.quick))
     except OSError as error:
         raise CommandError(f"--out {arguments.out}: {error.strerror}") from None
     console.print(f"\nreport: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
@@ -112,6 +112,27 @@ def _info(arguments: argparse.Namespace) -> None:
     import fastseq
 
     fastseq.show_config()
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor", help="say what of this set-up is broken and what to do about it", description=_DOCTOR
+    )
+    parser.set_defaults(run=_doctor)
+
+
+_DOCTOR = """Looks at compiled kernels, torch, compiler, Triton, OpenMP and environment, and runs an LSTM.
+The exit status is 1 if something is wrong. Needs neither torch nor numpy."""
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from fastseq import _doctor as doctor
+
+    found = doctor.examine()
+    print(doctor.as_text(found))
+    wrong = sum(finding.verdict == doctor.WRONG for finding in found)
+    if wrong:
+        raise CommandError(f"{wrong} of {len(found)} checks say that something is wrong; what to do stands above")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -169,14 +190,52 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CommandError(str(error)) from None
     for note in notes:
         print(f"note: {printable(note)}")
-    if arguments.target.suffix == ".onnx":
-        print(f"{arguments.target}: ONNX, {arguments.target.stat().st_size:,} bytes")
+    kind = {".onnx": "ONNX", ".pt": "a state_dict", ".json": "a schedule"}.get(arguments.target.suffix)
+    if kind is not None:
+        print(f"{arguments.target}: {kind}, {arguments.target.stat().st_size:,} bytes")
     else:
         _inspect(argparse.Namespace(file=arguments.target, json=False))
 
 
+def _add_completion(commands: Any) -> None:
+    parser = commands.add_parser(
+        "completion", help="print what makes a shell complete this command", description=_COMPLETION
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    parser.set_defaults(run=_completion)
+
+
+_COMPLETION = """For bash: fastseq completion bash > ~/.local/share/bash-completion/completions/fastseq. For zsh, into
+a file _fastseq in a folder of $fpath. Needs shtab; the script does not. A new version of fastseq needs a new script."""
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    if find_spec("shtab") is None:
+        raise CommandError("needs shtab: pip install fastseq-kernels[completion]")
+    import shtab  # type: ignore[import-not-found, unused-ignore]
+
+    parser = _parser()
+    for one in (parser, *_subparsers(parser)):
+        for action in one._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, arguments.shell))
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [one for action in actions for one in action.choices.values()]
+
+
 # one function per subcommand
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_demo, _add_info, _add_inspect, _add_convert)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    _add_demo,
+    _add_info,
+    _add_doctor,
+    _add_inspect,
+    _add_convert,
+    _add_completion,
+)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastseq import _check
+from fastseq import _check, conversion_official
 
 DESCRIPTION = """SOURCE is read as what it is: an ONNX file (.onnx), a deployed model, else a checkpoint: .safetensors,
 or a file of torch.save, which is read with weights_only=True and so runs no code. What cannot be converted is listed
-by name. TARGET is written as a whole or not at all, and then told as by fastseq inspect."""
+by name. TARGET is written as a whole or not at all, and then told as by fastseq inspect. With --from, SOURCE is a
+checkpoint of the code that came with a paper."""
 TARGETS = (".safetensors", ".fastseq", ".onnx")
+_OFFICIAL_TARGETS = (*TARGETS, conversion_official.STATE, conversion_official.SCHEDULE)
 _OPTIONS = {  # of arguments that only one kind of source has
     "a checkpoint": ("prefix", "order", "field"),
     "an ONNX file": ("input", "output", "dequantize"),
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     onnx.add_argument("--input", metavar="NAME", help="the tensor that the model is given (default: the first input)")
     onnx.add_argument("--output", metavar="NAME", help="the tensor that it gives (default: the first output)")
     onnx.add_argument("--dequantize", action="store_true", help="take the float32 values of integer weights")
+    conversion_official.add_arguments(parser)
 
 
 def _field(text: str) -> tuple[str, str, Any]:
@@ -78,14 +81,17 @@ def convert(arguments: argparse.Namespace) -> list[str]:
         ConversionFailed: nothing was written.
     """
     source, target = arguments.source, arguments.target
-    if target.suffix not in TARGETS:
-        raise ConversionFailed(f"TARGET must end in {', '.join(TARGETS)}, got {target}")
+    targets = _OFFICIAL_TARGETS if arguments.family else TARGETS
+    if target.suffix not in targets:
+        raise ConversionFailed(f"TARGET must end in {', '.join(targets)}, got {target}")
     if not target.resolve().parent.is_dir():
         raise ConversionFailed(f"{target}: there is no such folder")
     if target.is_dir() or (os.path.lexists(target) and not arguments.force):
         raise ConversionFailed(f"{target} is there already" + ("" if target.is_dir() else "; --force replaces it"))
     if arguments.group is not None and arguments.weights not in ("int8", "int4"):
         raise ConversionFailed("--group needs --weights int8 or int4")
+    if wrong := conversion_official.problem(arguments):
+        raise ConversionFailed(wrong)
     with _failures(source):
         notes: list[str] = []
         model = _read(arguments, notes)
@@ -93,7 +99,7 @@ def convert(arguments: argparse.Namespace) -> list[str]:
             from fastseq.convert import stored
 
             model = stored(model, arguments.weights, arguments.group)
-    write = _write_onnx if target.suffix == ".onnx" else _write_deployed
+    write = _WRITERS.get(target.suffix, _write_deployed)
     with _failures(target), _whole_file(target, arguments.force) as path:
         write(model, path, notes)
     return notes
@@ -103,6 +109,8 @@ def _read(arguments: argparse.Namespace, notes: list[str]) -> dict[str, Any]:
     source = arguments.source
     if not source.is_file():
         raise ConversionFailed(f"{source}: there is no such file")
+    if arguments.family:
+        return conversion_official.read(arguments, notes)
     kind = _kind(source)
     for other, names in _OPTIONS.items():
         wrong = [f"--{name}" for name in names if getattr(arguments, name) and other != kind]
@@ -163,6 +171,23 @@ def _write_deployed(model: dict[str, Any], path: Path, notes: list[str]) -> None
     from fastseq.deploy import save
 
     save(model, path)
+
+
+def _write_state(state: dict[str, Any], path: Path, notes: list[str]) -> None:
+    import torch
+
+    torch.save({name: torch.as_tensor(value) for name, value in state.items()}, path)
+
+
+def _write_schedule(found: dict[str, Any], path: Path, notes: list[str]) -> None:
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+_WRITERS = {
+    ".onnx": _write_onnx,
+    conversion_official.STATE: _write_state,
+    conversion_official.SCHEDULE: _write_schedule,
+}
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from fastseq import _check
 from fastseq.calibration import Temperature
 from fastseq.nn import MIMO, MIMOConv1d, MIMOEmbedding, MIMOHead, MIMOLinear, ResidualVQ, VectorQuantize
 from fastseq.nn._exporting import array, plain_lstm_state
-from fastseq.nn._exporting_vq import vq_state
+from fastseq.nn._exporting_vq import normalized, vq_state
+from fastseq.nn.batch_norm import MaskedBatchNorm
 
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.AlphaDropout)  # at inference they do nothing
 _PLAIN: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -29,9 +30,9 @@ def export_state(model: nn.Module, order: Sequence[str] | None = None) -> dict[s
 
     Args:
         model: ``nn.Embedding``, ``Linear``, ``Conv1d``, ``LSTM``, ours, compressed ones, ``VectorQuantize`` and
-            ``ResidualVQ``, ``ReLU``, ``Tanh``, ``Sigmoid``, ``Softmax`` over the features, the layers of MIMO but
-            ``MIMOConv2d``, or an ``nn.Sequential`` of these and of dropout, however deep; with ``order`` any module
-            that has these inside. A ``MIMO`` is taken as its backbone.
+            ``ResidualVQ``, ``MaskedBatchNorm`` before a ``Linear``, ``ReLU``, ``Tanh``, ``Sigmoid``, ``Softmax`` over
+            the features, the layers of MIMO but ``MIMOConv2d``, or an ``nn.Sequential`` of these and of dropout,
+            however deep; with ``order`` any module that has these inside. A ``MIMO`` is taken as its backbone.
         order: names of modules inside ``model``, one after the other as its forward calls them, such as ["embedding",
             "lstm", "relu", "head"]; "relu", "tanh", "sigmoid" and "softmax" are activations where no module is so
             called.
@@ -48,7 +49,7 @@ def export_state(model: nn.Module, order: Sequence[str] | None = None) -> dict[s
     found: dict[str, Any] = {"layers": [], "tensors": {}}
     model = model.backbone if isinstance(model, MIMO) else model
     parts = _walk("", model) if order is None else [part for name in order for part in _named(model, name)]
-    parts = _with_temperature(parts)
+    parts = _with_norms(_with_temperature(parts))
     names: dict[str, int] = {}
     for n, (name, layer) in enumerate(parts):
         names[name] = names.get(name, 0) + 1
@@ -86,6 +87,18 @@ def _with_temperature(parts: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.
         for parameter in head.parameters():
             parameter.div_(last.temperature)
     return [*parts[:-2], (parts[-2][0], head)]
+
+
+def _with_norms(parts: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """A batch norm of vectors before a linear layer becomes part of its weights."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, layer in parts:
+        before = found[-1][1] if found else None
+        if isinstance(before, MaskedBatchNorm) and type(layer) is nn.Linear:
+            found[-1] = (name, normalized(before, layer))
+        else:
+            found.append((name, layer))
+    return found
 
 
 def _layer(name: str, module: nn.Module, last: bool) -> dict[str, Any]:

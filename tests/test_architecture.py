@@ -46,6 +46,7 @@ LAYERS = {
     "fastseq.deploy": {"fastseq._check", "fastseq._core"},
     "fastseq._explain": {"fastseq.ops"},
     "fastseq._config": {"fastseq", "fastseq._core", "fastseq.ops"},
+    "fastseq._doctor": {"fastseq", "fastseq._config", "fastseq._core", "fastseq.nn", "fastseq.ops"},
     "fastseq.demo": {
         "fastseq",
         "fastseq.calibration",
@@ -54,15 +55,18 @@ LAYERS = {
         "fastseq.nn",
         "fastseq.recipes",
     },
-    "fastseq.conversion": {"fastseq._check", "fastseq.convert", "fastseq.deploy"},
-    "fastseq.cli": {"fastseq", "fastseq.conversion", "fastseq.demo", "fastseq.deploy"},
+    "fastseq.conversion_official": {"fastseq", "fastseq._check", "fastseq.convert", "fastseq.nn"},
+    "fastseq.conversion": {"fastseq._check", "fastseq.conversion_official", "fastseq.convert", "fastseq.deploy"},
+    "fastseq.cli": {"fastseq", "fastseq._doctor", "fastseq.conversion", "fastseq.demo", "fastseq.deploy"},
 }
 NO_TORCH = (
     "fastseq",
     "fastseq._check",
     "fastseq._config",
+    "fastseq._doctor",
     "fastseq.cli",
     "fastseq.conversion",
+    "fastseq.conversion_official",
     "fastseq.convert",
     "fastseq.deploy",
 )  # import without it

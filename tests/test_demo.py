@@ -92,6 +92,7 @@ def test_every_file_in_chapters_is_a_chapter():
     for name in demo.names():
         module = demo.load(name)
         assert isinstance(module.TITLE, str)
+        assert 150 < len(module.ABOUT) < 500
         assert callable(module.run)
     modules = [demo.load(name) for name in demo.names()]
     assert sum(module.FULL_SECONDS for module in modules) <= 320  # `make demo` stays below six minutes
@@ -111,11 +112,12 @@ def test_chapters_share_the_time(monkeypatch):
             seen[name] = budget
             return [Section(name, [Text("done")])]
 
-        return SimpleNamespace(TITLE=name.upper(), run=run, FULL_SECONDS={"one": 20, "two": 10}[name], QUICK_SECONDS=5)
+        seconds = {"FULL_SECONDS": {"one": 20, "two": 10}[name], "QUICK_SECONDS": 5}
+        return SimpleNamespace(TITLE=name.upper(), ABOUT=f"{name}.", run=run, **seconds)
 
     monkeypatch.setattr(demo, "load", chapter)
     chapters = demo.run(["one", "two"], quick=False, seed=3)
-    assert [c.title for c in chapters] == ["ONE", "TWO"]
+    assert [(c.title, c.about) for c in chapters] == [("ONE", "one."), ("TWO", "two.")]
     assert 19 < seen["one"].seconds <= 20
     assert 29 < seen["two"].seconds <= 30  # the first took no time, so what it left goes to the second
     assert seen["two"].seed == 3
@@ -132,11 +134,12 @@ def test_chapters_share_the_time(monkeypatch):
 def test_report_escapes_all_text():
     blocks = [Text(NASTY), Table((NASTY, "n"), ((NASTY, "1"),), NASTY), Sample(NASTY, NASTY)]
     blocks.append(Picture("<svg></svg>", NASTY, NASTY))
-    source = report.html(NASTY, [(NASTY, NASTY)], [Chapter(NASTY, [Section(NASTY, blocks), Section(NASTY, [])])])
+    chapter = Chapter(NASTY, [Section(NASTY, blocks), Section(NASTY, [])], NASTY)
+    source = report.html(NASTY, [(NASTY, NASTY)], [chapter], [NASTY])
     page = check_page(source)
     assert "<script" not in source.lower()
     assert "<b>" not in source
-    assert page.words.count(NASTY) >= 12
+    assert page.words.count(NASTY) >= 14
 
 
 def test_table_sets_numbers_right_and_refuses_ragged_rows():

@@ -86,6 +86,7 @@ def test_legw_chapter(seeds, chapter, tmp_path, monkeypatch, data):
     report.write(out, "fastseq demo", [("seed", "5")], [Chapter(chapter.TITLE, sections)])
     page = check_page(out.read_text(encoding="utf-8"))
     words = " ".join(page.words)
+    assert "mathdefault" not in words  # ticks of a logarithmic axis are plain numbers
     for part in ("with 4 times the batch", "Against linear scaling, with 4", "times less", "warm-up steps"):
         assert part in words
     assert ("without an interval" in words) == (seeds == 1)

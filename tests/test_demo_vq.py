@@ -20,7 +20,7 @@ from fastseq.demo.vq_photographs import Patches, Photographs
 from fastseq.demo.vq_spread import Spread, difference
 from fastseq.demo.vq_timing import NONE, OURS, THEIRS, Timed
 from fastseq.demo.vq_training import Measured, Setting
-from tests.test_demo import check_page
+from tests.test_demo import Page, check_page
 
 TINY = Setting(side=4, N=128, hidden=8, D=4, rate=3e-3, rounds=5)
 
@@ -324,6 +324,15 @@ def test_pictures_of_photographs_and_bands(chapter):
     assert page.tags.count("svg") == 2
     assert page.tags.count("image") == 4
     assert {"one <&>", "K = 2", "$t$"} <= {word.strip() for word in page.words}
+
+
+@pytest.mark.parametrize("lowest", [1.0, -1.0])
+def test_bands_of_what_is_never_negative_begin_at_zero(lowest):
+    pictures = pytest.importorskip("fastseq.demo.pictures", reason="matplotlib is not installed")
+    svg = pictures.bands([("t", "x", "y", {"a": ("#d9822b", [0.0, 1.0], [lowest, 2.0], [50.0, 50.0])})])
+    labels = [word.strip() for word in Page(svg).words]
+    assert ("\N{MINUS SIGN}40" in labels) == (lowest < 0)
+    assert "50" not in labels or lowest < 0
 
 
 def test_bytes_of_pixels(chapter):

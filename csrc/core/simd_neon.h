@@ -23,6 +23,8 @@ inline VecF largest(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD largest(VecD a, VecD b) { return a > b ? a : b; }
 inline VecF smallest(VecF a, VecF b) { return a < b ? a : b; }
 inline VecD smallest(VecD a, VecD b) { return a < b ? a : b; }
+inline VecF root(VecF x) { return (VecF)vsqrtq_f32((float32x4_t)x); }
+inline VecD root(VecD x) { return (VecD)vsqrtq_f64((float64x2_t)x); }
 inline VecU64 lane_numbers() { return VecU64{0, 1}; }
 // The low halves of the 64-bit lanes of a, then of b.
 inline VecU32 low_words(VecU64 a, VecU64 b) { return (VecU32)vuzp1q_u32((uint32x4_t)a, (uint32x4_t)b); }

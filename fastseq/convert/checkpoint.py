@@ -47,11 +47,12 @@ def from_checkpoint(
     Raises:
         ConversionError: names every tensor that is in no layer, and layers that do not fit one another.
     """
-    tensors = {k.removeprefix(prefix): v for k, v in _tensors(source).items() if k.startswith(prefix)}
+    tensors = tensors_of("from_checkpoint", source)
     modules: dict[str, dict[str, Array]] = {}
     for key, value in tensors.items():
-        name, _, parameter = key.rpartition(".")
-        modules.setdefault(name, {})[parameter] = _array(value)
+        if key.startswith(prefix):
+            name, _, parameter = key.removeprefix(prefix).rpartition(".")
+            modules.setdefault(name, {})[parameter] = value
     fields = fields or {}
     wanted = list(modules) if order is None else list(order)
     unknown = [n for n in [*wanted, *fields] if n not in modules and not (n in wanted and n in ACTIVATIONS)]
@@ -78,20 +79,30 @@ def _distinct(parts: Sequence[tuple[str, Made]]) -> list[tuple[str, Made]]:
     return list(found.items())
 
 
-def _tensors(source: Any) -> dict[str, Any]:
-    """The tensors by name."""
+def tensors_of(function: str, source: Any, state: str | None = None) -> dict[str, Array]:
+    """The arrays by name of a mapping or a file; of nested mappings the one called ``state``, or a usual one.
+
+    Raises:
+        ArgumentError: ``source`` is neither, or it has no mapping called ``state``.
+    """
     if isinstance(source, (str, Path)):
         if not Path(source).is_file():
-            _check.fail("from_checkpoint", "source", "a mapping of tensors or a file", repr(str(source)))
+            _check.fail(function, "source", "a mapping of tensors or a file", repr(str(source)))
         source = _read(Path(source))
+    if state is not None:
+        inside = [str(k) for k, v in source.items() if isinstance(v, Mapping)] if isinstance(source, Mapping) else []
+        if state not in inside:
+            expected = f"one of {', '.join(inside)}" if inside else "None, since nothing is nested"
+            _check.fail(function, "state", expected, repr(state))
+        source = source[state]
     while isinstance(source, Mapping):
         inner = next(
             (source[k] for k in ("state_dict", "model_state_dict", "model") if isinstance(source.get(k), Mapping)), None
         )
         if inner is None:
-            return {str(k): v for k, v in source.items() if hasattr(v, "shape")}
+            return {str(k): _array(v) for k, v in source.items() if hasattr(v, "shape")}
         source = inner
-    _check.fail("from_checkpoint", "source", "a mapping of tensors or a file", type(source).__name__)
+    _check.fail(function, "source", "a mapping of tensors or a file", type(source).__name__)
 
 
 def _read(path: Path) -> Any:

@@ -1,8 +1,9 @@
 """The demonstrations behind ``fastseq demo``: one file in ``fastseq/demo/chapters`` per chapter.
 
-A chapter is a module with ``TITLE`` (a heading), ``FULL_SECONDS`` and ``QUICK_SECONDS`` (that it aims for) and
-``run(budget) -> list[Section]``. Its file name is the NAME that ``fastseq demo NAME`` takes; adding the file is all the
-registration there is. All chapters together leave room below six minutes for `make demo`, and below one for --quick.
+A chapter is a module with ``TITLE`` (a heading), ``ABOUT`` (what it is about, for readers who know neither the paper
+nor the code), ``FULL_SECONDS`` and ``QUICK_SECONDS`` (that it aims for) and ``run(budget) -> list[Section]``. Its file
+name is the NAME that ``fastseq demo NAME`` takes; adding the file is all the registration there is. All chapters
+together leave room below six minutes for `make demo`, and below one for --quick.
 """
 
 from __future__ import annotations
@@ -73,5 +74,5 @@ def run(chosen: Iterable[str], quick: bool, seed: int = 0, progress: Progress = 
     chapters = []
     for k, module in enumerate(modules):
         part = max(0.0, end - time.perf_counter()) * shares[k] / sum(shares[k:])
-        chapters.append(Chapter(module.TITLE, module.run(Budget(part, seed, progress))))
+        chapters.append(Chapter(module.TITLE, module.run(Budget(part, seed, progress)), module.ABOUT))
     return chapters

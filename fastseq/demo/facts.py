@@ -14,6 +14,26 @@ import torch
 import fastseq
 
 
+def about(quick: bool) -> list[str]:
+    """How the report is to be read, in paragraphs."""
+    paragraphs = [
+        "fastseq is a library of parts for neural networks in torch: LSTMs with binary gates, vector quantizers, "
+        "ensembles inside one network, and training recipes, each from a paper. On this page it trains small models on "
+        "data that every installation has, and compares them with what is usual. All of it was measured in one run, on "
+        "the machine in the table below.",
+        "Each chapter begins with what it is about; In short says what came out, for better or worse. A seed is the "
+        "start of all random choices: with other seeds the numbers differ. Where several were run, ± is the 95 % "
+        "interval of the mean, and differences smaller than it say nothing. Times are those of this machine, whatever "
+        "else it did.",
+    ]
+    if quick:
+        paragraphs.append(
+            "This is a quick run (--quick): trainings are cut short, so the numbers show what is measured, not how "
+            "good the methods are. The full run takes a few minutes: fastseq demo."
+        )
+    return paragraphs
+
+
 def collect(seed: int) -> list[tuple[str, str]]:
     """Pairs of name and value: date, machine, versions, backend and instruction set."""
     with contextlib.redirect_stdout(io.StringIO()):

@@ -95,7 +95,8 @@ def curves(panels: Sequence[tuple[str, str, Series]]) -> str:
 
 
 def bands(panels: Sequence[tuple[str, str, str, Bands]]) -> str:
-    """Lines with bands around them, side by side.
+    """Lines with bands around them, side by side; what is never negative is not drawn below zero, and a band that is
+    much higher than all lines is cut.
 
     Args:
         panels: (title, x label, y label, label -> series) each.
@@ -110,6 +111,10 @@ def bands(panels: Sequence[tuple[str, str, str, Bands]]) -> str:
             axes.set_xlabel(x_label)
             axes.set_ylabel(y_label)
             axes.set_xlim(left=0)
+            values = np.concatenate([np.asarray(y) for _, _, y, _ in series.values()])
+            if values.size and values.min() >= 0:
+                low, high = axes.get_ylim()
+                axes.set_ylim(max(low, 0.0), min(high, 2 * float(values.max())) or 1.0)
             axes.grid(True)
             if k == 0:
                 axes.legend()

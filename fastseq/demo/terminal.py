@@ -64,6 +64,8 @@ def show(console: Console, facts: Sequence[tuple[str, str]], chapters: Sequence[
     for chapter in chapters:
         console.print()
         console.rule(Plain(chapter.title))
+        if chapter.about:
+            console.print(Plain(chapter.about, style="dim"))
         for section in chapter.sections:
             console.print()
             console.print(Plain(section.title, style="bold"))

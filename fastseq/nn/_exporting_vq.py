@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,12 +68,18 @@ def _check_options(name: str, module: Any) -> None:
 
 def _before(module: Any) -> _Affine | None:
     """What is done to a row before it is compared with codes."""
-    found, at = None, getattr(module, "batch_norm_at", None)
+    at = getattr(module, "batch_norm_at", None)
     steps = [
         _normalization(module.batch_norm) if at == "input" else None,
         _linear(module.project_in) if isinstance(module.project_in, nn.Linear) else None,
         _normalization(module.batch_norm) if at == "codes" else None,
     ]
+    return _composed(steps)
+
+
+def _composed(steps: Sequence[_Affine | None]) -> _Affine | None:
+    """One after the other as one."""
+    found = None
     for step in steps:
         if step is not None and found is not None:
             found = _Affine(step.weight @ found.weight, step.weight @ found.bias + step.bias)
@@ -81,8 +88,20 @@ def _before(module: Any) -> _Affine | None:
     return found
 
 
+@torch.no_grad()
+def normalized(norm: nn.Module, layer: nn.Linear) -> nn.Linear:
+    """A linear layer that does what both do in evaluation, in float32."""
+    both = _composed([_normalization(norm), _linear(layer)])
+    assert both is not None
+    made = nn.Linear(layer.in_features, layer.out_features)
+    made.weight.copy_(both.weight)
+    made.bias.copy_(both.bias)
+    return made
+
+
 def _linear(layer: nn.Linear) -> _Affine:
-    return _Affine(layer.weight.double(), layer.bias.double())
+    weight = layer.weight.double()
+    return _Affine(weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double())
 
 
 def _normalization(norm: Any) -> _Affine:

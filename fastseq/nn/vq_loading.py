@@ -19,6 +19,7 @@ from fastseq.nn.factorized_residual_vq import FactorizedResidualVQ
 from fastseq.nn.residual_vq import ResidualVQ
 from fastseq.nn.split_residual_vq import SplitResidualVQ, projected
 from fastseq.nn.vector_quantize import VectorQuantize
+from fastseq.nn.vq_distsup import MARK, bottleneck
 
 _NAME = "load_codebooks"
 _LEAST_USAGE = 1e-5  # what Mimi divides a sum of rows by at least
@@ -38,12 +39,13 @@ _KEYS = {  # names end like this; groups: what stands in front of all levels, th
     "dac": r"(.*?)quantizers\.(\d+)\.((?:codebook|in_proj|out_proj)\..+)",
     "taming": r"((?:|.*\.)quantize\.|)()(embedding\.weight)",
     "vqtorch": r"((?:|.*\.))()(codebook\.weight)",
+    "distsup": rf"((?:|.*\.))()({MARK})",
 }
 _SPLIT = (  # ends of the two fronts of Mimi: in moshi, in transformers
     ("rvq_first.vq.", "rvq_rest.vq."),
     ("semantic_residual_vector_quantizer.", "acoustic_residual_vector_quantizer."),
 )
-KINDS = ("encodec", "speechtokenizer", "mimi", "dac", "taming", "vqtorch")
+KINDS = ("encodec", "speechtokenizer", "mimi", "dac", "taming", "vqtorch", "distsup")
 _SAME = {"encodec": "speechtokenizer"}
 
 
@@ -73,6 +75,9 @@ def load_codebooks(
       is multiplied out.
     - "taming": the VQGAN of taming-transformers. ``VectorQuantize`` of image maps [B, dim, H, W].
     - "vqtorch": its ``VectorQuant`` without norms; an affine transform is multiplied out. ``VectorQuantize``.
+    - "distsup": DistSup, the code of Lancucki et al. (2020), with batch norm and projection: ``nn.Sequential`` that
+      ends in a ``VectorQuantize``; without projection, and with its many codebooks (image maps, a head for each), a
+      ``VectorQuantize``.
 
     Args:
         source: names and tensors of a whole model or of its quantizer, or the path of a safetensors file.
@@ -166,6 +171,8 @@ def _recognized(names: list[str]) -> dict[tuple[str, str], list[_Part]]:
                 part = found.setdefault(kind, {}).setdefault(match[1], _Part(match[1], {}))
                 part.levels.setdefault(int(match[2] or 0), {})[_AVERAGES.get(match[3], match[3])] = name
                 break
+    for front in found.get("distsup", {}):
+        found.get("taming", {}).pop(front, None)  # its codes are called alike
     averages = found.pop("averages", {})
     parts = {(kind, front): [part] for kind, fronts in found.items() for front, part in fronts.items()}
     for first, second in _SPLIT:
@@ -354,6 +361,18 @@ def _vqtorch(checkpoint: _Checkpoint, part: _Part, affine_lr: float | None, **op
     return _single(codebook, **options)
 
 
+def _distsup(checkpoint: _Checkpoint, part: _Part, **options: Any) -> nn.Module:
+    names = {n.removeprefix(part.front) for n in checkpoint.names if n.startswith(part.front)}
+
+    def get(name: str, *sizes: int | None) -> Tensor:
+        if name not in names:
+            message = f"{checkpoint.prefix}{part.front} has no {name} (there is {', '.join(sorted(names))})"
+            raise ArgumentError(f"{_NAME}: {message}")
+        return checkpoint.tensor(part.front + name, *sizes)
+
+    return bottleneck(names, get, _NAME, **options)
+
+
 _PARAMETRIZED = ("parametrizations.weight.original0", "parametrizations.weight.original1")
 _MAKE: dict[str, Callable[..., nn.Module]] = {
     "encodec": _residual,
@@ -361,4 +380,5 @@ _MAKE: dict[str, Callable[..., nn.Module]] = {
     "dac": _factorized,
     "taming": _taming,
     "vqtorch": _vqtorch,
+    "distsup": _distsup,
 }

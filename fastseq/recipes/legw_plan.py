@@ -77,6 +77,7 @@ def rates_figure(schedules: Sequence[Schedule], lr: float) -> Any:
         by_step.plot([step + 1 for step in at], rates, **style)
     by_epoch.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
     by_step.set(xlabel="step", xscale="log", ylim=(0, None))
+    by_step.xaxis.set_major_formatter("{x:g}")
     by_epoch.legend(title="batch")
     return figure
 

@@ -19,6 +19,12 @@ from fastseq.demo.vq_spread import Spread, difference
 from fastseq.recipes import Threat, attacks
 
 TITLE = "Learning on the worst of perturbations"
+ABOUT = (
+    "A change of a picture that is too small for the eye can make a network read another digit. Training on changed "
+    "pictures helps against it. The usual way (PGD) trains on the one worst change that it finds, ADT (Dong et al. "
+    "2020) on a whole distribution of bad ones. What counts is how many pictures stay right under attack: more is "
+    "better."
+)
 FULL_SECONDS, QUICK_SECONDS = 20.0, 3.0
 
 _COLOURS = dict(zip(KINDS, ("orange", "violet", "blue"), strict=True))

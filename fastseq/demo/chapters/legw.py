@@ -15,6 +15,12 @@ from fastseq.demo.vq_spread import Spread, difference
 from fastseq.recipes.legw_plan import rates_figure
 
 TITLE = "A learning rate goes with the batch"
+ABOUT = (
+    "With more examples in each step (a larger batch) training is faster, but the learning rate that was tuned for a "
+    "small batch no longer fits, and accuracy falls. LEGW (You et al. 2019) says how to change the rate, so that "
+    "nothing is tuned anew: 16 times the batch takes 4 times the rate, reached as slowly as before. Less accuracy "
+    "lost is better."
+)
 FULL_SECONDS, QUICK_SECONDS = 25.0, 4.0
 
 _COLOURS = dict(zip(RULES, ("blue", "orange", "violet"), strict=True))

@@ -33,6 +33,12 @@ from fastseq.demo.report import Block, Picture, Section, Table, Text
 from fastseq.demo.vq_spread import Spread
 
 TITLE = "An ensemble inside one LSTM reads digits"
+ABOUT = (
+    "Several networks that vote (an ensemble) are more often right than one, and know better when they are unsure, "
+    "but cost several times as much. MIMO (Havasi et al. 2021) trains several inside one network: it takes several "
+    "images side by side and answers for each. With the same image in all places it is an ensemble for little more "
+    "than the price of one. What counts is right answers, and probabilities that can be believed."
+)
 FULL_SECONDS, QUICK_SECONDS = 40.0, 7.0
 
 _COLOURS = dict(zip(KINDS, ("orange", "violet", "green", "blue"), strict=True))

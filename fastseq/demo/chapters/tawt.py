@@ -31,6 +31,11 @@ from fastseq.demo.vq_spread import Spread, difference
 from fastseq.recipes import distances_figure, task_distances
 
 TITLE = "Weights for other tasks"
+ABOUT = (
+    "A task with few examples can learn from related tasks that have many. How much each of these should count is "
+    "mostly guessed; TAWT (Chen et al. 2022) learns it while training, from gradients that are computed anyway. What "
+    "counts is the accuracy of the task with few examples, the target: higher is better."
+)
 FULL_SECONDS, QUICK_SECONDS = 20.0, 4.0
 
 _LINE = "def area(self, unit=1):\n    return self.scale(unit)[0]\n"

@@ -20,6 +20,11 @@ from fastseq.demo.vq_timing import NONE, OURS, THEIRS, Timed
 from fastseq.demo.vq_training import Measured, Runner, Setting, Trained, train_all
 
 TITLE = "A vector quantizer learns photographs"
+ABOUT = (
+    "A vector quantizer replaces each little patch of an image by the most similar one of a list of patterns, the "
+    "codebook; then its number in the list is all that must be stored. Often training ends with only a few patterns "
+    "in use. Lancucki et al. (2020) have a recipe against this. More patterns in use and a smaller error are better."
+)
 FULL_SECONDS, QUICK_SECONDS = 90.0, 17.0
 
 _COLOURS = {GRADIENT: "orange", AVERAGES: "green", ROBUST: "blue"}
