@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
@@ -119,6 +120,25 @@ def scaling() -> str:
     )
 
 
+def projection() -> str:
+    """What all-reduces of an LSTM would take beside its step on an H100: a calculation, of one measured time."""
+    H, T, inside, beyond, turn = 1024, 1024, 450e9, 50e9, 10e-6  # bytes a second within 8 GPUs and between; seconds
+    (row,) = (
+        r
+        for r in gpu_tables.newest(harness.RESULTS)
+        if (r.get("table"), r["case"], r.get("mode"), r.get("label")) == ("lstm", f"T{T}_B16_H{H}", "train", "fastseq")
+    )
+    step, gradients = T * row["us_per_step"] * 1e-6, 4 * 4 * H * (2 * H + 2)
+    lines = []
+    for N in (8, 64, 1024):
+        reduce = 2 * (N - 1) / N * gradients / (inside if N <= 8 else beyond) + 2 * math.log2(N) * turn
+        lines.append([f"{N:,}", f"{1e3 * reduce:.2g}", f"{step / (step + reduce):.2f}"])
+    note = f"a step of {1e3 * step:.1f} ms ({row['dtype']}, T = {T}), {gradients / 1e6:.0f} MB of gradients"
+    source = f"The step was measured on {row['device']}, torch {row['torch']}, commit `{row['commit']}`."
+    drawn_table = table.markdown(Table("Computed", ["GPUs", "ms in all-reduces", "efficiency"], lines, [note]))
+    return f"{drawn_table}\n\n{source}"
+
+
 def silero() -> str:
     """Silero VAD, deployed in fewer bits."""
     found = [row for row in rows("products") if row["product"] == "silero"]
@@ -202,6 +222,7 @@ PIECES: dict[str, Callable[[], str]] = {
     "rows:mimo": mimo_quality,
     "rows:speech": speech,
     "rows:scaling": scaling,
+    "rows:projection": projection,
     "rows:silero": silero,
 }
 
