@@ -20,6 +20,7 @@ export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
 .PHONY: demo test $(PARTS) test-triton bench check check-gpu budget format clean gpu
+.PHONY: docs
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
@@ -70,6 +71,11 @@ bench: $(VENV)/.bench
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
+# the documentation, into build/docs, and its notebook run; blocks, tables and messages are tested by make test
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going --quiet docs build/docs
+	$(BIN)/python -m pytest tests/test_docs.py -k notebook $(ARGS)
+
 check: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,7 +88,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 clean:
-	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(VENV)/.bench
+	rm -rf build dist *.egg-info fastseq/*.so fastseq/_build.json $(VENV)/.built $(VENV)/.bench $(VENV)/.docs
 
 $(VENV)/.built: $(TOOLS) $(SOURCES)
 	@echo "compiling fastseq, a minute or two"
@@ -92,6 +98,10 @@ $(VENV)/.built: $(TOOLS) $(SOURCES)
 
 $(VENV)/.bench: $(VENV)/.built
 	$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.built
+	$(PIP) install --quiet --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 # real weights for a test; the package's own dependencies are not needed
