@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,17 @@ html_static_path = ["style"]
 html_css_files = ["fastseq.css"]
 html_math_renderer = "mathml"
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
+FUNCTION = re.compile(r"(<mi>(?:log|exp|tanh)</mi>)(?=<m[in])")  # without brackets around what it is of
 
 
 def _renderer(display: str) -> Any:
     """Browsers draw MathML themselves: a page needs no script and no network for its formulas."""
 
     def visit(translator: Any, node: nodes.Element) -> None:
-        translator.body.append(convert(node.astext(), display=display))
+        mathml = convert(node.astext(), display=display)
+        translator.body.append(FUNCTION.sub(r'\1<mspace width="0.17em"/>', mathml))
         raise nodes.SkipNode
 
     return visit, None

@@ -25,7 +25,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.dpi": 100,
-    "font.size": 10,
+    "font.size": 11,
     "grid.alpha": 0.3,
     "svg.fonttype": "path",
     "svg.hashsalt": "fastseq",  # equal rows give equal files
@@ -39,7 +39,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 def _ratios(series: dict[str, dict[str, Sequence[float]]], label: str) -> Any:
     """Of each series and case a median with its interval; left of the line at 1 is faster."""
     cases = list(dict.fromkeys(case for found in series.values() for case in found))
-    figure, axes = _figure(7, 0.5 + 0.42 * len(cases))
+    figure, axes = _figure(5.8, 0.5 + 0.42 * len(cases))
     for n, (name, found) in enumerate(series.items()):
         at = [cases.index(case) + 0.16 * (n - (len(series) - 1) / 2) for case in found]
         middle, low, high = zip(*found.values(), strict=True)
@@ -67,24 +67,24 @@ def _against(op: str, part: str, pairs: dict[str, tuple[str, str]], label: str) 
 
 
 def lstm_training() -> Any:
-    pairs = {"beside nn.LSTM": ("fastseq p=0.2", "stock"), "beside a loop over steps": ("fastseq p=0.2", "loop p=0.2")}
+    pairs = {"nn.LSTM": ("fastseq p=0.2", "stock"), "a loop over steps": ("fastseq p=0.2", "loop p=0.2")}
     return _against("lstm", "train", pairs, "time of a training step with binary gates, ours over theirs")
 
 
 def lstm_inference() -> Any:
     names = {"nn.LSTM": "stock", "ONNX Runtime": "onnxruntime", "OpenVINO": "openvino"}
-    pairs = {f"beside {name}": ("fastseq", label) for name, label in names.items()}
+    pairs = {name: ("fastseq", label) for name, label in names.items()}
     return _against("lstm", "infer", pairs, "time of inference, ours over theirs")
 
 
 def vq_lookup() -> Any:
     names = {"faiss": "faiss", "torch.cdist": "cdist", "an expanded product": "expanded"}
-    pairs = {f"beside {name}": ("fastseq", label) for name, label in names.items()}
+    pairs = {name: ("fastseq", label) for name, label in names.items()}
     return _against("vq", "lookup", pairs, "time of a lookup, ours over theirs")
 
 
 def mimo_statistics() -> Any:
-    pairs = {"beside plain torch": ("fastseq", "eager"), "beside torch.compile": ("fastseq", "compile")}
+    pairs = {"plain torch": ("fastseq", "eager"), "torch.compile": ("fastseq", "compile")}
     found = [row | {"case": f"{row['case']}, {row['threads']} threads"} for row in newest("mimo", "stats")]
     series = {
         name: {r["case"]: r["ratios"][theirs] for r in found if r["label"] == ours and theirs in r.get("ratios", {})}
@@ -97,7 +97,7 @@ def gpu_lstm() -> Any:
     """Microseconds a step, a group of bars for each case and mode."""
     found = [r for r in gpu_tables.newest(harness.RESULTS) if r.get("table") == "lstm" and "us_per_step" in r]
     keys = list(dict.fromkeys((r["case"], r["mode"]) for r in found if r["label"] == "fastseq"))
-    figure, axes = _figure(7, 0.6 + 0.34 * len(keys))
+    figure, axes = _figure(5.8, 0.6 + 0.34 * len(keys))
     for n, (label, name) in enumerate({"fastseq": "fastseq", "stock": "cuDNN through nn.LSTM"}.items()):
         times = {(r["case"], r["mode"]): r["us_per_step"] for r in found if r["label"] == label}
         axes.barh(
@@ -110,7 +110,7 @@ def gpu_lstm() -> Any:
     axes.set(xlabel="microseconds a step, bfloat16, one H100", yticks=range(len(keys)))
     axes.set_yticklabels([f"{case.replace('_', ' ')}, {mode}" for case, mode in keys])
     axes.invert_yaxis()
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -119,12 +119,17 @@ def compression() -> Any:
     found = [row for row in rows("quality") if row["task"] == "characters"]
     ways = ("i, f to 0.2", "i, f to 0.2, clip 0.4", "i, f rank 64", "i, f rank 32", "i, f rank 16")
     models = ("stock", "sharpened", "binary", "binary-all-noise", "binary-cold")
-    figure, axes = _figure(7, 3.6)
+    figure, axes = _figure(5.8, 3.6)
     for n, model in enumerate(models):
         costs = [statistics.fmean(r["cost"] for r in found if (r["way"], r["model"]) == (way, model)) for way in ways]
         axes.bar([x + 0.17 * (n - 2) for x in range(len(ways))], costs, 0.16, label=model, color=COLOURS[n])
-    axes.set(yscale="log", ylabel="bits per character lost", xticks=range(len(ways)))
-    axes.set_xticklabels([way.replace(", clip", ",\nclip").replace("i, f ", "i and f ") for way in ways])
+    axes.set(
+        yscale="log",
+        ylabel="bits per character lost",
+        xlabel="how input and forget gates are compressed",
+        xticks=range(len(ways)),
+    )
+    axes.set_xticklabels([way.replace("i, f ", "").replace(", clip", ",\nclip") for way in ways])
     axes.legend(frameon=False, ncols=2)
     return figure
 
@@ -133,7 +138,7 @@ def legw() -> Any:
     """One panel for each task: the figure over the batch, a line for each rule."""
     found = [row for row in rows("legw") if row["kind"] == "run" and row["figure"] is not None]
     tasks = list(dict.fromkeys(row["task"] for row in found))
-    figure, all_axes = pyplot.subplots(1, len(tasks), figsize=(9, 3.2), layout="constrained")
+    figure, all_axes = pyplot.subplots(1, len(tasks), figsize=(8, 3.2), layout="constrained")
     for axes, task in zip(all_axes, tasks, strict=True):
         for n, rule in enumerate(legw_table.RULES):
             means = {}
@@ -147,7 +152,7 @@ def legw() -> Any:
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.set_ylabel(next(r["unit"] for r in found if r["task"] == task))
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -156,7 +161,7 @@ def codebooks() -> Any:
     found = rows("vq_speech")
     recipes = list(dict.fromkeys(row["recipe"] for row in found))
     sizes = sorted({row["K"] for row in found})
-    figure, axes = _figure(7, 3.2)
+    figure, axes = _figure(5.8, 3.2)
     for n, K in enumerate(sizes):
         used = [next(r["used"] / K for r in found if (r["recipe"], r["K"]) == (recipe, K)) for recipe in recipes]
         axes.barh(
@@ -174,7 +179,7 @@ def mimo_quality() -> Any:
     found = rows("mimo_quality")
     shown = ("plain", "ensemble", "MIMO M=2 rho=0.5", "MIMO M=3 rho=0", "MIMO M=3 rho=0.5")
     tasks = list(dict.fromkeys(row["task"] for row in found))
-    figure, all_axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, all_axes = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     for axes, inputs in zip(all_axes, dict.fromkeys(row["inputs"] for row in found), strict=True):
         for n, model in enumerate(shown):
             mine = {task: _mean_nll(found, task, model, inputs) for task in tasks}
@@ -188,7 +193,7 @@ def mimo_quality() -> Any:
         axes.set(title=f"{inputs} examples", xticks=range(len(tasks)), ylabel="negative log-likelihood")
         axes.set_xticks(range(len(tasks)), [task.replace(" ", "\n") for task in tasks])
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -201,10 +206,10 @@ def _mean_nll(found: list[Row], task: str, model: str, inputs: str) -> float:
 def robustness() -> Any:
     """What each training withstands, of the tasks that have several."""
     found = [row for row in rows("adt") if row["kind"] == "quality"]
-    counts = Counter(task for task, _ in {(row["task"], row["method"]) for row in found})
+    counts = Counter(task for task, _ in dict.fromkeys((row["task"], row["method"]) for row in found))
     tasks = [task for task, count in counts.items() if count > 1]
     figure, all_axes = pyplot.subplots(
-        1, len(tasks), figsize=(4.2 * len(tasks), 3.2), layout="constrained", squeeze=False
+        1, len(tasks), figsize=(3.7 * len(tasks), 3.2), layout="constrained", squeeze=False
     )
     for axes, task in zip(all_axes[0], tasks, strict=True):
         mine = [row for row in found if row["task"] == task]
@@ -227,7 +232,7 @@ def tasks() -> Any:
     found = [row for row in rows("tawt") if row["kind"] == "run"]
     sizes = list(dict.fromkeys(row["task"] for row in found))
     kinds = list(dict.fromkeys((row["paradigm"], row["weighting"]) for row in found))
-    figure, axes = _figure(7, 0.8 + 0.32 * len(kinds))
+    figure, axes = _figure(5.8, 0.8 + 0.32 * len(kinds))
     for n, size in enumerate(sizes):
         means = {}
         for y, kind in enumerate(kinds):
