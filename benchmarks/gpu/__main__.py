@@ -2,8 +2,8 @@
 
 Facts of the machine; the persistent LSTM, whose library is carried along or built, and every Triton host function
 against float64, which decides ``verified.json``; what the device can do; the LSTM, the lookup, MIMO and layers beside
-their rivals; the tests that have a device. On cores of their own, or afterwards where there are few, the compiled core is
-built, and the tests and benchmarks of the processor run. Every part is a process: what fails or hangs costs no other
+their rivals; the tests that have a device. On cores of their own, or afterwards where there are few, the compiled core
+is built, and the tests and benchmarks of the processor run. Every part is a process: what fails or hangs costs no other
 part its rows. Nothing is downloaded.
 """
 
@@ -72,9 +72,10 @@ STAGES: dict[tuple[str, ...], Share] = {
     ("limits",): Share("limits", 2, 20, 60),
     ("lstm",): Share("lstm", 5, 45, 170),
     ("vq",): Share("vq", 6, 30, 110),
+    ("lookup",): Share("lookup", 7, 10, 20),
     ("mimo",): Share("mimo", 8, 15, 45),
     ("layers",): Share("layers", 9, 20, 60),
-    SUITES: Share("tests", 7, 60, 180),
+    SUITES: Share("tests", 10, 60, 180),
 }
 PERSISTENT = ("persist-parity", "persist", "sanitizer")  # shares that need the library of csrc/cuda
 FACTS_SECONDS = 60.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import vq_gate, vq_plain
-from benchmarks.gpu import lookup, providers, rivals
+from benchmarks.gpu import providers, rivals
 from benchmarks.gpu.part import Context, Row, Unit
 
 SECONDS = 0.8  # of the rounds of one case
@@ -178,5 +178,4 @@ def units(context: Context) -> list[Unit]:
         own = labels if n < 2 or context.dry else tuple(label for label in labels if "compiled" not in label)
         call = functools.partial(measure, case, context, own)
         found.append(Unit(f"{case.name} {case.dtype}", 20.0 if n < 2 else 7.0, call))
-    found[4:4] = lookup.units(context)
     return found

@@ -38,8 +38,14 @@ FASTSEQ_DEVICE V across(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+struct alignas(8) Two {
+  uint32_t x, y;
+};
 struct alignas(16) Words {
   uint32_t x, y, z, w;
+};
+struct alignas(16) Four {
+  float x, y, z, w;
 };
 
 // Relaxed atomics of the whole device, which never come from the first-level cache.

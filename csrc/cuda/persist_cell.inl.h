@@ -1,4 +1,6 @@
 // What both directions of the computation share: where rows and steps lie, and the arithmetic of one cell in float32.
+#include "cuda/await.inl.h"
+
 namespace fastseq::cuda {
 
 // Row b has steps 0 .. steps - 1.

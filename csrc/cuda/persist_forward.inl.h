@@ -1,61 +1,42 @@
 // The forward recurrence of one block of threads, for a warp that holds its tiles of weight_hh all the time.
 //
-// A step: h of the step before comes from the blocks that made it into shared memory; every warp multiplies it with its
-// tiles; the lanes of the first part of each band go on to the cells, hand h on, and write what is kept. Inputs of the
-// step are asked for before the wait for h, which is longer. In a cluster h comes on its own, into the shared memory of
-// all blocks: a place is written anew two steps later, when the writer has what all warps here, done with reading, have
-// handed on since. With int8 weights h is multiplied and handed on as bytes.
+// A step: h of the step before comes into shared memory; every warp multiplies it with its tiles; the lanes of the
+// first part of each band go on to the cells, hand h on, and write what is kept. Inputs of the step are asked for
+// before the wait for h, which is longer. With int8 weights h is multiplied as bytes.
+#include "cuda/persist_state.inl.h"
+
 namespace fastseq::cuda {
 
-struct ForwardCall {
-  PersistShape shape;
-  PersistForward direction[2];
-  uint32_t* exchange;  // [direction][slot][groups * rows][blocks * units / 2], zeros at the start
-  int blocks, groups;  // along the units and along the batch
-};
-
 template <class Low, class Tile>
-struct Forward {
+struct Forward : ForwardState<Low, Tile> {
   using Call = ForwardCall;
   using Sizes = Tile;
   using Sum = typename Low::Sum;
   static constexpr size_t kShared = Tile::kForwardShared;
-  static constexpr bool kInt8 = Low::kPerWord == 4;
-  // Numbers of the depth: of a tile of the matrix instruction, of all tiles.
-  static constexpr int kTile = 8 * Low::kPerWord, kDepth = Tile::kDepth / 16 * kTile;
+
+  using Base = ForwardState<Low, Tile>;
+  using Base::call, Base::own, Base::lane, Base::band, Base::part, Base::first_unit, Base::first_row, Base::width;
+  using Base::rows, Base::reverse, Base::longest, Base::ends, Base::kInt8, Base::kTile, Base::row_of, Base::time_of;
   static constexpr bool kExists = !kInt8 || Tile::kInt8Depth > 0;
 
-  const ForwardCall& call;
-  const PersistForward& own;
-  int lane, band, part, first_unit;
-  int64_t first_row, width;  // width: units of all blocks, at least H
-  Arrivals* arrivals;        // of even and odd steps, in a cluster
-  uint16_t *shared_weights, *states;
   Sum* sums;
-  int* steps;      // of each row
   Gates scales{};  // of this lane's cell, where weights are int8
-  uint32_t* exchange;
-  int longest = 0;
+  // Of this lane's unit, from the first row on; what steps need again and again stays in registers.
+  bool exists;  // whether this warp has cells, and this lane's unit is one
+  const uint16_t* x_gates;
+  uint16_t *h_out, *gates_out;
+  float* c_out;
   uint32_t weights[Tile::kInRegisters][4];
 
-  FASTSEQ_DEVICE explicit Forward(const ForwardCall& given) : call(given), own(given.direction[block_z()]) {
-    const int warp = thread_index() / 32;
-    lane = thread_index() % 32, band = warp % Tile::kBands, part = warp / Tile::kBands;
-    first_unit = block_x() * Tile::kUnits + 4 * band;
-    first_row = static_cast<int64_t>(block_y()) * Tile::kRows;
-    width = static_cast<int64_t>(call.blocks) * Tile::kUnits;
-    arrivals = reinterpret_cast<Arrivals*>(shared_bytes());
-    shared_weights = reinterpret_cast<uint16_t*>(shared_bytes() + Tile::kArrivals);
-    states = shared_weights + Tile::kSharedTiles;
-    sums = reinterpret_cast<Sum*>(states + Tile::kStates * Tile::kRows * Tile::kStride);
-    steps = reinterpret_cast<int*>(sums + Tile::kSums);
-    exchange = call.exchange + block_z() * 2 * slot_words();
+  FASTSEQ_DEVICE explicit Forward(const ForwardCall& given) : Base(given) {
+    const int unit = first_unit + cell_unit(lane);
+    sums = reinterpret_cast<Sum*>(Base::sums());
+    exists = part == 0 && unit < call.shape.H;
+    x_gates = static_cast<const uint16_t*>(own.x_gates) + unit;
+    h_out = static_cast<uint16_t*>(own.h) + unit;
+    gates_out = own.gates ? static_cast<uint16_t*>(own.gates) + unit : nullptr;
+    c_out = own.c ? own.c + unit : nullptr;
   }
-
-  FASTSEQ_DEVICE int64_t slot_words() const { return int64_t(call.groups) * Tile::kRows * width / 2; }
-  FASTSEQ_DEVICE int time_of(int s) const { return own.reverse ? longest - 1 - s : s; }
-  // Whether step s is the first of a row. All rows are exchanged at every step, before they begin and after they end.
-  FASTSEQ_DEVICE bool begins(int row, int s) const { return own.reverse ? time_of(s) == steps[row] - 1 : s == 0; }
 
   // The neighbours of one word along the depth, of row `row` of this warp's band.
   FASTSEQ_DEVICE uint32_t weight_word(int row, int64_t k) const {
@@ -74,10 +55,10 @@ struct Forward {
     }
   }
 
-  // This warp's part of a tile in shared memory: four words of a lane side by side.
-  FASTSEQ_DEVICE uint32_t* shared_tile(int tile) const {
+  // This lane's part of a tile in shared memory.
+  FASTSEQ_DEVICE Words* shared_tile(int tile) const {
     const int warp = part * Tile::kBands + band;
-    return reinterpret_cast<uint32_t*>(shared_weights) + ((warp * Tile::kInShared + tile) * 32 + lane) * 4;
+    return reinterpret_cast<Words*>(this->shared_weights) + (warp * Tile::kInShared + tile) * 32 + lane;
   }
 
   FASTSEQ_DEVICE void begin() {
@@ -86,14 +67,9 @@ struct Forward {
     for (int tile = 0; tile < Tile::kInShared; ++tile) {
       uint32_t found[4];
       load_tile(Tile::kInRegisters + tile, found);
-      for (int r = 0; r < 4; ++r) shared_tile(tile)[r] = found[r];
+      *shared_tile(tile) = {found[0], found[1], found[2], found[3]};
     }
-    for (int row = thread_index(); row < Tile::kRows; row += Tile::kThreads) {
-      steps[row] = steps_of(call.shape, first_row + row);
-    }
-    sync_block();
-    for (int row = 0; row < Tile::kRows; ++row) longest = steps[row] > longest ? steps[row] : longest;
-    if constexpr (Tile::kCluster) open();
+    this->prepare_states();
     if constexpr (kInt8) load_scales();
   }
   FASTSEQ_DEVICE void load_scales() {
@@ -102,130 +78,60 @@ struct Forward {
     if (unit < H) scales = {from[0] / 127, from[H] / 127, from[2 * H] / 127, from[3 * H] / 127};
   }
 
-  // A word of the state that a row begins with, and four.
-  FASTSEQ_DEVICE uint32_t first_word(int row, int64_t k) const {
-    const int64_t H = call.shape.H;
-    const uint16_t* const h0 = static_cast<const uint16_t*>(own.h0) + (first_row + row) * H;
-    if (!kInt8) return pair_at(h0, k, H);
-    const uint32_t first = pair_at(h0, k, H), second = pair_at(h0, k + 2, H);
-    return bytes_in(number(first) | number(first >> 16) << 16, number(second) | number(second >> 16) << 16);
-  }
-  FASTSEQ_DEVICE Words first_state(int row, int64_t k) const {
-    constexpr int n = Low::kPerWord;
-    return {first_word(row, k), first_word(row, k + n), first_word(row, k + 2 * n), first_word(row, k + 3 * n)};
-  }
-  // h as it is multiplied and handed on: with int8 weights a byte.
-  static FASTSEQ_DEVICE uint32_t number(uint32_t h) {
-    return kInt8 ? quantized(Low::wide(static_cast<uint16_t>(h))) : h & 0xffff;
-  }
-  // The bytes of two pairs.
-  static FASTSEQ_DEVICE uint32_t bytes_in(uint32_t first, uint32_t second) {
-    return (first & 0xff) | (first >> 8 & 0xff00) | (second & 0xff) << 16 | (second << 8 & 0xff000000);
-  }
-
-  static FASTSEQ_DEVICE bool stale(const Words& w, int s) {
-    return Pair::stale(w.x, s) | Pair::stale(w.y, s) | Pair::stale(w.z, s) | Pair::stale(w.w, s);
-  }
-
-  FASTSEQ_DEVICE uint16_t* state(int s) const {
-    return states + (Tile::kStates > 1 ? s & 1 : 0) * Tile::kRows * Tile::kStride;
-  }
-
-  // In a cluster: the first state, and the barriers of the next two.
-  FASTSEQ_DEVICE void open() const {
-    for (int s = 1; thread_index() == 0 && s <= 2; ++s) {
-      prepare(arrivals + slot_of(s));
-      expect_state(s);
-    }
-    constexpr int kQuads = Tile::kDepth / 8;  // four words each
-    for (int at = thread_index(); at < Tile::kRows * kQuads; at += Tile::kThreads) {
-      const int row = at / kQuads, k = at % kQuads * 4 * Low::kPerWord;
-      store_state(0, row, k, begins(row, 0) && steps[row] > 0 ? first_state(row, k) : Words{0, 0, 0, 0});
-    }
-    sync_cluster();
-  }
-  FASTSEQ_DEVICE void expect_state(int s) const {
-    if (s < longest) expect(arrivals + slot_of(s), static_cast<uint32_t>(Tile::kRows * width * 4 / Low::kPerWord));
-  }
-  FASTSEQ_DEVICE void await(int s) const {
-    if (s == 0) return;
-    Waiting wait;
-    while (!arrived(arrivals + slot_of(s), (s - 1) / 2 % 2)) wait.look_again();
-    if (thread_index() == 0) expect_state(s + 2);
-  }
-
-  // Where number k of a row's state is.
-  FASTSEQ_DEVICE uint32_t* in_state(int s, int row, int k) const {
-    return reinterpret_cast<uint32_t*>(state(s) + row * Tile::kStride) + k / Low::kPerWord;
-  }
-  FASTSEQ_DEVICE void store_state(int s, int row, int k, const Words& of) const {
-    uint32_t* const to = in_state(s, row, k);
-    to[0] = of.x, to[1] = of.y, to[2] = of.z, to[3] = of.w;
-  }
-
-  // The state that enters step s; words are waited for together, a few at a time.
-  FASTSEQ_DEVICE void gather(int s) const {
-    constexpr int kQuads = kDepth / 8, kOwn = Tile::kRows * kQuads / Tile::kThreads, kSome = kOwn < 4 ? kOwn : 4;
-    static_assert(kSome * Tile::kThreads * (kOwn / kSome) == Tile::kRows * kQuads, "every thread has as many words");
-    const uint32_t* const from = exchange + slot_of(s - 1) * slot_words() + first_row * width / 2;
-    for (int first = 0; first < kOwn; first += kSome) {
-      Words found[kSome];
-      FASTSEQ_UNROLL
-      for (int n = 0; n < kSome; ++n) {
-        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kQuads, k = at % kQuads * 8;
-        found[n] = {0, 0, 0, 0};
-        if (s > 0 && k < width) found[n] = read_words(from + (row * width + k) / 2);
-      }
-      FASTSEQ_UNROLL
-      for (int n = 0; n < kSome; ++n) {
-        const int at = (first + n) * Tile::kThreads + thread_index(), row = at / kQuads, k = at % kQuads * 8;
-        Waiting wait;
-        while (s > 0 && k < width && stale(found[n], s - 1)) {
-          wait.look_again();
-          found[n] = read_words(from + (row * width + k) / 2);
-        }
-        const bool first = begins(row, s) && steps[row] > 0;
-        const Words of{Pair::read(found[n].x), Pair::read(found[n].y), Pair::read(found[n].z), Pair::read(found[n].w)};
-        if constexpr (kInt8) {
-          uint32_t* const to = in_state(s, row, k);
-          to[0] = first ? first_word(row, k) : bytes_in(of.x, of.y);
-          to[1] = first ? first_word(row, k + 4) : bytes_in(of.z, of.w);
-        } else {
-          store_state(s, row, k, first ? first_state(row, k) : of);
-        }
-      }
-    }
-  }
-
-  // Sums of this warp's band over its part of the depth; where there is one block of rows, in two chains.
+  // Sums of this warp's band over its part of the depth, in four chains side by side. What they need from shared
+  // memory is on its way some products before.
   FASTSEQ_DEVICE void multiply(int s, Sum (&d)[Tile::kRowBlocks][4]) const {
-    constexpr bool kTwo = Tile::kRowBlocks == 1;
-    Sum other[4] = {};
-    FASTSEQ_UNROLL
-    for (int n = 0; n < 4 * Tile::kRowBlocks; ++n) d[n / 4][n % 4] = 0;
-    const uint16_t* const from = state(s) + (lane % 8) * Tile::kStride + 16 * part * Tile::kTiles + 8 * (lane / 8);
+    constexpr int kBlocks = Tile::kRowBlocks, kChains = 4 / kBlocks, kAhead = 4;
+    Sum chain[kBlocks][kChains][4] = {};
+    const uint16_t* const from =
+        this->state(s) + (lane % 8) * Tile::kStride + 16 * part * Tile::kTiles + 8 * (lane / 8);
     const int tiles =
         static_cast<int>((width - kTile * part * Tile::kTiles + kTile - 1) / kTile);  // the others are zeros
-    FASTSEQ_UNROLL
-    for (int tile = 0; tile < Tile::kTiles; tile += 2) {
-      if (tile >= tiles) continue;
-      uint32_t a[2][4];
-      FASTSEQ_UNROLL
-      for (int n = 0; n < 8; ++n) {
-        const int which = tile + n / 4;
-        a[n / 4][n % 4] = which < Tile::kInRegisters ? weights[which % Tile::kInRegisters][n % 4]
-                                                     : shared_tile(which - Tile::kInRegisters)[n % 4];
+    uint32_t b[kAhead][4];
+    Words a[2][2];
+    const auto load = [&](int n) {  // of two tiles and a block of rows
+      if (n < Tile::kTiles / 2 * kBlocks) {
+        load_blocks(b[n % kAhead], from + 8 * (n % kBlocks) * Tile::kStride + 32 * (n / kBlocks));
       }
+    };
+    const auto fetch = [&](int tile) {
       FASTSEQ_UNROLL
-      for (int block = 0; block < Tile::kRowBlocks; ++block) {
-        uint32_t b[4];
-        load_blocks(b, from + 8 * block * Tile::kStride + 16 * tile);
-        Low::multiply_add(d[block], a[0], b[0], b[1]);
-        Low::multiply_add(kTwo ? other : d[block], a[1], b[2], b[3]);
+      for (int n = 0; n < 2; ++n) {
+        if (tile >= Tile::kInRegisters && tile < Tile::kTiles) {
+          a[tile / 2 % 2][n] = *shared_tile(tile + n - Tile::kInRegisters);
+        }
+      }
+    };
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kAhead; ++n) load(n);
+    FASTSEQ_UNROLL
+    for (int some = 0; some < Tile::kTiles; some += 8) {
+      if (some >= tiles) continue;
+      FASTSEQ_UNROLL
+      for (int n = some / 2 * kBlocks; n < (some / 2 + 4) * kBlocks; ++n) {
+        const int tile = n / kBlocks * 2, block = n % kBlocks;
+        if (block == 0) fetch(tile + 2);
+        FASTSEQ_UNROLL
+        for (int which = 0; which < 2; ++which) {
+          Sum(&sum)[4] = chain[block][(tile + which) % kChains];
+          const uint32_t (&right)[4] = b[n % kAhead];
+          if (tile < Tile::kInRegisters) {
+            Low::multiply_add(sum, weights[(tile + which) % Tile::kInRegisters], right[2 * which],
+                              right[2 * which + 1]);
+          } else {
+            const Words& left = a[tile / 2 % 2][which];
+            Low::multiply_add(sum, {left.x, left.y, left.z, left.w}, right[2 * which], right[2 * which + 1]);
+          }
+        }
+        load(n + kAhead);
       }
     }
     FASTSEQ_UNROLL
-    for (int i = 0; kTwo && i < 4; ++i) d[0][i] += other[i];
+    for (int n = 0; n < 4 * kBlocks; ++n) {
+      d[n / 4][n % 4] = chain[n / 4][0][n % 4];
+      FASTSEQ_UNROLL
+      for (int other = 1; other < kChains; ++other) d[n / 4][n % 4] += chain[n / 4][other][n % 4];
+    }
   }
 
   // The first part of each band adds up the sums of all.
@@ -247,17 +153,21 @@ struct Forward {
     }
   }
 
+  // The first number of this lane's first row at time t, in [.., H]; a block of rows is 8 * H numbers after the one
+  // before.
+  FASTSEQ_DEVICE int64_t row_at(int t) const {
+    return element(call.shape, t, first_row + cell_column(lane)) * call.shape.H;
+  }
+
   // Pre-activations without the part of h of this lane's cell in a block of rows, asked for before they are needed.
-  FASTSEQ_DEVICE void ask(int s, uint16_t (&x)[Tile::kRowBlocks][4]) const {
-    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane);
+  FASTSEQ_DEVICE void ask(int t, int64_t at, uint16_t (&x)[Tile::kRowBlocks][4]) const {
+    const int H = static_cast<int>(call.shape.H);
+    const uint16_t* const from = x_gates + 4 * at;
     FASTSEQ_UNROLL
     for (int block = 0; block < Tile::kRowBlocks; ++block) {
-      const int row = 8 * block + cell_column(lane), t = time_of(s);
-      const bool here = part == 0 && unit < H && t < steps[row];
-      const uint16_t* const from = static_cast<const uint16_t*>(own.x_gates) +
-                                   (here ? element(call.shape, t, first_row + row) * 4 * H + unit : 0);
+      const bool here = exists && t < ends[block];
       FASTSEQ_UNROLL
-      for (int gate = 0; gate < 4; ++gate) x[block][gate] = here ? from[gate * H] : 0;
+      for (int gate = 0; gate < 4; ++gate) x[block][gate] = here ? from[(32 * block + gate) * H] : 0;
     }
   }
 
@@ -273,50 +183,39 @@ struct Forward {
     return kInt8 ? Gates{z.i * scales.i, z.f * scales.f, z.g * scales.g, z.o * scales.o} : z;
   }
 
-  // Hands on h of four units, of which this lane has one.
-  FASTSEQ_DEVICE void publish(uint32_t h, int row, int s) const {
-    if constexpr (Tile::kCluster) return push(h, row, s + 1);
-    const uint32_t own_number = number(h), next = across(own_number, 8);
-    const uint32_t pair = Pair::write(safe_pair(own_number, next, Low::kInfinity), s);  // of even units
-    const uint32_t other = across(pair, 16);
-    if (cell_unit(lane) == 0) {
-      write_words(exchange + slot_of(s) * slot_words() + ((first_row + row) * width + first_unit) / 2, pair, other);
-    }
+  // What is kept of a step, in few registers.
+  struct Kept {
+    uint32_t i_f, g_o;
+    float c;
+    uint16_t h;
+  };
+  FASTSEQ_DEVICE Kept cell(const Sum (&d)[4], const uint16_t (&x)[4], float c) const {
+    const Gates h = whole(d);
+    const Gates a = activated(
+        {h.i + Low::wide(x[0]), h.f + Low::wide(x[1]), h.g + Low::wide(x[2]), h.o + Low::wide(x[3])}, call.shape);
+    const float after = a.f * c + a.i * a.g;
+    return {Low::narrow(a.i) | uint32_t{Low::narrow(a.f)} << 16, Low::narrow(a.g) | uint32_t{Low::narrow(a.o)} << 16,
+            after, exists ? Low::narrow(a.o * tanh_of(after)) : uint16_t{0}};
+  }
+  FASTSEQ_DEVICE void finish(const Kept& of, int block, int t, int64_t at, float& c) const {
+    const bool alive = t < ends[block];
+    if (alive) c = of.c;
+    keep(of, block, at, alive);
+    if (alive && t == (reverse ? 0 : ends[block] - 1)) keep_last(of.c, of.h, row_of(block));
   }
 
-  // The same to all blocks of the cluster, each lane of the four to every fourth; where a row begins, its first state.
-  FASTSEQ_DEVICE void push(uint32_t h, int row, int s) const {
-    if (s == longest) return;
-    const int64_t H = call.shape.H;
-    const int place = cell_unit(lane), unit = first_unit + place;
-    if (begins(row, s) && steps[row] > 0) {
-      h = unit < H ? static_cast<const uint16_t*>(own.h0)[(first_row + row) * H + unit] : 0;
-    }
-    const uint32_t own_number = number(h), next = across(own_number, 8);
-    const uint32_t pair = place % 2 ? next | own_number << 16 : own_number | next << 16, other = across(pair, 16);
-    const uint32_t first = place < 2 ? pair : other, second = place < 2 ? other : pair;
-    uint32_t* const to = in_state(s, row, first_unit);
-    sync_warp();  // what its lanes have read may be written anew by whoever hears of this
-    for (int block = place; block < call.blocks; block += 4) {
-      if constexpr (kInt8) {
-        push_word(block, to, bytes_in(first, second), arrivals + slot_of(s));
-      } else {
-        push_words(block, to, first, second, arrivals + slot_of(s));
-      }
-    }
-  }
-
-  // What is kept of a step: zeros where a row of dense data has ended.
-  FASTSEQ_DEVICE void keep(Gates a, float c, uint16_t h, int row, int t, bool alive) const {
-    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane), b = first_row + row;
-    if (unit >= H || b >= call.shape.B || !(alive || !call.shape.offsets)) return;
-    const int64_t at = element(call.shape, t, b);
-    static_cast<uint16_t*>(own.h)[at * H + unit] = alive ? h : 0;
-    if (own.c) own.c[at * H + unit] = alive ? c : 0.0f;
-    if (own.gates) {
-      uint16_t* const to = static_cast<uint16_t*>(own.gates) + at * 4 * H + unit;
-      to[0] = alive ? Low::narrow(a.i) : 0, to[H] = alive ? Low::narrow(a.f) : 0;
-      to[2 * H] = alive ? Low::narrow(a.g) : 0, to[3 * H] = alive ? Low::narrow(a.o) : 0;
+  // Zeros where a row of dense data has ended.
+  FASTSEQ_DEVICE void keep(const Kept& of, int block, int64_t at, bool alive) const {
+    const int H = static_cast<int>(call.shape.H);
+    if (!exists || row_of(block) >= rows || !(alive || !call.shape.offsets)) return;
+    at += 8 * block * H;
+    h_out[at] = alive ? of.h : 0;
+    if (c_out) c_out[at] = alive ? of.c : 0.0f;
+    if (gates_out) {
+      const uint32_t i_f = alive ? of.i_f : 0, g_o = alive ? of.g_o : 0;
+      uint16_t* const to = gates_out + 4 * at;
+      to[0] = static_cast<uint16_t>(i_f), to[H] = static_cast<uint16_t>(i_f >> 16);
+      to[2 * H] = static_cast<uint16_t>(g_o), to[3 * H] = static_cast<uint16_t>(g_o >> 16);
     }
   }
 
@@ -332,45 +231,49 @@ struct Forward {
     const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane);
     float c[Tile::kRowBlocks] = {};
     FASTSEQ_UNROLL
-    for (int block = 0; part == 0 && block < Tile::kRowBlocks; ++block) {
-      const int row = 8 * block + cell_column(lane);
-      const int64_t b = first_row + row;
-      if (unit < H && b < call.shape.B) {
+    for (int block = 0; block < Tile::kRowBlocks; ++block) {
+      const int64_t b = first_row + row_of(block);
+      if (part == 0 && unit < H && b < call.shape.B) {
         c[block] = own.c0[b * H + unit];
-        if (steps[row] == 0) keep_last(c[block], static_cast<const uint16_t*>(own.h0)[b * H + unit], row);
+        if (ends[block] == 0) {
+          keep_last(c[block], static_cast<const uint16_t*>(own.h0)[b * H + unit], row_of(block));
+        }
       }
     }
+    const int64_t next = (reverse ? -H : H) * call.shape.B;
+    int64_t at = row_at(time_of(0));
     for (int s = 0; s < longest; ++s) {
+      const int t = time_of(s);
+      if (call.shape.offsets) at = row_at(t);
       uint16_t x[Tile::kRowBlocks][4];
-      ask(s, x);
+      ask(t, at, x);
       if constexpr (Tile::kCluster) {
-        await(s);
+        this->await(s);
       } else {
-        gather(s);
+        this->gather(s);
         sync_block();
       }
       Sum d[Tile::kRowBlocks][4];
       multiply(s, d);
       add_parts(d);
+      Kept kept[Tile::kRowBlocks];
       FASTSEQ_UNROLL
-      for (int block = 0; part == 0 && block < Tile::kRowBlocks; ++block) {
-        const int row = 8 * block + cell_column(lane), t = time_of(s);
-        const bool alive = t < steps[row];
-        Gates z = whole(d[block]);
-        z = {z.i + Low::wide(x[block][0]), z.f + Low::wide(x[block][1]), z.g + Low::wide(x[block][2]),
-             z.o + Low::wide(x[block][3])};
-        const Gates a = activated(z, call.shape);
-        const float after = a.f * c[block] + a.i * a.g;
-        const uint16_t h = unit < H ? Low::narrow(a.o * tanh_of(after)) : 0;
-        publish(h, row, s);
-        if (alive) c[block] = after;
-        keep(a, after, h, row, t, alive);
-        if (alive && t == (own.reverse ? 0 : steps[row] - 1)) keep_last(after, h, row);
+      for (int block = 0; block < Tile::kRowBlocks; ++block) {
+        if (part > 0) continue;
+        kept[block] = cell(d[block], x[block], c[block]);
+        this->publish(kept[block].h, block, s);
+        if constexpr (!Tile::kCluster) finish(kept[block], block, t, at, c[block]);
       }
+      if constexpr (Tile::kCluster) {
+        this->push_all(s + 1);
+        FASTSEQ_UNROLL
+        for (int block = 0; block < Tile::kRowBlocks; ++block) finish(kept[block], block, t, at, c[block]);
+      }
+      at += next;
     }
     for (int t = longest; part == 0 && !call.shape.offsets && t < call.shape.T; ++t) {
       FASTSEQ_UNROLL
-      for (int block = 0; block < Tile::kRowBlocks; ++block) keep({}, 0, 0, 8 * block + cell_column(lane), t, false);
+      for (int block = 0; block < Tile::kRowBlocks; ++block) keep({}, block, row_at(t), false);
     }
   }
 };

@@ -173,27 +173,23 @@ struct LowRankSums {
   // The sums over all blocks, of which some are asked for at a time.
   FASTSEQ_DEVICE void take_in(float (&total)[kOwn], int s) const {
     constexpr int kSome = kOwn < Tile::kAhead ? Tile::kAhead / kOwn : 1;
-    const uint32_t* const here = slot(s) + thread_index();
+    const uint32_t* const own = slot(s) + thread_index();
     bool used[kOwn];
     FASTSEQ_UNROLL
     for (int n = 0; n < kOwn; ++n) used[n] = is_used(sum_of(n)), total[n] = 0.0f;
     for (int first = 0; first < call.blocks; first += kSome) {
       uint32_t found[kSome * kOwn];
+      const auto here = [&](int at) { return used[at % kOwn] && first + at / kOwn < call.blocks; };
+      FASTSEQ_UNROLL
+      for (int at = 0; at < kSome * kOwn; ++at) found[at] = Float::mark(s + 2);  // stale
+      await_all<kSome * kOwn>([&](int at) { return here(at) && Float::stale(found[at], s); },
+                              [&](int at) {
+                                found[at] =
+                                    read_word(own + (first + at / kOwn) * Tile::kEntries + at % kOwn * Tile::kThreads);
+                              });
       FASTSEQ_UNROLL
       for (int at = 0; at < kSome * kOwn; ++at) {
-        const int from = first + at / kOwn, n = at % kOwn;
-        if (used[n] && from < call.blocks) found[at] = read_word(here + from * Tile::kEntries + n * Tile::kThreads);
-      }
-      FASTSEQ_UNROLL
-      for (int at = 0; at < kSome * kOwn; ++at) {
-        const int from = first + at / kOwn, n = at % kOwn;
-        if (!used[n] || from >= call.blocks) continue;
-        Waiting wait;
-        while (Float::stale(found[at], s)) {
-          wait.look_again();
-          found[at] = read_word(here + from * Tile::kEntries + n * Tile::kThreads);
-        }
-        total[n] += float_of(Float::read(found[at]));
+        if (here(at)) total[at % kOwn] += float_of(Float::read(found[at]));
       }
     }
   }

@@ -10,6 +10,8 @@
 
 namespace fastseq::cuda {
 
+FASTSEQ_BOTH constexpr int least(int a, int b) { return a < b ? a : b; }
+
 // Bands of 16 rows; the warps that share a band, each with its part of the depth; tiles of a warp in registers and in
 // shared memory; blocks of 8 rows of the batch; whether the blocks of threads of a row are a cluster, which needs no
 // scratch: they write into each other's shared memory.
@@ -50,6 +52,8 @@ struct Tile {
     const int lane = row % 8 / 2 * 8 + unit % 8, number = row % 2 + 2 * (unit % 16 / 8);
     return ((unit / 16 * kRowBlocks + row / 8) * 32 + lane) * 4 + (number ^ (unit / 16 & 1));
   }
+  // Of the two rows that four neighbours belong to.
+  FASTSEQ_BOTH static constexpr int first_row_of(int quad) { return 8 * (quad / 32 % kRowBlocks) + quad % 32 / 8 * 2; }
   static_assert(kAdders * kPart == 4 * kThreads, "every thread has four sums");
   static_assert(!Cluster || (Parts == 1 && kDepth / kUnits <= 16), "what a cluster can be, and two places for h");
   static_assert(kTiles % 2 == 0 && kTiles % Bands == 0 && Bands % 2 == 0, "two tiles are read at a time");

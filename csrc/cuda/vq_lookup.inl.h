@@ -1,13 +1,15 @@
 // The lookup of one block of threads: 16 rows, and of every level the tiles of 32 codes that are its part's.
 //
 // A score is one chain of multiply-adds, which nobody can share; so a lane has a code, and a warp four of the rows,
-// whose chains go side by side. What a chain begins with is a chain too, in float64: the first warp's, while the others
-// wait for the level before.
+// whose chains go side by side. What a chain begins with is a chain too, in float64: that is for a warp of its own,
+// while the others wait for the level before.
 //
 // All blocks of a row need its code, to know what is left of it. Each hands on the best of its part as two words, which
 // are zero until then and are written once: a reader polls the words themselves, one trip through the second-level
 // cache without a flag or a fence. Nothing but these words, relaxed atomics, goes from block to block, and no place is
 // used twice. The blocks of a launch are on the device together, so what is waited for comes.
+#include "cuda/await.inl.h"
+
 namespace fastseq::cuda {
 
 struct LookupCall {
@@ -30,12 +32,15 @@ FASTSEQ_DEVICE Best best_of(float score, int code) {
 FASTSEQ_DEVICE float score_of(const Best& best) {
   return float_of(best.score >> 31 ? best.score & 0x7fffffffu : ~best.score);
 }
-FASTSEQ_DEVICE Best best_of_lanes(Best own) {
+template <int kCount>
+FASTSEQ_DEVICE void best_of_lanes(Best (&own)[kCount]) {
   for (int mask = 16; mask > 0; mask /= 2) {
-    const Best other{across(own.score, mask), across(own.code, mask)};
-    if (own.after(other)) own = other;
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kCount; ++n) {
+      const Best other{across(own[n].score, mask), across(own[n].code, mask)};
+      if (own[n].after(other)) own[n] = other;
+    }
   }
-  return own;
 }
 
 struct Single {
@@ -63,13 +68,10 @@ FASTSEQ_DEVICE void with_type(Number number, F f) {
 FASTSEQ_DEVICE float infinity() { return float_of(0x7f800000u); }
 FASTSEQ_DEVICE bool is_finite(float v) { return fabsf(v) < infinity(); }
 
-struct alignas(16) Four {
-  float x, y, z, w;
-};
-
 struct Lookup {
-  static constexpr int kWarps = kVqThreads / 32, kRows = kVqRows, kCodes = kVqCodes;
+  static constexpr int kWarps = kVqThreads / 32 - 1, kRows = kVqRows, kCodes = kVqCodes;
   static constexpr int kOwn = kRows / kWarps;  // rows of a warp
+  static constexpr int kColumns = 2;           // of each row that a lane takes at a time
 
   const LookupCall& call;
   const VqLookup& of;
@@ -102,10 +104,14 @@ struct Lookup {
     return call.exchange + (((g * of.levels + m) * rows + row(own)) * width);
   }
 
-  FASTSEQ_DEVICE static bool all_lanes(bool v) {
-    uint32_t bad = !v;
+  // Of each row, whether v holds for all lanes.
+  FASTSEQ_DEVICE static void all_lanes(const bool (&v)[kOwn], bool (&found)[kOwn]) {
+    uint32_t bad = 0;
+    FASTSEQ_UNROLL
+    for (int own = 0; own < kOwn; ++own) bad |= static_cast<uint32_t>(!v[own]) << own;
     for (int mask = 16; mask > 0; mask /= 2) bad |= across(bad, mask);
-    return bad == 0;
+    FASTSEQ_UNROLL
+    for (int own = 0; own < kOwn; ++own) found[own] = !(bad >> own & 1);
   }
 
   FASTSEQ_DEVICE void enter() {
@@ -129,8 +135,7 @@ struct Lookup {
         }
       }
     });
-    FASTSEQ_UNROLL
-    for (int own = 0; own < kOwn; ++own) finite[own] = all_lanes(whole[own]);
+    all_lanes(whole, finite);
   }
 
   // A tile, two columns of each of the warp's codes at a time, asked for together; zeros where there is no code.
@@ -192,11 +197,13 @@ struct Lookup {
   }
 
   FASTSEQ_DEVICE void publish(int m) const {
+    Best best[kOwn];
+    FASTSEQ_UNROLL
+    for (int own = 0; own < kOwn; ++own) best[own] = best_of(score[own], code[own]);
+    best_of_lanes(best);
     FASTSEQ_UNROLL
     for (int own = 0; own < kOwn; ++own) {
-      if (!looks(own, m)) continue;
-      const Best best = best_of_lanes(best_of(score[own], code[own]));
-      if (lane == 0) write_words(place(own, m) + 2 * part, best.score, best.code);
+      if (looks(own, m) && lane == 0) write_words(place(own, m) + 2 * part, best[own].score, best[own].code);
     }
   }
 
@@ -206,21 +213,20 @@ struct Lookup {
     const auto some = [&](int own) { return looks(own, m) && 2 * lane < call.blocks; };
     const bool both = 2 * lane + 1 < call.blocks;
     FASTSEQ_UNROLL
-    for (int own = 0; own < kOwn; ++own) {
-      if (some(own)) found[own] = read_words(place(own, m) + 4 * lane);
-    }
+    for (int own = 0; own < kOwn; ++own) found[own] = {0, 0, 0, 0};
+    await_all<kOwn>(
+        [&](int own) {
+          const Words& of = found[own];
+          return some(own) && (!of.x || !of.y || (both && (!of.z || !of.w)));
+        },
+        [&](int own) { found[own] = read_words(place(own, m) + 4 * lane); });
     FASTSEQ_UNROLL
     for (int own = 0; own < kOwn; ++own) {
       best[own] = {~0u, ~0u};
-      Waiting wait;
-      while (some(own) && (!found[own].x || !found[own].y || (both && (!found[own].z || !found[own].w)))) {
-        wait.look_again();
-        found[own] = read_words(place(own, m) + 4 * lane);
-      }
       if (some(own)) best[own] = {found[own].x, found[own].y};
       if (const Best other{found[own].z, found[own].w}; some(own) && both && best[own].after(other)) best[own] = other;
-      if (looks(own, m)) best[own] = best_of_lanes(best[own]);
     }
+    best_of_lanes(best);
   }
 
   FASTSEQ_DEVICE void write_index(int64_t at, int k) const {
@@ -247,23 +253,35 @@ struct Lookup {
       apart[own] = 0.0f, whole[own] = true;
     }
     with_type(of.code, [&]<class Of>(Of) {
-      for (int d = lane; d < of.D; d += 32) {
+      for (int from = lane; from < of.D; from += 32 * kColumns) {
+        float v[kColumns][kOwn];
         FASTSEQ_UNROLL
-        for (int own = 0; own < kOwn; ++own) {
-          if (k[own] < 0) continue;
+        for (int n = 0; n < kColumns * kOwn; ++n) {
+          const int own = n % kOwn, d = from + n / kOwn * 32;
+          const bool there = k[own] >= 0 && d < of.D;
+          v[n / kOwn][own] = there ? read_as<Of>(level.codes, (g * level.K + k[own]) * of.D + d) : 0;
+        }
+        FASTSEQ_UNROLL
+        for (int n = 0; n < kColumns * kOwn; ++n) {
+          const int own = n % kOwn, d = from + n / kOwn * 32;
+          if (k[own] < 0 || d >= of.D) continue;
           float& value = rest[slot(own) * stride + d];
-          value -= read_as<Of>(level.codes, (g * level.K + k[own]) * of.D + d);
-          apart[own] = fmaf(value, value, apart[own]);
-          whole[own] = whole[own] && is_finite(value);
+          const float left = value - v[n / kOwn][own];
+          value = left;
+          apart[own] = fmaf(left, left, apart[own]);
+          whole[own] = whole[own] && is_finite(left);
         }
       }
     });
+    for (int mask = 16; mask > 0; mask /= 2) {
+      FASTSEQ_UNROLL
+      for (int own = 0; own < kOwn; ++own) apart[own] += across(apart[own], mask);
+    }
     FASTSEQ_UNROLL
     for (int own = 0; own < kOwn; ++own) {
-      for (int mask = 16; mask > 0; mask /= 2) apart[own] += across(apart[own], mask);
       if (lane == 0 && writes(own)) keep(m, own, k[own], apart[own], looks(own, m) ? score_of(best[own]) : infinity());
-      finite[own] = all_lanes(whole[own]);
     }
+    all_lanes(whole, finite);
   }
 
   FASTSEQ_DEVICE void keep(int m, int own, int k, float apart, float least) const {
@@ -297,7 +315,8 @@ struct Lookup {
 
   FASTSEQ_DEVICE void run() {
     const int64_t step = static_cast<int64_t>(call.blocks) * kCodes, mine = static_cast<int64_t>(part) * kCodes;
-    enter();
+    const bool beside = warp == kWarps;  // has no rows
+    if (!beside) enter();
     for (int m = 0; m < of.levels; ++m) {
       const VqLevel& level = of.level[m];
       FASTSEQ_UNROLL
@@ -307,19 +326,19 @@ struct Lookup {
       // once where the part has no code: then it hands on that it has none
       for (int64_t first = mine; first == mine || first < level.K; first += step) {
         sync_block();  // all are done with the tile before
-        with_type(of.code, [&]<class Of>(Of) { load_tile<Of>(level, first); });
+        if (!beside) with_type(of.code, [&]<class Of>(Of) { load_tile<Of>(level, first); });
         sync_block();
-        if (warp == 0) find_starts(level, first);
-        if (first == mine && m > 0) take(m - 1);
+        if (beside) find_starts(level, first);
+        if (!beside && first == mine && m > 0) take(m - 1);
         sync_block();
-        sweep(first);
+        if (!beside) sweep(first);
       }
-      publish(m);
+      if (!beside) publish(m);
     }
     sync_block();  // all lanes have read what is taken from now
-    take(of.levels - 1);
+    if (!beside) take(of.levels - 1);
     sync_block();
-    add_up();
+    if (!beside) add_up();
   }
 };
 

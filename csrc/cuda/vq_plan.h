@@ -8,7 +8,8 @@
 
 namespace fastseq::cuda {
 
-constexpr int kVqThreads = 128, kVqRows = 16, kVqCodes = 32;  // of a block of threads; codes of a tile
+// Of a block of threads: four warps with four rows each, and one beside them; codes of a tile.
+constexpr int kVqThreads = 160, kVqRows = 16, kVqCodes = 32;
 
 // Columns of a row or code in shared memory: zeros behind the last, and so many that lanes which read four columns of
 // codes one below the other do not meet in a bank.

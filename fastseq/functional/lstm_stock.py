@@ -7,6 +7,7 @@ through our operators, since cuDNN has neither.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastseq.ops import lstm_costs
+from fastseq.ops import lstm_costs, lstm_persist
 from fastseq.ops._select import Backend
 from fastseq.ops._triton import kernels, why_not_triton
 
@@ -52,26 +53,33 @@ def _why_not(call: StockCall) -> str | None:
 
 
 def _slower(call: StockCall) -> str | None:
-    """Where ours was seen right on this device and is faster: one layer and direction where cuDNN launches kernels step
-    by step, of sizes at which both were measured in bfloat16; in float16 our time is taken to be the same."""
+    """Where ours was seen right on this device and is faster: one layer and direction, of sizes at which both were
+    measured in bfloat16; in float16 our time is taken to be the same."""
     x, weight_hh = call.x, call.weights[0].weight_hh
-    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
+    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip:
         return None
     if len(call.weights) > 1 or call.weights[0].weight_hr is not None:  # not measured
         return None
     T, B = x.shape[:2] if call.batch_sizes is None else (len(call.batch_sizes), int(call.batch_sizes[0]))
     H = weight_hh.shape[1]
-    if T < lstm_costs.LEAST_T or B * H * H > lstm_costs.MOST_WORK:
+    if T < lstm_costs.LEAST_T or why_not_triton() is not None:
         return None
-    ours, theirs = lstm_costs.triton(T, B, H, False).of(T), lstm_costs.cudnn(B, H, x.dtype == torch.float16).of(T)
+    found = [_triton(T, B, H, x), lstm_persist.layer_cost(B, x.shape[-1], H, x.dtype, x.device)]
+    ours = min((cost.of(T) for cost in found if cost is not None), default=math.inf)
+    theirs = lstm_costs.cudnn(B, H, x.dtype == torch.float16).of(T)
     if ours >= theirs:
         return None
-    if why_not_triton() is not None or torch.version.hip:
-        return None
+    return f"slower than our kernels: {theirs:.0f} us for all steps by our estimate, {ours:.0f} for ours"
+
+
+def _triton(T: int, B: int, H: int, x: Tensor) -> lstm_costs.Cost | None:
+    """Of our kernels in triton, where they were measured and seen right."""
     doubt = kernels("_verified").doubt
+    if B * H * H > lstm_costs.MOST_WORK:
+        return None
     if any(doubt(module, x.device, x.dtype) is not None for module in ("lstm_layer", "lstm_graph")):
         return None
-    return f"slower than our kernels: {theirs:.0f} us for all steps by our estimate, {ours:.0f} for ours"
+    return lstm_costs.triton(T, B, H, False)
 
 
 def _can(call: StockCall) -> str | None:

@@ -1,8 +1,7 @@
 """What the loop over time of an LSTM costs by each way through a GPU: a small model, and the numbers in it.
 
-Microseconds of a call are ``start + T * step``. Of the ways in triton they are fitted to result rows of an H100
-(``benchmarks/results``), of the persistent kernels added up from what that device was measured to do and, marked so,
-from estimates: no row of theirs exists yet.
+Microseconds of a call are ``start + T * step``, fitted to result rows of an H100 (``benchmarks/results``); what is an
+estimate is marked so.
 """
 
 from __future__ import annotations
@@ -10,17 +9,35 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-PUSH = 0.35  # estimate: a store into another block's shared memory, counted there by its barrier
-PUSHED = 25e3  # estimate: bytes that a multiprocessor takes or sends so
 EXCHANGE = 0.7  # estimate: one write to and one read from the second-level cache, seen by another multiprocessor
 CELL = 0.3  # estimate: the pointwise part, a barrier or two
 READ = 57e3  # bytes a multiprocessor reads of the second-level cache; measured, all reading the same 64 KiB
 READ_ALL = 7.4e6  # the same of all of them together
 MULTIPLY = 1.1e6  # multiply-adds of a multiprocessor with few rows; measured with tl.dot of 16 rows
-CHAIN = 0.01  # estimate: one matrix instruction that waits for the one before
+PRODUCT = 3e8  # multiply-adds of a product of matrices; measured 3.5e8 of large ones
 SHARED = 225e3  # bytes of shared memory that a multiprocessor reads
 PERSIST_START = 15.0  # estimate: scratch set to zero, the launch, weights on their way onto the chip
 BACKWARD = 1.5  # of triton's ways, over forward; measured 1.4 to 1.6
+
+
+class Loop(NamedTuple):
+    """Microseconds of a step of the persistent kernels."""
+
+    step: float  # in any case
+    block: float  # of 8 rows of the tile, whether there are so many or not
+    weights: float  # of a million weights of a block of threads, for each 8 rows of the tile
+    numbers: float  # of 100,000 numbers that every block reads: rows that there are, times units
+
+
+# By whether blocks are a cluster, and the pass. Fitted to the rows of all tiles, B = 1 to 256 and H = 256 to 2048.
+LOOPS = {
+    (0, "forward"): Loop(1.30, 0.50, 2.97, 4.86),
+    (0, "backward"): Loop(2.01, 0.07, 7.52, 3.82),
+    (0, "int8"): Loop(1.23, 0.67, 0.0, 6.15),
+    (1, "forward"): Loop(0.68, 0.46, 2.31, 11.1),
+    (1, "backward"): Loop(0.94, 0.29, 0.0, 6.88),
+    (1, "int8"): Loop(0.68, 0.55, 0.0, 10.6),
+}
 
 RESIDENT = (26.0, 2.35)  # start and step; measured at B = 16, H = 128
 GRAPH_START = 60.0
@@ -62,12 +79,6 @@ class Tile(NamedTuple):
         blocks = math.ceil(H / self.units)
         return 1 << (blocks - 1).bit_length() if self.cluster else blocks, math.ceil(B / self.rows)
 
-    @property
-    def in_shared(self) -> int:
-        """Bytes of weights that registers have no room for: beyond 32 pieces of 512 a warp."""
-        warps = self.threads // 32
-        return max(0, 4 * self.units * self.depth * 2 - warps * 32 * 512)
-
 
 def persist(
     tile: Tile, B: int, H: int, directions: int = 1, backward: bool = False, int8: bool = False, room: int = 1 << 30
@@ -75,18 +86,11 @@ def persist(
     """The persistent kernels: every block reads all of h of its rows, or in backward its part of everyone's sums. A
     device that has room for so many blocks runs clusters one after the other."""
     blocks, groups = tile.grid(B, H)
-    width = blocks * tile.units
-    every = blocks * groups * directions
-    if tile.cluster:
-        exchange = PUSH + tile.rows * width * (4 if backward else 1 if int8 else 2) / PUSHED
-        rounds = math.ceil(every / max(blocks, room))
-    else:
-        exchanged = tile.rows * width * (4 if backward else 2)
-        everyone = exchanged * every * (2 if backward else 1)  # sums are written as often
-        exchange, rounds = EXCHANGE + max(exchanged / READ, everyone / READ_ALL), 1
-    work = 4 * tile.units * width / (2 if int8 else 1)  # multiply-adds of a row, of 8 bits two for one
-    product = max(work * tile.rows / MULTIPLY, work / 256 / (tile.threads // 32) * CHAIN)  # instructions on 8 rows
-    step = exchange + product + (0 if int8 else tile.in_shared / SHARED) + CELL
+    width, deep = blocks * tile.units, tile.rows / 8
+    loop = LOOPS[tile.cluster, "backward" if backward else "int8" if int8 else "forward"]
+    read = min(B, tile.rows) * width / 1e5
+    step = loop.step + deep * (loop.block + loop.weights * 4 * tile.units * width / 1e6) + loop.numbers * read
+    rounds = math.ceil(blocks * groups * directions / max(blocks, room)) if tile.cluster else 1
     return Cost(rounds * PERSIST_START, rounds * step)
 
 

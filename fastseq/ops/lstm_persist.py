@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops import lstm_costs
-from fastseq.ops._cuda import cuda_backend, why_not_loaded
+from fastseq.ops._cuda import cuda_backend, unverified, why_not_loaded
 from fastseq.ops._library import library
 from fastseq.ops._triton import kernels
 from fastseq.ops.lstm_costs import Cost, Tile
@@ -89,6 +89,17 @@ def chosen(shape: Shape) -> Chosen | str:
             return "no CUDA device is here"
         found.append(Chosen(n, lstm_costs.persist(TILES[n], *shape[1:4], shape.backward, shape.int8, room[1]), *room))
     return best(found)
+
+
+def layer_cost(B: int, inputs: int, H: int, dtype: torch.dtype, device: torch.device) -> Cost | None:
+    """Of a layer of one direction with the product of its inputs, forward; None where these kernels have no room or
+    were not seen right on this device."""
+    if why_not_loaded is not None or unverified("lstm_persist", device, dtype) is not None:
+        return None
+    found = chosen(Shape(1, B, H, 1, False, False, False, dtype, device, False))
+    if isinstance(found, str):
+        return None
+    return found.cost._replace(step=found.cost.step + 4 * B * inputs * H / lstm_costs.PRODUCT)
 
 
 def best(found: Sequence[Chosen]) -> Chosen | str:

@@ -23,9 +23,10 @@ def lstm_int8(x_gates: Tensor, weight_hh: Tensor, scale: Tensor, h0: Tensor, c0:
         As ``lstm``; h itself is not rounded.
     """
     weights = weight_hh.mT.to(torch.float32)
+    wide = torch.promote_types(x_gates.dtype, torch.float32)  # a sum of integers can be larger than float16 holds
 
     def product(h: Tensor) -> Tensor:
-        return int8_product(quantized(h), weights).to(x_gates.dtype) * (scale / 127).to(x_gates.dtype)
+        return (int8_product(quantized(h), weights).to(wide) * (scale / 127).to(wide)).to(x_gates.dtype)
 
     return lstm(x_gates, product, h0, c0, None, *options)
 

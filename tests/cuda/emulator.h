@@ -250,8 +250,14 @@ FASTSEQ_UNSEEN V across(V value, int mask) {
   return found;
 }
 
+struct alignas(8) Two {
+  uint32_t x, y;
+};
 struct alignas(16) Words {
   uint32_t x, y, z, w;
+};
+struct alignas(16) Four {
+  float x, y, z, w;
 };
 inline uint32_t read_word(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 inline void write_word(uint32_t* p, uint32_t v) {

@@ -12,7 +12,7 @@ from fastseq.ops import lstm_costs
 from fastseq.ops.lstm_costs import Cost, Tile
 
 ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.jsonl"
-NARROW, WIDE, DEEP = (Tile(16, *sizes, 256, 0, 0) for sizes in ((8, 1024), (32, 1024), (8, 2048)))
+NARROW, WIDE = (Tile(16, *sizes, 256, 0, 0) for sizes in ((8, 1024), (32, 1024)))
 
 
 def measured() -> list[tuple[int, int, int, str, float]]:
@@ -36,10 +36,9 @@ def test_ways_in_triton_cost_what_was_measured() -> None:
 def test_more_work_costs_more() -> None:
     for backward in (False, True):
         steps = [lstm_costs.persist(NARROW, 8, H, backward=backward).step for H in (64, 256, 512, 1024)]
-        assert steps == sorted(steps) and steps[0] > lstm_costs.EXCHANGE
+        assert steps == sorted(steps)
         few, many = (lstm_costs.persist(t, t.rows, 1024, 1, backward).step for t in (NARROW, WIDE))
         assert few < many
-    assert NARROW.in_shared == 0 and DEEP.in_shared == (4 * 16 * 2048 * 2 - 8 * 32 * 512)
 
 
 def test_many_rows_are_cheaper_in_blocks_of_many_only_for_want_of_room() -> None:
@@ -71,6 +70,19 @@ def test_clusters_follow_each_other_where_there_is_no_room() -> None:
     assert cluster.grid(16, 300) == (16, 2) and cluster._replace(cluster=0).grid(16, 300) == (10, 2)  # a power of two
 
 
-def test_int8_weights_cost_less() -> None:
-    for tile in (WIDE, WIDE._replace(cluster=1)):
-        assert lstm_costs.persist(tile, 32, 1024, int8=True).step < lstm_costs.persist(tile, 32, 1024).step
+def test_persistent_loops_cost_what_was_measured() -> None:
+    """And the tile that the model would take is nearly the fastest of those that have room."""
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    found = [r for r in rows if r.get("table") == "persist loop" and "us_per_step" in r]
+    newest = max(r["run"] for r in found)
+    calls: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for row in (r for r in found if r["run"] == newest):
+        B, H = map(int, re.fullmatch(r"T\d+_B(\d+)_H(\d+)", row["case"]).groups())  # type: ignore[union-attr]
+        tile = Tile(*(row[name] for name in Tile._fields))
+        passes = row["mode"] == "backward", row["dtype"] == "int8"
+        cost = lstm_costs.persist(tile, B, H, 1, *passes, row["room"])
+        assert cost.step == pytest.approx(row["us_per_step"], rel=0.4), row["label"]
+        calls.setdefault((row["case"], row["mode"], row["dtype"]), []).append((cost.step, row["us_per_step"]))
+    assert len(calls) >= 20
+    for call, tiles in calls.items():
+        assert min(tiles)[1] <= 1.25 * min(measured for _, measured in tiles), call
