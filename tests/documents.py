@@ -93,7 +93,8 @@ for name, line, folder, code in json.loads(sys.stdin.read()):
 def _environment() -> dict[str, str]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PYTHONPATH": paths, "PATH": programs, "MPLBACKEND": "agg"}
+    one = {"OMP_NUM_THREADS": "1"}  # what runs here is small, and the tests share the cores with others
+    return {**os.environ, **one, "PYTHONPATH": paths, "PATH": programs, "MPLBACKEND": "agg"}
 
 
 def run_forked(jobs: Iterable[tuple[str, int, Path, str]], imported: Sequence[str] = ("torch",)) -> list[Outcome]:
