@@ -13,7 +13,7 @@ empty :=
 INTERPRETED_LSTM := $(wildcard tests/ops/test_lstm*.py) tests/ops/test_noise.py tests/ops/test_gemm.py
 PARTS := test-cuda test-core test-ops test-triton-lstm test-nn test-triton-rest test-kernels test-rest
 TWO = $(MAKE) --no-print-directory -j2 --output-sync=target
-EXTRAS := $(addprefix $(VENV)/.,bench wheel trainers)
+EXTRAS := $(addprefix $(VENV)/.,bench docs trainers wheel)
 TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 
 # a developer's build: both doors or an error, and the AVX-512 body compiled with AVX2 flags, which the tests run
@@ -21,7 +21,7 @@ export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
 .PHONY: demo test $(PARTS) test-triton bench check check-gpu budget format clean gpu
-.PHONY: wheel check-wheel hub check-arm check-trainers nightly
+.PHONY: wheel check-wheel hub check-arm check-trainers docs nightly
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
@@ -77,7 +77,7 @@ gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # what takes too long for every change; each target alone says what it needs
-nightly: check-wheel check-arm check-trainers
+nightly: check-wheel check-arm check-trainers docs
 
 # a manylinux wheel of both doors, and the source distribution. The libraries of torch, libgomp among them, are not
 # copied in: a second one in the process would be another pool of threads
@@ -101,6 +101,11 @@ hub: $(VENV)/.built $(VENV)/.wheel
 # 64-bit ARM in an emulator: core, numpy door and C interface. Needs Debian or Ubuntu with g++-aarch64-linux-gnu, qemu-user
 check-arm: $(VENV)/.built
 	$(BIN)/python -m pytest -m nightly tests/arm $(ARGS)
+
+# the documentation, into build/docs, and its notebook run; blocks, tables and messages are tested by make test
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going --quiet docs build/docs
+	$(BIN)/python -m pytest tests/test_docs.py -k notebook $(ARGS)
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ OPERATORS: dict[str, tuple[Any, Any]] = {
     "packed": (packed, packed_table),
     "mimo": (mimo, mimo_table),
 }
-README = harness.ROOT / "README.md"
+PAGE = harness.ROOT / "docs" / "performance.md"
 QUICK_FLOPS = 1e9
 MARKS = "<!-- bench:{} -->", "<!-- /bench:{} -->"
 
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="3 rounds of the small cases; writes no rows")
     parser.add_argument("--base", metavar="REF", help="also time this commit, built in a worktree, and print the ratio")
     parser.add_argument("--no-save", action="store_true", help="do not append the rows to benchmarks/results")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: write README's table from the rows")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: write the table of docs/performance.md from the rows")
     parser.add_argument("--dksplit", type=Path, metavar="FOLDER", help="where its package lies, if not installed")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="where the rows go, and come from for --markdown")
     given = parser.parse_args()
@@ -141,11 +141,11 @@ def _source(rows: list[dict[str, Any]]) -> str:
     return f"Measured on {first['device']}, {threads}, torch {first['torch']}, commit {commit}, {day}."
 
 
-def write_markdown(op: str, rows_file: Path, readme: Path) -> None:
-    """Put the newest rows of each table between the marks in ``readme``.
+def markdown(op: str, rows_file: Path) -> str:
+    """The newest rows of each table, and where they were measured.
 
     Raises:
-        SystemExit: without rows or without marks.
+        SystemExit: without rows.
     """
     rows = [row for row in harness.read(rows_file) if row["op"] == op]
     parts, sources = [], []
@@ -156,24 +156,33 @@ def write_markdown(op: str, rows_file: Path, readme: Path) -> None:
         if mine:
             parts.append(table.markdown(draw(mine)))
             sources.append(_source(mine))
+    if not parts:
+        sys.exit(f"no rows in {rows_file}; first run: python -m benchmarks.run {op}")
     if len(set(sources)) == 1:
         parts.append(sources[0])
     else:
         parts = [f"{part}\n\n{source}" for part, source in zip(parts, sources, strict=True)]
+    return "\n\n".join(parts)
+
+
+def write_markdown(op: str, rows_file: Path, page: Path) -> None:
+    """Put the newest rows of each table between the marks in ``page``.
+
+    Raises:
+        SystemExit: without rows or without marks.
+    """
     begin, end = (mark.format(op) for mark in MARKS)
-    text = readme.read_text()
-    if not parts:
-        sys.exit(f"no rows in {rows_file}; first run: python -m benchmarks.run {op}")
+    text = page.read_text()
+    block = "\n\n".join([begin, markdown(op, rows_file), end])
     if begin not in text or end not in text:
-        sys.exit(f"README.md lacks the marks {begin} and {end}")
-    block = "\n\n".join([begin, *parts, end])
-    readme.write_text(re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.S))
+        sys.exit(f"{page.name} lacks the marks {begin} and {end}")
+    page.write_text(re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.S))
 
 
 def main() -> None:
     given = arguments()
     if given.markdown:
-        write_markdown(given.op, given.rows or harness.results_file(), README)
+        write_markdown(given.op, given.rows or harness.results_file(), PAGE)
         return
     begin = time.perf_counter()
     if given.base:

@@ -1,4 +1,4 @@
-"""Tables that are printed from rows: cells, targets, and the two forms for the terminal and for README."""
+"""Tables that are printed from rows: cells, targets, and the two forms for the terminal and for pages."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def text(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table for README."""
+    """The table for a page."""
     lines = [table.header, ["---"] * len(table.header), *table.lines]
     drawn = ["| " + " | ".join([*line, *[""] * (len(table.header) - len(line))]) + " |" for line in lines]
     return "\n".join([f"**{table.title}**", "", *drawn, "", *(f"{note}  " for note in table.notes)]).rstrip()

@@ -13,7 +13,6 @@ import sysconfig
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import setuptools
@@ -21,6 +20,7 @@ import torch
 
 import fastseq
 from fastseq import _core
+from tests import documents
 
 ROOT = Path(__file__).parents[1]
 BUILD = json.loads((ROOT / "fastseq" / "_build.json").read_text())
@@ -145,35 +145,17 @@ def examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", before + section[section.index("\n## ") :], re.S)
 
 
-FORKS = """
-import json, os, sys, torch
-for example in json.loads(sys.argv[1]):
-    read, write = os.pipe()
-    if os.fork() == 0:
-        os.dup2(write, 2)
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")  # as of torchrun
-        sys.stdout = open(os.devnull, "w")
-        exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
-        sys.exit()
-    os.close(write)
-    with os.fdopen(read) as file:
-        said = file.read()
-    print("ended", json.dumps([os.wait()[1], said]), flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, list[Any]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, documents.Outcome]:
     """How each example ended and what it said on standard error, each in a process that has imported torch only."""
-    command = [sys.executable, "-c", FORKS, json.dumps(examples())]
-    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    lines = re.findall(r"^ended (.*)$", run.stdout, re.M)
-    return dict(zip(examples(), map(json.loads, lines), strict=True))
+    folder = tmp_path_factory.mktemp("readme")
+    ended = documents.run_forked(("README.md", 1, folder, example) for example in examples())
+    return dict(zip(examples(), ended, strict=True))
 
 
 @pytest.mark.parametrize("example", examples())
-def test_examples_in_the_readme_run(example: str, outcomes: dict[str, list[Any]]) -> None:
-    assert outcomes[example] == [0, ""]
+def test_examples_in_the_readme_run(example: str, outcomes: dict[str, documents.Outcome]) -> None:
+    assert outcomes[example] == (0, "")
 
 
 def namesake(folder: Path) -> None:

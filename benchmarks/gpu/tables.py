@@ -1,4 +1,4 @@
-"""Tables from the rows of a run on a GPU, and README's."""
+"""Tables from the rows of a run on a GPU, and those of docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def brief_vq(rows: Sequence[Row]) -> Table:
 
 
 def brief(rows: Sequence[Row], full: str) -> list[str]:
-    """What README shows."""
+    """What docs/gpu.md shows."""
     drawn = [t for t in (brief_persist(rows), brief_lstm(rows), brief_vq(rows)) if t.lines]
     missed = [f"{t.name}: {t.value:.3g} {t.unit}".strip() for t in targets(rows) if t.verdict == "missed"]
     told = [f"Missed of {len(targets(rows))} targets: {'; '.join(missed)}."] if missed else []

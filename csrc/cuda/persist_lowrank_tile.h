@@ -21,7 +21,7 @@ struct LowRankTile {
   static constexpr int kSums = Downs * Rank;    // numbers of a row that go from each block to all
   static constexpr int kSumTiles = kSums / 16, kPieces = kSumTiles * RowBlocks;
   // Words of other blocks that a thread has on their way at a time, beside the tiles in its registers.
-  static constexpr int kAhead = 4 * kRankTiles + kSumTiles >= 32 ? 8 : 16;
+  static constexpr int kTiles = 4 * kRankTiles + kSumTiles, kAhead = kTiles >= 40 ? 4 : kTiles >= 32 ? 8 : 16;
   static constexpr int kEntries = kSums * kRows;  // of a block
   static constexpr int kStride = kSums + 8;       // of a row of them: rows begin in different banks
   static constexpr size_t kShared =

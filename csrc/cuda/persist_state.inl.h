@@ -144,37 +144,43 @@ struct ForwardState {
   // The state that enters step s. A warp takes row after row, of each lane kEach times 8 numbers; where there are few
   // rows, several warps share one. A place is always read by the same thread.
   FASTSEQ_DEVICE void gather(int s) const {
-    constexpr int kEach = kDepth / 256, kMost = Tile::kRowBlocks < 4 ? 8 : 4;  // at a time, as registers go
-    constexpr int kRowsAtOnce = least(Tile::kRowBlocks, kEach < kMost ? kMost / kEach : 1);
-    constexpr int kCount = kRowsAtOnce * kEach;
-    const int warp = thread_index() / 32, apart = Tile::kWarps / sharing, words = static_cast<int>(width) / 2;
+    constexpr int kEach = kDepth / 256, kMost = Tile::kRowBlocks < 4 ? 8 : kInt8 ? 2 : 4;  // at a time, as registers go
+    constexpr int kSome = least(kEach, kMost), kRowsAtOnce = least(Tile::kRowBlocks, kMost / kSome);
+    const int warp = thread_index() / 32, apart = Tile::kWarps / sharing;
     const int k0 = 8 * (lane + 32 * (warp % sharing)), next = 256 * sharing;
-    const uint32_t* const from = exchange + slot_of(s - 1) * slot_words() + first_row * words + k0 / 2;
     FASTSEQ_ROLL
     for (int first = warp / sharing; first < rows; first += kRowsAtOnce * apart) {
-      const auto row_of = [&](int n) { return first + n / kEach * apart; };
-      const auto k_of = [&](int n) { return k0 + n % kEach * next; };
-      const uint32_t* const of_row = from + first * words;
-      Words found[kCount];
-      bool here[kCount];
+      FASTSEQ_ROLL
+      for (int k = k0; k < k0 + kEach * next; k += kSome * next) take<kRowsAtOnce, kSome>(s, first, apart, k, next);
       FASTSEQ_UNROLL
-      for (int n = 0; n < kCount; ++n) {
-        here[n] = row_of(n) < rows && k_of(n) < width;
-        found[n] = {Pair::mark(s + 1), 0, 0, 0};  // stale, and zeros
+      for (int n = 0; n < kRowsAtOnce; ++n) {
+        const int row = first + n * apart;
+        if (row < rows && begins(steps[row], s)) begin_row(s, row, k0, next);
       }
-      if (s > 0) {
-        await_all<kCount>(
-            [&](int n) { return here[n] && stale(found[n], s - 1); },
-            [&](int n) { found[n] = read_words(of_row + (n / kEach * apart * words + n % kEach * next / 2)); });
-      }
-      FASTSEQ_UNROLL
-      for (int n = 0; n < kCount; ++n) {
-        if (here[n]) store(s, row_of(n), k_of(n), found[n]);
-      }
-      FASTSEQ_UNROLL
-      for (int n = 0; n < kCount; n += kEach) {
-        if (row_of(n) < rows && begins(steps[row_of(n)], s)) begin_row(s, row_of(n), k0, next);
-      }
+    }
+  }
+  template <int kRowsAtOnce, int kSome>
+  FASTSEQ_DEVICE void take(int s, int first, int apart, int k0, int next) const {
+    constexpr int kCount = kRowsAtOnce * kSome;
+    const int words = static_cast<int>(width) / 2;
+    const uint32_t* const from = exchange + slot_of(s - 1) * slot_words() + (first_row + first) * words + k0 / 2;
+    const auto row_of = [&](int n) { return first + n / kSome * apart; };
+    const auto k_of = [&](int n) { return k0 + n % kSome * next; };
+    Words found[kCount];
+    bool here[kCount];
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kCount; ++n) {
+      here[n] = row_of(n) < rows && k_of(n) < width;
+      found[n] = {Pair::mark(s + 1), 0, 0, 0};  // stale, and zeros
+    }
+    if (s > 0) {
+      await_all<kCount>(
+          [&](int n) { return here[n] && stale(found[n], s - 1); },
+          [&](int n) { found[n] = read_words(from + (n / kSome * apart * words + n % kSome * next / 2)); });
+    }
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kCount; ++n) {
+      if (here[n]) store(s, row_of(n), k_of(n), found[n]);
     }
   }
 
