@@ -297,7 +297,7 @@ def test_every_part_runs_dry(part: str) -> None:
 
 def test_dry_run_from_end_to_end(tmp_path: Path) -> None:
     rows, verified = tmp_path / "rows.jsonl", tmp_path / "verified.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--parts", "parity,vq,host"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--parts", "parity,vq,lookup,mimo,host"]
     env = process.environment(1, {})
     env.pop("TRITON_INTERPRET", None)  # the parts that need it set it
     done = subprocess.run(
@@ -309,7 +309,7 @@ def test_dry_run_from_end_to_end(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert {row["table"] for row in found} == {"parity", "vq", "few rows", "tests"}
+    assert {row["table"] for row in found} == {"parity", "vq", "few rows", "mimo", "tests"}
     assert all(row["device"] == "dry run" and "commit" in row for row in found)
     assert "targets: 0 met" in done.stdout and "Kernels against float64" in done.stdout
     assert json.loads(verified.read_text())["sm_00"]["lstm"]["dtypes"] == ["bfloat16"]
