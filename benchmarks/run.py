@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="3 rounds of the small cases; writes no rows")
     parser.add_argument("--base", metavar="REF", help="also time this commit, built in a worktree, and print the ratio")
     parser.add_argument("--no-save", action="store_true", help="do not append the rows to benchmarks/results")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: write the table of docs/performance.md from the rows")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: write docs/performance.md")
     parser.add_argument("--dksplit", type=Path, metavar="FOLDER", help="where its package lies, if not installed")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="where the rows go, and come from for --markdown")
     given = parser.parse_args()

@@ -240,7 +240,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--verified", type=Path, metavar="FILE", default=KERNELS / "verified.json")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="a new one, for all that the parts say")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; keeps rows only in --rows")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: write the tables of docs/gpu.md from the rows")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: write docs/gpu.md from the rows")
     given = parser.parse_args()
     given.only = tuple(given.parts.split(",")) if given.parts else ()
     for name in given.only:
