@@ -75,7 +75,7 @@ STAGES: dict[tuple[str, ...], Share] = {
     ("lookup",): Share("lookup", 7, 10, 20),
     ("mimo",): Share("mimo", 8, 15, 45),
     ("layers",): Share("layers", 9, 20, 60),
-    SUITES: Share("tests", 10, 60, 180),
+    SUITES: Share("tests", 10, 40, 180),
 }
 PERSISTENT = ("persist-parity", "persist", "sanitizer")  # shares that need the library of csrc/cuda
 FACTS_SECONDS = 60.0
