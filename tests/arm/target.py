@@ -106,8 +106,8 @@ def compiled(source: Path, program: Path, *flags: str | Path) -> Path:
 
 
 def emulate(program: Path, *arguments: str | Path, stdin: str | None = None, **environment: str) -> str:
-    """The standard output of a program for 64-bit ARM."""
-    return run(["qemu-aarch64", "-L", system(), program, *arguments], stdin=stdin, **environment)
+    """The standard output of a program for 64-bit ARM, in a folder where Python does not find this machine's build."""
+    return run(["qemu-aarch64", "-L", system(), program, *arguments], cwd=HOME, stdin=stdin, **environment)
 
 
 def python(*arguments: str | Path, **environment: str) -> str:

@@ -52,7 +52,7 @@ def test_threads() -> None:
 def test_the_choice_of_a_set() -> None:
     code = "from fastseq import _core; print(_core.isa(), *_core.isas())"
     assert target.python("-c", code, FASTSEQ_ISA="").split() == ["neon", *SETS]
-    code = "from fastseq import _core\ntry: _core.isa()\nexcept RuntimeError as error: print(error)"
+    code = "from fastseq import _core\ntry: _core.isa()\nexcept ValueError as error: print(error)"
     assert "FASTSEQ_ISA=avx2 cannot run here; these can: scalar, neon" in target.python("-c", code, FASTSEQ_ISA="avx2")
 
 
@@ -64,8 +64,7 @@ def test_denormal_numbers_are_zeros() -> None:
     assert here.stdout == target.python("-c", code) == "[[0.]]\n"
 
 
-@pytest.mark.parametrize("threads", ["1", "3"])
-@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize(("isa", "threads"), [("scalar", "1"), ("neon", "1"), ("neon", "3")])
 def test_whole_layers(isa: str, threads: str, tmp_path: Path) -> None:
     """Straight on the core; see the driver."""
     neon = max(target.ROOT.glob("build/libraries-*/libfastseq_neon.a"), key=os.path.getmtime)
