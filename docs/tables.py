@@ -200,13 +200,17 @@ def headline() -> str:
         machine, commit = (newest(op, part)[0][name] for name in ("device", "commit"))
         shown.append(machine)
         lines.append([what, against, str(len(found)), spread(found), f"{machine.split(' (')[0]}, `{commit[:7]}`"])
-    steps = [row for row in gpu_tables.newest(harness.RESULTS) if row.get("table") == "lstm"]
-    found = [r["ratios"]["stock"][0] for r in steps if r["label"] == "fastseq" and "stock" in r.get("ratios", {})]
-    one = steps[0]
-    where = f"{one['device']}, `{one['commit'][:7]}`"
-    lines.append(
-        ["LSTM in bfloat16, training and inference", "cuDNN in bfloat16", str(len(found)), spread(found), where]
-    )
+    on_gpu = [
+        ("LSTM in bfloat16, training and inference, Triton", "cuDNN in bfloat16", "lstm", "fastseq", "stock"),
+        ("the same, weights kept on the chip", "cuDNN in bfloat16", "persist", "fastseq persist", "stock"),
+        ("the same", "cuDNN in float16", "persist", "fastseq persist", "stock float16"),
+    ]
+    measured = gpu_tables.newest(harness.RESULTS)
+    for what, against, part, ours, theirs in on_gpu:
+        steps = [row for row in measured if row.get("table") == part and row["label"] == ours]
+        found = [row["ratios"][theirs][0] for row in steps if theirs in row.get("ratios", {})]
+        where = f"{steps[0]['device']}, `{steps[0]['commit'][:7]}`"
+        lines.append([what, against, str(len(found)), spread(found), where])
     header = ["what", "against", "cases", "our time over theirs", "device, commit"]
     return table.markdown(Table("Less than 1 is faster", header, lines, []))
 
