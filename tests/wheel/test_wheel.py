@@ -125,7 +125,7 @@ from kernels.verify import Digest, Metadata
 import fastseq.nn
 
 variant, = Path(sys.argv[1]).glob("build/torch-stable-abi*-cpu-*")
-for folder in (variant, *Path(sys.argv[1]).glob("build/torch-cuda")):
+for folder in (Path(sys.argv[1], "build", "torch-cuda"), variant):
     metadata = Metadata.read_from_file(folder / "metadata.json")
     metadata.digest.validate(Digest.hash_variant(metadata.digest.algorithm, folder))
 hub = get_local_kernel(Path(sys.argv[1]), backend="cpu")
@@ -136,14 +136,15 @@ for module in (ours, theirs):
     module.load_state_dict(plain.state_dict())
 assert torch.equal(ours(x)[0], theirs(x)[0])
 torch.testing.assert_close(ours(x)[0], plain(x)[0])
-names = {torch._C._dispatch_has_kernel_for_dispatch_key(f"{n}::lstm_forward", "CPU") for n in (metadata.id, "fastseq")}
-print(len(hub.__all__), names)
+for name in (metadata.id, "fastseq"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{name}::lstm_forward", "CPU")
+print(*hub.__all__)
 """
 
 
 def test_the_layout_for_the_hub(full: Environment) -> None:
     """The Hub's own loader takes it, beside the installed package and with the same results."""
-    assert full.run("python", "-c", HUB, DIST / "hub").split()[0] == "2"
+    assert full.run("python", "-c", HUB, DIST / "hub") == "functional nn\n"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="cibuildwheel needs Python 3.11")
