@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 empty :=
 INTERPRETED_LSTM := $(wildcard tests/ops/test_lstm*.py) tests/ops/test_noise.py tests/ops/test_gemm.py
-PARTS := test-cuda test-core test-ops test-triton-lstm test-nn test-triton-rest test-kernels test-rest
+PARTS := test-core test-cuda test-rest test-ops test-nn test-triton-rest test-triton-lstm test-kernels
 TWO = $(MAKE) --no-print-directory -j2 --output-sync=target
 EXTRAS := $(addprefix $(VENV)/.,bench docs trainers wheel)
 TOOLS := $(VENV)/.tools-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
@@ -21,7 +21,7 @@ export FASTSEQ_BUILD ?= torch
 export FASTSEQ_BUILD_TEST_ISA ?= 1
 
 .PHONY: demo test $(PARTS) test-triton bench check check-gpu budget format clean gpu
-.PHONY: wheel check-wheel hub check-arm check-trainers docs nightly
+.PHONY: wheel check-wheel hub check-arm check-breaks check-trainers docs nightly
 
 demo: $(VENV)/.built
 	$(BIN)/fastseq demo $(ARGS)
@@ -76,8 +76,12 @@ bench: $(VENV)/.bench
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
+# every break of csrc/cuda is caught by the test that it names
+check-breaks: $(VENV)/.built
+	$(BIN)/python -m pytest -m nightly tests/cuda $(ARGS)
+
 # what takes too long for every change; each target alone says what it needs
-nightly: check-wheel check-arm check-trainers docs
+nightly: check-wheel check-arm check-trainers check-breaks docs
 
 # a manylinux wheel of both doors, and the source distribution. The libraries of torch, libgomp among them, are not
 # copied in: a second one in the process would be another pool of threads

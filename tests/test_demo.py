@@ -333,7 +333,7 @@ def one_chapter(monkeypatch):
     def run(budget):
         return [Section("part", [Text(f"seed {budget.seed}")])]
 
-    module = SimpleNamespace(TITLE="A title", run=run, FULL_SECONDS=2.0, QUICK_SECONDS=1.0)
+    module = SimpleNamespace(TITLE="A title", ABOUT="About it.", run=run, FULL_SECONDS=2.0, QUICK_SECONDS=1.0)
     monkeypatch.setattr(demo, "load", lambda name: module)
 
 

@@ -29,5 +29,11 @@ def test_there_are_breaks() -> None:
 
 
 @pytest.mark.parametrize("patch", BREAKS.patches, ids=lambda patch: patch.stem)
+def test_applies(patch: Path, tmp_path: Path) -> None:
+    BREAKS.broken(patch, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("patch", BREAKS.patches, ids=lambda patch: patch.stem)
 def test_is_caught(patch: Path, outcomes: dict[str, Ran | str]) -> None:
     check_caught(patch, outcomes[patch.stem])
