@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastseq import _doctor, cli
+from fastseq import _doctor
 from fastseq.ops import _library, _triton
 
 ROOT = Path(__file__).parents[1]
