@@ -58,9 +58,9 @@ def full(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return found
 
 
-def examples(title: str) -> list[str]:
-    """Those below a heading of the README."""
-    section = (ROOT / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+def examples(title: str, page: str = "README.md") -> list[str]:
+    """Those below a heading of the README or of another page."""
+    section = (ROOT / page).read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
     found: list[str] = re.findall(r"```python\n(.*?)```", section, re.S)
     return found
 
@@ -78,7 +78,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
 
 def test_without_torch(plain: Environment) -> None:
     assert "torch: not installed" in plain.run("fastseq", "info")
-    plain.run("python", "-c", *examples("Kernels without torch"))
+    plain.run("python", "-c", *examples("Kernels alone", "docs/deployment.md"))
     results = plain.run("python", "tests/core/drive.py", "--spread", "few").splitlines()
     assert results[0].startswith("isa ") and len(results) > 20000
     where = plain.run("python", "-c", "import fastseq; print(fastseq.__file__)")
@@ -113,7 +113,7 @@ def test_the_source_distribution_builds_without_torch(source: Path, tmp_path: Pa
     env = Environment(tmp_path / "env", wheel)
     info = env.run("fastseq", "info")
     assert "torch is not importable here (in an isolated build it never is" in info
-    env.run("python", "-c", *examples("Kernels without torch"))
+    env.run("python", "-c", *examples("Kernels alone", "docs/deployment.md"))
 
 
 HUB = """
