@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -169,6 +170,41 @@ def gpu() -> str:
     return "\n\n".join(gpu_tables.brief(gpu_tables.newest(harness.RESULTS), "benchmarks/results/gpu.md"))
 
 
+def persist_trials() -> str:
+    """How the persistent kernels came to their present form, and where a step goes."""
+    found = rows("h100-trials")
+    loops = [r for r in found if r["table"] == "persist loop" and (r["dtype"], r["mode"]) == ("bfloat16", "forward")]
+    forms = list(dict.fromkeys(r["variant"] for r in loops))
+    lines = []
+    for B, H in itertools.product((1, 16), (256, 512, 1024, 2048)):
+        mine = [r for r in loops if r["case"] == f"T1024_B{B}_H{H}"]
+        steps = [[r["us_per_step"] for r in mine if r["variant"] == form] for form in forms]
+        lines.append([f"B{B}_H{H}", *(f"{min(step):.2f}" if step else "-" for step in steps)])
+    told = "; ".join(f"{n}: {form}" for n, form in enumerate(forms, 1))
+    tried = Table(
+        "The loop alone, us a step by its fastest tile", ["case", *map(str, range(1, len(forms) + 1))], lines, [told]
+    )
+    phases = [r for r in found if r["table"] == "cycles of a step by phase" and r["mode"] == "forward"]
+    names = [name for name, _ in phases[0]["phases"]]
+    lines = []
+    for r in phases:
+        spent = dict(r["phases"])
+        blocks = "cluster" if r["cluster"] else "grid"
+        lines.append([r["case"], f"{r['tile']}, {blocks}", *(str(spent.get(name, "-")) for name in names)])
+    note = "of the second form, before its code was made shorter, in a build that looks at the clock"
+    clocked = Table("Cycles of a step", ["case", "tile", *names], lines, [note])
+    moved = [r for r in found if r["table"] == "gather of a projection"]
+    (copy,) = (r for r in gpu_tables.newest(harness.RESULTS) if r.get("case") == "memory copy")
+    lines = [[r["variant"].strip("_"), f"{r['us']:.0f}", f"{r['gbs']:.0f}"] for r in moved]
+    lines.append(["a copy", "-", f"{copy['value']:.0f}"])
+    mimo = Table(
+        "A first layer of MIMO in Triton, beside its product", ["kernel", "us", "GB/s"], lines, [moved[0]["case"]]
+    )
+    one = found[-1]
+    source = f"Measured on {one['device']}, torch {one['torch']}, Triton {one['triton']}, {one['date']}."
+    return "\n\n".join([*(table.markdown(t) for t in (tried, clocked, mimo)), source])
+
+
 def spread(ratios: list[float]) -> str:
     """From the best to the worst, and the geometric mean."""
     low, high = min(ratios), max(ratios)
@@ -218,6 +254,7 @@ def headline() -> str:
 PIECES: dict[str, Callable[[], str]] = {
     **{f"bench:{op}": bench(op) for op in MACHINES},
     "bench:gpu": gpu,
+    "rows:persist_trials": persist_trials,
     "rows:headline": headline,
     "rows:g2lstm": g2lstm,
     "rows:legw": legw,

@@ -52,14 +52,10 @@ def measure(case: Case, context: Context, labels: tuple[str, ...]) -> list[Row]:
 
 
 def units(context: Context) -> list[Unit]:
-    device = context.device.type
-    return [
-        Unit(
-            f"{mode} {name}",
-            6.0,
-            functools.partial(measure, Case.parse(name, mode)._replace(device=device), context, own),
-        )
-        for mode, names in context.pick(CASES, DRY).items()
-        for name in names
-        for own in [LABELS[mode][: context.pick(3, 2)]]
-    ]
+    found = []
+    for mode, names in context.pick(CASES, DRY).items():
+        labels = LABELS[mode][: context.pick(3, 2)]
+        for name in names:
+            case = Case.parse(name, mode)._replace(device=context.device.type)
+            found.append(Unit(f"{mode} {name}", 6.0, functools.partial(measure, case, context, labels)))
+    return found

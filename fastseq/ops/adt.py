@@ -59,6 +59,14 @@ def _sample(
     return reference.adt_sample(x.to(mu.dtype), mu, rho, _noise(mu, seed, samples, step), eps, low, high).to(x.dtype)
 
 
+def _values(
+    g: Tensor, x: Tensor, mu: Tensor, rho: Tensor, seed: Tensor, eps: Tensor, weight: Tensor, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the definitions of a gradient and of a step take first."""
+    noise = _noise(mu, seed, len(g), step)
+    return g.to(mu.dtype), x.to(mu.dtype), mu, rho, noise, eps, weight[:, None]
+
+
 def _ascend(
     g: Tensor,
     x: Tensor,
@@ -73,8 +81,7 @@ def _ascend(
     low: float,
     high: float,
 ) -> tuple[Tensor, ...]:
-    noise = _noise(mu, seed, len(g), step)
-    values = (g.to(mu.dtype), x.to(mu.dtype), mu, rho, noise, eps, weight[:, None])
+    values = _values(g, x, mu, rho, seed, eps, weight, step)
     return reference.adt_ascend(*values, rate, low, high, totals)
 
 
@@ -90,8 +97,7 @@ def _backward(
     low: float,
     high: float,
 ) -> Tensor:
-    noise = _noise(mu, seed, len(g), step)
-    values = (g.to(mu.dtype), x.to(mu.dtype), mu, rho, noise, eps, weight[:, None])
+    values = _values(g, x, mu, rho, seed, eps, weight, step)
     return torch.stack(reference.adt_backward(*values, low, high))
 
 

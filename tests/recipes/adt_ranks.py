@@ -1,4 +1,4 @@
-"""One process of two: run by tests/recipes/test_adt.py, which reads what each rank leaves in FOLDER."""
+"""One process of two: run by tests/recipes/test_adt_generator.py, which reads what each rank leaves in FOLDER."""
 
 from __future__ import annotations
 
