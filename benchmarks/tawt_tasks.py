@@ -6,7 +6,7 @@ from fastseq.demo.python_tags import Corpus, corpus
 from fastseq.demo.tawt_training import Setting
 
 FILES, WINDOWS, TESTS = 120, 6000, 1000  # modules, and windows of 32 tokens
-TASKS = {f"{count} examples": Setting(target=count) for count in (100, 400)}
+TASKS = {f"{count} examples": Setting(target=count) for count in (100, 400, 1000)}
 
 
 def load() -> Corpus:

@@ -115,8 +115,9 @@ def _gpu(torch: Any) -> dict[str, Any]:
             device, dtype = torch.device("cuda", 0), torch.int64  # of any dtype
             modules = kernels("_sources").modules()
             found["verified"] = [m for m in modules if kernels("_verified").doubt(m, device, dtype) is None]
-            compiled = ("lstm_persist", "lstm_persist_lowrank", "vq_lookup") if why_not_loaded is None else ()
-            found["verified"] += [m for m in compiled if unverified(m, device, dtype) is None]
+            compiled = ("lstm_persist", "lstm_persist_lowrank", "vq_lookup", "vq_screen")
+            if why_not_loaded is None:
+                found["verified"] += [m for m in compiled if unverified(m, device, dtype) is None]
     return found
 
 

@@ -11,7 +11,7 @@ from benchmarks.gpu import __main__ as main
 from benchmarks.gpu import parity_lookup, tables
 from benchmarks.gpu.parity import Kernels, _row
 from benchmarks.gpu.part import Context
-from fastseq.ops import vq_lookup
+from fastseq.ops import vq_cuda, vq_lookup
 
 DRY, REAL = (Context(torch.device("cpu"), dry) for dry in (True, False))
 
@@ -25,7 +25,7 @@ def test_what_a_dry_run_checks() -> None:
     assert gates("bfloat16") == {"odd": "passed", "one": "passed", "repeats": "passed", "streams": no, "graph": no}
     assert not list(parity_lookup.checks(Kernels(REAL, "tf32")))
     found = list(parity_lookup.checks(Kernels(REAL, "float32")))
-    assert {c.op for c in found} == {"vq_lookup", *vq_lookup.BACKEND} and {c.module for c in found} == {"vq_lookup"}
+    assert {c.op for c in found} == {"vq_lookup", *vq_cuda.BACKEND} and {c.module for c in found} == {"vq_lookup"}
     assert "parity:lookup-float32-0/1" in main.PERSIST_PARITY and main.COMPILED["lookup"] == "vq_lookup"
 
 

@@ -40,11 +40,16 @@ SHARDS = {
     **{(family, dtype): 1 for family in ("mimo", "adt") for dtype in ("bfloat16", "float32", "float16")},
     **{(family, dtype): 1 for family in ("compressed", "graph") for dtype in DTYPES},
     **{("persist", dtype): 3 for dtype in ("bfloat16", "float16")},
-    **{("lookup", dtype): 1 for dtype in ("bfloat16", "float32", "float16")},
+    **{(family, dtype): 1 for family in ("lookup", "screen") for dtype in ("bfloat16", "float32", "float16")},
     **{("persist_lowrank", dtype): 1 for dtype in ("bfloat16", "float16")},
 }
 # families of csrc/cuda, and what they verify
-COMPILED = {"persist": "lstm_persist", "persist_lowrank": "lstm_persist_lowrank", "lookup": "vq_lookup"}
+COMPILED = {
+    "persist": "lstm_persist",
+    "persist_lowrank": "lstm_persist_lowrank",
+    "lookup": "vq_lookup",
+    "screen": "vq_screen",
+}
 
 
 def parity(compiled: bool) -> tuple[str, ...]:
@@ -59,6 +64,7 @@ DRY = {  # share -> its parts, where not the first alone
         "parity:persist-bfloat16-0/1",
         "parity:persist_lowrank-bfloat16-0/1",
         "parity:lookup-float32-0/1",
+        "parity:screen-float32-0/1",
     ),
     "parity": ("parity:lstm-bfloat16-0/1", "parity:vq-float32-0/1"),
 }

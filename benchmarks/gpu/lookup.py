@@ -99,10 +99,14 @@ def units(context: Context) -> list[Unit]:
 
 
 def small(device: torch.device) -> None:
-    """A small call in several parts: what compute-sanitizer looks at."""
-    from fastseq.ops import vq_lookup
+    """A small call in several parts, and screens of every number of products: what compute-sanitizer looks at."""
+    from fastseq.ops import vq_lookup, vq_screen
 
     x, books = drawn(Case(19, 70, 33, 2), device)
     vq_lookup.lookup(vq_lookup.Call(x, books, score=True), 3)
+    for D in (40, 130):
+        x, (codes,) = drawn(Case(300, 300, D, 1), device)
+        for low, of_codes in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)):
+            vq_screen.run(vq_lookup.Call(x[None].to(low), [codes[None].to(of_codes)], score=True))
     torch.cuda.synchronize()
     print("lookup: done", flush=True)

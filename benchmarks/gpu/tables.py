@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import harness, table
 from benchmarks.gpu.part import Row
-from benchmarks.gpu.targets import fastest_exact_rival, find, targets
+from benchmarks.gpu.targets import fastest_exact_rival, find, own_lookup, targets
 from benchmarks.table import Table, by_case, failed, ms
 
 MARKS = "<!-- bench:gpu -->", "<!-- /bench:gpu -->"
@@ -216,7 +216,7 @@ def brief_vq(rows: Sequence[Row]) -> Table:
     header = ["case", "dtype", "fastseq ms", "TFLOP/s", "peak MB", "fastest exact rival", "fastseq's time over it"]
     lines = []
     for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows if r.get("table") == "vq"):
-        ours = find(rows, table="vq", case=case, dtype=dtype, label="fastseq")
+        ours = own_lookup(rows, case, dtype)
         rival = fastest_exact_rival(rows, case, dtype)
         if ours and rival:
             own = [ms(ours), f"{ours['tflops']:.4g}", f"{ours.get('peak_mb', '-')}"]

@@ -7,9 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace fastseq::cuda {
+#include "cuda/vq_number.h"
 
-enum class Number { f32, bf16, f16 };
+namespace fastseq::cuda {
 
 constexpr int kVqMostLevels = 32;
 constexpr int64_t kVqMostD = 512;  // rows and codes of a block in float32 fill the shared memory of a small GPU

@@ -9,6 +9,7 @@
 // cache without a flag or a fence. Nothing but these words, relaxed atomics, goes from block to block, and no place is
 // used twice. The blocks of a launch are on the device together, so what is waited for comes.
 #include "cuda/await.inl.h"
+#include "cuda/vq_number.inl.h"
 
 namespace fastseq::cuda {
 
@@ -42,31 +43,6 @@ FASTSEQ_DEVICE void best_of_lanes(Best (&own)[kCount]) {
     }
   }
 }
-
-struct Single {
-  static FASTSEQ_DEVICE float wide(float v) { return v; }
-  static FASTSEQ_DEVICE float narrow(float v) { return v; }
-};
-template <class Of>
-using Stored = decltype(Of::narrow(0.0f));
-template <class Of>
-FASTSEQ_DEVICE float read_as(const void* from, int64_t at) {
-  return Of::wide(static_cast<const Stored<Of>*>(from)[at]);
-}
-// Calls f with what numbers are.
-template <class F>
-FASTSEQ_DEVICE void with_type(Number number, F f) {
-  if (number == Number::f32) {
-    f(Single());
-  } else if (number == Number::bf16) {
-    f(Bfloat16());
-  } else {
-    f(Float16());
-  }
-}
-
-FASTSEQ_DEVICE float infinity() { return float_of(0x7f800000u); }
-FASTSEQ_DEVICE bool is_finite(float v) { return fabsf(v) < infinity(); }
 
 struct Lookup {
   static constexpr int kWarps = kVqThreads / 32 - 1, kRows = kVqRows, kCodes = kVqCodes;
@@ -229,16 +205,6 @@ struct Lookup {
     best_of_lanes(best);
   }
 
-  FASTSEQ_DEVICE void write_index(int64_t at, int k) const {
-    if (of.bits == 64) {
-      static_cast<int64_t*>(of.index)[at] = k;
-    } else if (of.bits == 32) {
-      static_cast<int32_t*>(of.index)[at] = k;
-    } else {
-      static_cast<int16_t*>(of.index)[at] = static_cast<int16_t>(k);
-    }
-  }
-
   // Takes the codes of a level away from the warp's rows.
   FASTSEQ_DEVICE void take(int m) {
     const VqLevel& level = of.level[m];
@@ -287,7 +253,7 @@ struct Lookup {
   FASTSEQ_DEVICE void keep(int m, int own, int k, float apart, float least) const {
     const int64_t n = row(own), at = (g * of.levels + m) * of.N + n;
     chosen[m * kRows + slot(own)] = k;
-    write_index((g * of.N + n) * of.levels + m, k);
+    write_index(of.index, of.bits, (g * of.N + n) * of.levels + m, k);
     if (of.distance) of.distance[at] = apart;
     if (of.score) of.score[at] = least;
   }

@@ -1,17 +1,9 @@
 #include "cuda/vq_lookup.h"
 
-#include "torch_cuda/view.h"
+#include "torch_cuda/vq_number.h"
 
 namespace fastseq::torch_door {
 namespace {
-
-cuda::Number number_of(const char* op, const char* name, const Tensor& tensor) {
-  const door::Type type = type_of(tensor);
-  if (type == door::Type::f32) return cuda::Number::f32;
-  if (type == door::Type::bf16) return cuda::Number::bf16;
-  if (type == door::Type::f16) return cuda::Number::f16;
-  door::fail(op, name, " must be float32, bfloat16 or float16, got ", door::name_of(type));
-}
 
 void check_sizes(const char* op, int64_t G, int64_t N, int64_t D, int64_t levels) {
   if (G < 1 || N < 1 || D < 1) door::fail(op, "G, N and D must be at least 1, got ", G, ", ", N, " and ", D);
@@ -58,11 +50,7 @@ void vq_lookup(Tensor x, std::vector<Tensor> codebooks, Optional mask, Optional 
   call.mask = static_cast<const bool*>(in("mask", mask, Type::boolean, "[G, N]", {G, N}));
   call.depth = static_cast<const int64_t*>(in("levels", levels, Type::i64, "[N]", {N}));
   call.dot = dot;
-  const ScalarType bits = index.scalar_type();
-  if (bits != ScalarType::Short && bits != ScalarType::Int && bits != ScalarType::Long) {
-    door::fail(op, "index must be int16, int32 or int64, got ", door::name_of(type_of(index)));
-  }
-  call.bits = 8 * static_cast<int>(index.element_size());
+  call.bits = bits_of(op, index);
   call.index = in("index", index, type_of(index), "[G, N, M]", {G, N, M});
   call.distance = static_cast<float*>(in("distance", distance, Type::f32, "[G, M, N]", {G, M, N}));
   call.score = static_cast<float*>(in("score", score, Type::f32, "[G, M, N]", {G, M, N}));

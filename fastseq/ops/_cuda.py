@@ -46,7 +46,7 @@ def unverified(module: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 
 def cuda_backend(
-    module: str,
+    module: str | Callable[[Any], str],
     call_of: Callable[..., Any],
     run: Callable[[Any], Any],
     why_not: Callable[[Any], str | None],
@@ -59,7 +59,7 @@ def cuda_backend(
     FASTSEQ_BACKEND=cuda: there not even an unverified backend gives way to them.
 
     Args:
-        module: the name of the result row in ``verified.json``.
+        module: the name of the result row in ``verified.json``, or what tells it of a call.
         call_of: makes the operator's arguments into what the others take, whose ``data`` has the dtype that counts.
         why_not: further reasons. doubt: why another backend may be faster.
     """
@@ -80,7 +80,7 @@ def cuda_backend(
         own = why_not(call)
         if own is not None or allowed() == "cuda":
             return own
-        return unverified(module, device, call.data.dtype)
+        return unverified(module if isinstance(module, str) else module(call), device, call.data.dtype)
 
     return Backend(
         "cuda",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fastseq import reference
-from fastseq.ops import vq_lookup
+from fastseq.ops import vq_cuda
 from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode, wide
 
@@ -128,8 +128,8 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 BACKENDS = {
-    "vq_nearest": backends("vq_nearest", _nearest_reference, "vq_nearest", vq_lookup.BACKEND["vq_nearest"]),
-    "vq_quantize": backends("vq_quantize", _quantize_reference, "vq_quantize", vq_lookup.BACKEND["vq_quantize"]),
+    "vq_nearest": backends("vq_nearest", _nearest_reference, "vq_nearest", vq_cuda.BACKEND["vq_nearest"]),
+    "vq_quantize": backends("vq_quantize", _quantize_reference, "vq_quantize", vq_cuda.BACKEND["vq_quantize"]),
     "vq_sums": backends("vq_sums", _sums_reference, "vq_sums"),
     "vq_backward": backends("vq_backward", _backward_reference, "vq_backward"),
 }

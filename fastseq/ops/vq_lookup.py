@@ -1,5 +1,5 @@
-"""``fastseq::vq_lookup``: few rows through a stack of codebooks, ``csrc/cuda/vq_lookup.h``, and the backend "cuda" of
-the quantizers' operators.
+"""``fastseq::vq_lookup``: few rows through a stack of codebooks, ``csrc/cuda/vq_lookup.h``; one of the two ways of the
+backend "cuda" of the quantizers' operators, see ``vq_cuda``.
 
 x [G, N, D], codebooks M of [G, K, D], mask [G, N], levels [N]. Written: index [G, N, M], distance and score [G, M, N],
 quantized [G, N, D]. The numbers below say up to where it comes before triton's way: those marked so are estimates.
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq.ops._cuda import cuda_backend
 from fastseq.ops._library import library
 
 library.define(
@@ -53,7 +52,9 @@ class Call(NamedTuple):
     score: bool = False
     quantized: bool = True
     keep: bool = False  # the codes, copied
-    lacks: str | None = None  # an option that it does not have
+    sums: bool = False  # counts and sums by code
+    best: int = 1
+    screen: int = 2  # 0: none, 1: one where there can be, 2: where it is faster
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -80,24 +81,6 @@ class Found(NamedTuple):
     quantized: Tensor
 
 
-def _of_nearest(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, best: int, bits: int, distance: bool, score: bool,
-    screen: int,
-) -> Call:  # fmt: skip
-    lacks = "only the nearest code, best = 1" if best > 1 else "no screen" if screen == 1 else None
-    return Call(x, [codebook], mask, None, dot, bits, distance, score, False, lacks=lacks)
-
-
-def _of_quantize(x: Tensor, codebook: Tensor, mask: Tensor | None, dot: bool, sums: bool) -> Call:
-    return Call(x, [codebook], mask, None, dot, lacks="no sums by code" if sums else None)
-
-
-def _of_residual(
-    x: Tensor, codebooks: list[Tensor], mask: Tensor | None, levels: Tensor | None, sums: bool, keep: bool
-) -> Call:
-    return Call(x, codebooks, mask, levels, keep=keep, lacks="no sums by code" if sums else None)
-
-
 @functools.lru_cache(maxsize=1024)
 def _parts(device: torch.device, G: int, N: int, D: int, sizes: tuple[int, ...]) -> int | None:
     """In how many parts the codes are looked at, 0 where the device has no room; None: there is no device, as for fake
@@ -112,17 +95,22 @@ def _parts_of(call: Call) -> int | None:
     return _parts(call.data.device, *call.size, call.sizes)
 
 
-def _why_not(call: Call) -> str | None:
-    (G, N, D), M = call.size, len(call.codebooks)
+def lacking(call: Call) -> str | None:
+    """What neither way has."""
     for name, dtype in (("x", call.data.dtype), *(("codes", c.dtype) for c in call.codebooks)):
         if dtype not in DTYPES:
             return f"only float32, bfloat16 and float16, {name} are {str(dtype).removeprefix('torch.')}"
     if len({c.dtype for c in call.codebooks}) > 1:
         return "codebooks of several dtypes"
-    if call.lacks is not None:
-        return call.lacks
-    if G == 0 or N == 0:
-        return "no rows"
+    if call.best > 1:
+        return "only the nearest code, best = 1"
+    return None if min(call.size[:2]) else "no rows"
+
+
+def why_not(call: Call) -> str | None:
+    (_, _, D), M = call.size, len(call.codebooks)
+    if call.sums:
+        return "no sums by code of few rows"
     if D > MOST_D:
         return f"D = {D} is more than it holds, D <= {MOST_D} is not"
     if M > MOST_LEVELS:
@@ -133,7 +121,7 @@ def _why_not(call: Call) -> str | None:
     return None if parts else f"needs {call.groups} blocks of threads at a time, the device holds fewer"
 
 
-def _doubt(call: Call) -> str | None:
+def doubt(call: Call) -> str | None:
     """Where triton's way is said to cost less: more rows, or more work than pays for its launches."""
     (G, N, D), sizes = call.size, call.sizes
     if G * N > MOST_ROWS:
@@ -144,7 +132,7 @@ def _doubt(call: Call) -> str | None:
     return None
 
 
-def _detail(call: Call) -> str:
+def detail(call: Call) -> str:
     parts, few = _parts_of(call), min(ROWS, call.size[1])
     return f"one launch: {call.groups} groups of up to {few} rows, the codes in {parts} parts"
 
@@ -166,33 +154,7 @@ def lookup(call: Call, parts: int) -> Found:
     return Found(index, distance, score, quantized)
 
 
-def _run(call: Call) -> Found:
+def run(call: Call) -> Found:
     parts = _parts_of(call)
     assert parts, "no room"
     return lookup(call, parts)
-
-
-def _nearest(call: Call) -> tuple[Tensor, ...]:
-    found = _run(call)
-    return found.index, *(v.view(found.index.shape) if v.numel() else v for v in (found.distance, found.score))
-
-
-def _quantize(call: Call) -> tuple[Tensor, ...]:
-    index, distance, none, quantized = _run(call)
-    return quantized, index[..., 0], distance[:, 0], none, torch.empty_like(none)
-
-
-def _residual(call: Call) -> tuple[Tensor, ...]:
-    index, distance, none, quantized = _run(call)
-    codes = torch.cat(list(call.codebooks)) if call.keep else call.codebooks[0].new_empty(0)
-    return quantized, index[0], distance[0], none, torch.empty_like(none), codes
-
-
-BACKEND = {
-    op: cuda_backend("vq_lookup", call_of, run, _why_not, _detail, _doubt)
-    for op, call_of, run in (
-        ("vq_nearest", _of_nearest, _nearest),
-        ("vq_quantize", _of_quantize, _quantize),
-        ("vq_residual", _of_residual, _residual),
-    )
-}

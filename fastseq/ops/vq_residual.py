@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fastseq import reference
-from fastseq.ops import vq_lookup
+from fastseq.ops import vq_cuda
 from fastseq.ops._library import backends, fake, library, register
 from fastseq.ops._transforms import apply, one_by_one, refuse_forward_mode, wide
 from fastseq.ops.vq import GRADIENTS
@@ -72,7 +72,7 @@ def _backward_reference(*args: Any) -> Tensor:
 
 
 BACKENDS = {
-    "vq_residual": backends("vq_residual", _reference, "vq_residual", vq_lookup.BACKEND["vq_residual"]),
+    "vq_residual": backends("vq_residual", _reference, "vq_residual", vq_cuda.BACKEND["vq_residual"]),
     "vq_residual_backward": backends("vq_residual_backward", _backward_reference, "vq_residual"),
 }
 for _op in BACKENDS:

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -54,12 +55,17 @@ struct Block {
   int threads, arrived = 0;
   int64_t done = 0;
 };
+struct Copies {  // into shared memory that a thread has begun, see emulator_copy.h
+  std::vector<std::function<void()>> begun;
+  std::deque<std::vector<std::function<void()>>> closed;
+};
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
   Block* block = nullptr;
   int thread = 0;
   int64_t instructions = 0;
+  Copies copies;
   bool finished = false;
   void* sanitized = nullptr;
 };

@@ -44,6 +44,11 @@ def test_no_race_of_the_lookup(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr[-4000:]
 
 
+def test_no_race_of_the_screen(tmp_path: Path) -> None:
+    found = ran("vq_screen_races.cpp", tmp_path, 0)
+    assert found.returncode == 0, found.stderr[-4000:]
+
+
 def test_the_exchange_of_threads_that_are_late(tmp_path: Path) -> None:
     """What goes from block to block is what one thread alone finds, although nothing but the words orders it."""
     found = ran("threads.cpp", tmp_path, 0)

@@ -6,6 +6,7 @@
 #include "cuda/persist_lowrank_tile.h"
 #include "cuda/persist_tile.h"
 #include "cuda/vq_plan.h"
+#include "cuda/vq_screen_tile.h"
 
 int main() {
 #define FASTSEQ_LINE(n, ...)                                                                                     \
@@ -22,6 +23,14 @@ int main() {
     std::printf("LowRankTile;" #__VA_ARGS__ ";tile " #n ";%d;%zu;%zu\n", Of::kThreads, Of::kShared, Of::kShared); \
   }
   FASTSEQ_LOWRANK_TILES(FASTSEQ_LINE)
+#undef FASTSEQ_LINE
+#define FASTSEQ_LINE(...)                                                                                             \
+  {                                                                                                                   \
+    using Of = fastseq::cuda::ScreenTile<__VA_ARGS__>;                                                                \
+    std::printf("ScreenTile;" #__VA_ARGS__ ";" #__VA_ARGS__ ";%d;%zu;%zu\n", Of::kThreads, Of::kShared, Of::kShared); \
+  }
+  FASTSEQ_SCREEN_ONE(FASTSEQ_LINE)
+  FASTSEQ_SCREEN_MORE(FASTSEQ_LINE)
 
   using namespace fastseq::cuda;
   const size_t shared = vq_shared(kVqMostD, kVqMostLevels);

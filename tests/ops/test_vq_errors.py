@@ -13,7 +13,7 @@ from torch import Tensor
 from fastseq import functional as F
 from fastseq import reference
 from fastseq._check import ArgumentError
-from fastseq.ops import vq_lookup
+from fastseq.ops import vq_cuda
 from fastseq.ops._select import choose
 from tests.ops import vq_cases as cases
 from tests.ops.vq_cases import Case
@@ -381,7 +381,7 @@ def test_nothing_is_converted_by_numpy() -> None:
 @pytest.mark.parametrize("op", CALLS)
 def test_another_device_is_named(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     monkeypatch.setenv("FASTSEQ_BACKEND", "cpu")
-    cuda = "cuda: FASTSEQ_BACKEND=cpu; " if op in vq_lookup.BACKEND else ""
+    cuda = "cuda: FASTSEQ_BACKEND=cpu; " if op in vq_cuda.BACKEND else ""
     with pytest.raises(RuntimeError, match=f"cpu: input is on meta; {cuda}triton: FASTSEQ_BACKEND=cpu; reference"):
         choose(op, cases.BACKENDS[op], torch.zeros(2, 3, 4, device="meta"))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastseq import functional
-from fastseq.ops import _cuda, _library, vq_lookup
+from fastseq.ops import _cuda, _library, vq_cuda, vq_lookup
 from fastseq.ops._select import consider
 from fastseq.ops._triton import interpreted, kernels, why_not_triton
 from tests.cuda import vq_lookup as emulated
@@ -135,7 +135,7 @@ def reason(op: str, args: list[Any], ask: str = "why_not") -> Any:
         return getattr(backend(op), ask)(*on_cuda(args))
 
 
-OPERATORS = list(vq_lookup.BACKEND)
+OPERATORS = list(vq_cuda.BACKEND)
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -168,9 +168,8 @@ def test_what_it_is_not_for(op: str, here: pytest.MonkeyPatch) -> None:
 def test_options_that_it_has_not(here: pytest.MonkeyPatch) -> None:
     here.setenv("FASTSEQ_BACKEND", "cuda")
     assert reason("vq_nearest", arguments("vq_nearest", best=2)) == "only the nearest code, best = 1"
-    assert reason("vq_nearest", arguments("vq_nearest", screen=1)) == "no screen"
     for op in ("vq_quantize", "vq_residual"):
-        assert reason(op, arguments(op, sums=True)) == "no sums by code"
+        assert reason(op, arguments(op, sums=True)) == "no sums by code of few rows"
     books = [torch.zeros(3, 9), torch.zeros(3, 9, dtype=LOW)]
     assert reason("vq_residual", arguments("vq_residual", codebooks=books)) == "codebooks of several dtypes"
     args = arguments("vq_residual", codebooks=books[:1] * 33)
@@ -207,7 +206,7 @@ def test_what_the_device_is_asked_for_is_remembered(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.fastseq, "vq_lookup_parts", lambda *args: asked.append(args) or 3, raising=False)
     vq_lookup._parts.cache_clear()
-    call = vq_lookup._of_quantize(torch.zeros(2, 3, 4), torch.zeros(2, 50, 4), None, False, False)
+    call = vq_cuda._of_quantize(torch.zeros(2, 3, 4), torch.zeros(2, 50, 4), None, False, False)
     assert vq_lookup._parts_of(call) == vq_lookup._parts_of(call) == 3
     assert asked == [(0, 2, 3, 4, (50,))]
     vq_lookup._parts.cache_clear()

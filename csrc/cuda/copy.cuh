@@ -1,0 +1,49 @@
+// Copies into shared memory that go on while their thread does other things; beside device.cuh, and like it replaced
+// by tests.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace fastseq::cuda {
+
+// 16 bytes; both places are 16-byte aligned.
+FASTSEQ_DEVICE void copy_begin(void* shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(from) : "memory");
+}
+// What the thread has begun since the last call is one group, if nothing at all.
+FASTSEQ_DEVICE void copies_close() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All groups of the thread have arrived but the last kLater.
+template <int kLater>
+FASTSEQ_DEVICE void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
+
+// load_blocks by addresses within shared memory, which are added up with half as many registers as pointers are.
+FASTSEQ_DEVICE uint32_t address_of(const void* shared) { return shared_address(shared); }
+FASTSEQ_DEVICE void load_blocks_at(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+// A number that nothing writes while the kernel runs, or zero. No branch: many can be asked for together.
+FASTSEQ_DEVICE uint32_t read_if(bool there, const uint32_t* p) {
+  uint32_t v;
+  asm("{\n.reg .pred q;\nsetp.ne.b32 q, %2, 0;\nmov.b32 %0, 0;\n@q ld.global.nc.b32 %0, [%1];\n}"
+      : "=r"(v)
+      : "l"(p), "r"(static_cast<int>(there)));
+  return v;
+}
+FASTSEQ_DEVICE uint32_t read_if(bool there, const uint16_t* p) {
+  uint16_t v;
+  asm("{\n.reg .pred q;\nsetp.ne.b32 q, %2, 0;\nmov.b16 %0, 0;\n@q ld.global.nc.b16 %0, [%1];\n}"
+      : "=h"(v)
+      : "l"(p), "r"(static_cast<int>(there)));
+  return v;
+}
+
+// The first of so many places in a list that all threads of the device share; in any order.
+FASTSEQ_DEVICE int take_places(int32_t* taken, int count) { return atomicAdd(taken, count); }
+
+}  // namespace fastseq::cuda

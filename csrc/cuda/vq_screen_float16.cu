@@ -1,0 +1,11 @@
+#include "cuda/vq_screen_kernels.cuh"
+
+namespace fastseq::cuda {
+
+ScreenKernel screen_float16(int row_pieces, int code_pieces, int depth) {
+  using Low = Float16;
+  FASTSEQ_SCREEN_ONE(FASTSEQ_SCREEN_CASE)
+  return {};
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,51 @@
+// The names of csrc/cuda/copy.cuh on the CPU. What a copy brings is there when its group is waited for and not before;
+// what was there before is gone when the copy begins.
+#pragma once
+
+#include <cstring>
+
+#include "tests/cuda/emulator.h"
+
+namespace fastseq::cuda {
+
+namespace emulated {
+
+// Writes that the sanitizer sees.
+__attribute__((noinline)) inline void write_bytes(void* to, const void* from) {
+  for (int n = 0; n < 4; ++n) {
+    static_cast<uint32_t*>(to)[n] = from ? static_cast<const uint32_t*>(from)[n] : 0xffffffffu;
+  }
+}
+
+}  // namespace emulated
+
+inline void copy_begin(void* shared, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(from)) % 16) {
+    emulated::fail("16 bytes are copied where they cannot begin");
+  }
+  emulated::write_bytes(shared, nullptr);
+  emulated::current->copies.begun.push_back([=] { emulated::write_bytes(shared, from); });
+}
+inline void copies_close() {
+  emulated::Copies& own = emulated::current->copies;
+  own.closed.push_back(std::move(own.begun));
+  own.begun.clear();
+}
+template <int kLater>
+void copies_wait() {
+  auto& closed = emulated::current->copies.closed;
+  for (; closed.size() > kLater; closed.pop_front()) {
+    for (const auto& copy : closed.front()) copy();
+  }
+}
+inline uint32_t address_of(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - emulated::current->block->base);
+}
+inline void load_blocks_at(uint32_t (&r)[4], uint32_t row) {
+  load_blocks(r, reinterpret_cast<const uint16_t*>(emulated::current->block->base + row));
+}
+inline uint32_t read_if(bool there, const uint32_t* p) { return there ? *p : 0; }
+inline uint32_t read_if(bool there, const uint16_t* p) { return there ? *p : 0; }
+inline int take_places(int32_t* taken, int count) { return __atomic_fetch_add(taken, count, __ATOMIC_RELAXED); }
+
+}  // namespace fastseq::cuda
