@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 T = 50  # characters of a window
-EXAMPLES = 2048  # of an epoch: a multiple of the largest batch
+IMAGES, WINDOWS = 3584, 16384  # of an epoch: multiples of the largest batch
 
 
 class Data(NamedTuple):
@@ -81,7 +81,7 @@ def _rows() -> Splits:
 
     found = MIMO["mnist rows"].load()
     training, rest = (
-        Data(*(part[half] for part in found.train[:2])) for half in (slice(EXAMPLES), slice(EXAMPLES, None))
+        Data(*(part[half] for part in found.train[:2])) for half in (slice(IMAGES), slice(IMAGES, None))
     )
     return Splits(training, rest, Data(found.test.x, found.test.labels))
 
@@ -105,7 +105,7 @@ def _text() -> tuple[Tensor, int]:
 
 def _characters() -> Splits:
     windows, _ = _text()
-    ends = (0, EXAMPLES, EXAMPLES + 1024, EXAMPLES + 2048)
+    ends = (0, WINDOWS, WINDOWS + 1024, WINDOWS + 2048)
     parts = (windows[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True))
     return Splits(*(Data(part[:, :-1], part[:, 1:]) for part in parts))
 
@@ -154,11 +154,11 @@ CHARACTERS = Task(
     lambda: Characters(_text()[1]),
     "bits per character",
     bits,
-    base_batch=2,
-    base_warmup_epochs=0.05,
-    epochs=8,
+    base_batch=8,
+    base_warmup_epochs=0.025,
+    epochs=4,
     rates=(0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
-    schedule={"decay": "exponential", "gamma": 0.6, "decay_start": 4.0},
+    schedule={"decay": "exponential", "gamma": 0.6, "decay_start": 2.0},
     clip=1.0,
     optimizer=_momentum,
 )
