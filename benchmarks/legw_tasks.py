@@ -80,9 +80,7 @@ def _rows() -> Splits:
     from benchmarks.mimo_tasks import TASKS as MIMO
 
     found = MIMO["mnist rows"].load()
-    training, rest = (
-        Data(*(part[half] for part in found.train[:2])) for half in (slice(IMAGES), slice(IMAGES, None))
-    )
+    training, rest = (Data(*(part[half] for part in found.train[:2])) for half in (slice(IMAGES), slice(IMAGES, None)))
     return Splits(training, rest, Data(found.test.x, found.test.labels))
 
 

@@ -71,9 +71,9 @@ def drawn(kernels: Kernels, name: str, seed: int = 0) -> Call:
 
 def parts_of(kernels: Kernels, call: Call) -> int:
     """The most, which is what an operator takes."""
-    found = 3 if kernels.context.dry else vq_lookup._parts_of(call)
+    found = 3 if kernels.context.dry else vq_lookup.parts_of(call.shape)
     if not found:
-        raise CannotRun(f"needs {call.groups} blocks of threads at a time, the device holds fewer")
+        raise CannotRun(f"needs {call.shape.groups} blocks of threads at a time, the device holds fewer")
     return found
 
 

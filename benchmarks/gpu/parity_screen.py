@@ -47,7 +47,7 @@ def drawn(kernels: Kernels, case: Case, mixed: bool, seed: int = 0) -> Call:
     x, codebook, mask = vq_cases.inputs(case, seed=seed)
     codes = codebook.to(device, torch.float32 if mixed else low)
     call = Call(x.to(device, low), [codes], None if mask is None else mask.to(device), dot=case.dot, score=True)
-    if case.D % 2 and vq_screen._products(call) < 3:
+    if case.D % 2 and vq_screen.products(call.shape) < 3:
         raise CannotRun(f"D = {case.D} is odd")
     return call
 

@@ -4,6 +4,7 @@ on tensor cores (``vq_screen``).
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastseq.ops import vq_lookup, vq_screen
 from fastseq.ops._cuda import cuda_backend
 from fastseq.ops._triton import kernels
-from fastseq.ops.vq_lookup import Call
+from fastseq.ops.vq_lookup import Call, Shape
 
 
 def _of_nearest(
@@ -32,32 +33,47 @@ def _of_residual(
     return Call(x, codebooks, mask, levels, keep=keep, sums=sums)
 
 
-def _way(call: Call) -> ModuleType:
+@functools.lru_cache(maxsize=1024)
+def way(shape: Shape) -> ModuleType:
     """A screen where it is asked for, or where it can and few rows in one launch cannot or are not better."""
-    if call.screen == 1:
+    if shape.screen == 1:
         return vq_screen
-    if vq_screen.why_not(call) is not None:
+    if vq_screen.why_not(shape) is not None:
         return vq_lookup
-    few = vq_lookup.why_not(call) is None and vq_lookup.doubt(call) is None
+    few = vq_lookup.why_not(shape) is None and vq_lookup.doubt(shape) is None
     return vq_lookup if few else vq_screen
 
 
+def _lacking(shape: Shape) -> str | None:
+    """What neither way has."""
+    for name, dtype in zip(("x", *["codes"] * len(shape.sizes)), shape.dtypes, strict=True):
+        if dtype not in vq_lookup.DTYPES:
+            return f"only float32, bfloat16 and float16, {name} are {str(dtype).removeprefix('torch.')}"
+    if len(set(shape.dtypes[1:])) > 1:
+        return "codebooks of several dtypes"
+    if shape.best > 1:
+        return "only the nearest code, best = 1"
+    return None if min(shape.size[:2]) else "no rows"
+
+
+@functools.lru_cache(maxsize=1024)
+def why_not(shape: Shape) -> str | None:
+    found: str | None = _lacking(shape) or way(shape).why_not(shape)
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def doubt(shape: Shape) -> str | None:
+    found: str | None = way(shape).doubt(shape)
+    return found
+
+
 def _module(call: Call) -> str:
-    return "vq_screen" if _way(call) is vq_screen else "vq_lookup"
-
-
-def _why_not(call: Call) -> str | None:
-    found: str | None = vq_lookup.lacking(call) or _way(call).why_not(call)
-    return found
-
-
-def _doubt(call: Call) -> str | None:
-    found: str | None = _way(call).doubt(call)
-    return found
+    return "vq_screen" if way(call.shape) is vq_screen else "vq_lookup"
 
 
 def _detail(call: Call) -> str:
-    found: str = _way(call).detail(call)
+    found: str = way(call.shape).detail(call.shape)
     return found
 
 
@@ -71,12 +87,12 @@ def _sums(call: Call, index: Tensor) -> tuple[Tensor, ...]:
 
 
 def _nearest(call: Call) -> tuple[Tensor, ...]:
-    found = _way(call).run(call)
+    found = way(call.shape).run(call)
     return found.index, *(v.view(found.index.shape) if v.numel() else v for v in (found.distance, found.score))
 
 
 def _quantize(call: Call) -> tuple[Tensor, ...]:
-    found = _way(call).run(call)
+    found = way(call.shape).run(call)
     index = found.index[..., 0]
     return found.quantized, index, found.distance[:, 0], *_sums(call, index)
 
@@ -88,7 +104,7 @@ def _residual(call: Call) -> tuple[Tensor, ...]:
 
 
 BACKEND = {
-    op: cuda_backend(_module, call_of, run, _why_not, _detail, _doubt)
+    op: cuda_backend(_module, call_of, run, lambda c: why_not(c.shape), _detail, lambda c: doubt(c.shape))
     for op, call_of, run in (
         ("vq_nearest", _of_nearest, _nearest),
         ("vq_quantize", _of_quantize, _quantize),

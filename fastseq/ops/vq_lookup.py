@@ -39,6 +39,25 @@ def _(*args: Any) -> None:
     """Everything is written into tensors that are given."""
 
 
+class Shape(NamedTuple):
+    """What the choice of a way depends on."""
+
+    device: torch.device
+    size: tuple[int, int, int]  # G, N, D
+    sizes: tuple[int, ...]  # K of each level
+    dtypes: tuple[torch.dtype, ...]  # of x, and of the codes of each level
+    grouped: bool  # x has G
+    sums: bool
+    best: int
+    screen: int
+
+    @property
+    def groups(self) -> int:
+        """Of rows that blocks of threads share."""
+        G, N, _ = self.size
+        return G * math.ceil(N / ROWS)
+
+
 class Call(NamedTuple):
     """Arguments of any of the operators that have this backend, in one form."""
 
@@ -62,14 +81,10 @@ class Call(NamedTuple):
         return G, N, D
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(c.shape[-2] for c in self.codebooks)
-
-    @property
-    def groups(self) -> int:
-        """Of rows that blocks of threads share."""
-        G, N, _ = self.size
-        return G * math.ceil(N / ROWS)
+    def shape(self) -> Shape:
+        x, books = self.data, self.codebooks
+        sizes, dtypes = tuple(c.shape[-2] for c in books), (x.dtype, *(c.dtype for c in books))
+        return Shape(x.device, self.size, sizes, dtypes, x.dim() == 3, self.sums, self.best, self.screen)
 
 
 class Found(NamedTuple):
@@ -82,59 +97,43 @@ class Found(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _parts(device: torch.device, G: int, N: int, D: int, sizes: tuple[int, ...]) -> int | None:
+def parts_of(shape: Shape) -> int | None:
     """In how many parts the codes are looked at, 0 where the device has no room; None: there is no device, as for fake
     tensors."""
     if not torch.cuda.is_available():
         return None
-    found: int = torch.ops.fastseq.vq_lookup_parts(device.index or 0, G, N, D, sizes)
+    found: int = torch.ops.fastseq.vq_lookup_parts(shape.device.index or 0, *shape.size, shape.sizes)
     return found
 
 
-def _parts_of(call: Call) -> int | None:
-    return _parts(call.data.device, *call.size, call.sizes)
-
-
-def lacking(call: Call) -> str | None:
-    """What neither way has."""
-    for name, dtype in (("x", call.data.dtype), *(("codes", c.dtype) for c in call.codebooks)):
-        if dtype not in DTYPES:
-            return f"only float32, bfloat16 and float16, {name} are {str(dtype).removeprefix('torch.')}"
-    if len({c.dtype for c in call.codebooks}) > 1:
-        return "codebooks of several dtypes"
-    if call.best > 1:
-        return "only the nearest code, best = 1"
-    return None if min(call.size[:2]) else "no rows"
-
-
-def why_not(call: Call) -> str | None:
-    (_, _, D), M = call.size, len(call.codebooks)
-    if call.sums:
+def why_not(shape: Shape) -> str | None:
+    D, M = shape.size[2], len(shape.sizes)
+    if shape.sums:
         return "no sums by code of few rows"
     if D > MOST_D:
         return f"D = {D} is more than it holds, D <= {MOST_D} is not"
     if M > MOST_LEVELS:
         return f"{M} levels are more than it has room for, {MOST_LEVELS} are not"
-    parts = _parts_of(call)
+    parts = parts_of(shape)
     if parts is None:
         return "no CUDA device is here"
-    return None if parts else f"needs {call.groups} blocks of threads at a time, the device holds fewer"
+    return None if parts else f"needs {shape.groups} blocks of threads at a time, the device holds fewer"
 
 
-def doubt(call: Call) -> str | None:
+def doubt(shape: Shape) -> str | None:
     """Where triton's way is said to cost less: more rows, or more work than pays for its launches."""
-    (G, N, D), sizes = call.size, call.sizes
+    G, N, D = shape.size
     if G * N > MOST_ROWS:
         return f"{G * N} rows are more than the {MOST_ROWS} up to which one launch is faster by our estimate"
-    work = G * N * D * sum(sizes)
+    work = G * N * D * sum(shape.sizes)
     if work > MOST_WORK:
         return f"{work / 1e9:.2g}e9 multiply-adds are more than pays for one launch by our estimate"
     return None
 
 
-def detail(call: Call) -> str:
-    parts, few = _parts_of(call), min(ROWS, call.size[1])
-    return f"one launch: {call.groups} groups of up to {few} rows, the codes in {parts} parts"
+def detail(shape: Shape) -> str:
+    parts, few = parts_of(shape), min(ROWS, shape.size[1])
+    return f"one launch: {shape.groups} groups of up to {few} rows, the codes in {parts} parts"
 
 
 def lookup(call: Call, parts: int) -> Found:
@@ -155,6 +154,6 @@ def lookup(call: Call, parts: int) -> Found:
 
 
 def run(call: Call) -> Found:
-    parts = _parts_of(call)
+    parts = parts_of(call.shape)
     assert parts, "no room"
     return lookup(call, parts)

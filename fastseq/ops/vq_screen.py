@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastseq.ops._library import library
 from fastseq.ops._triton import kernels
-from fastseq.ops.vq_lookup import INDEX, Call, Found
+from fastseq.ops.vq_lookup import INDEX, Call, Found, Shape
 
 library.define(
     "vq_screen(Tensor x, Tensor codebook, Tensor starts, Tensor pieces, Tensor h, Tensor most, Tensor? centre, "
@@ -34,45 +34,46 @@ def _(*args: object) -> None:
     """Everything is written into tensors that are given."""
 
 
-def _products(call: Call) -> int:
-    found: int = kernels("_pieces").products_of(call.data, call.codebooks[0])[0]
-    return found
+def products(shape: Shape) -> int:
+    """Of a score, as ``fastseq_kernels._pieces.products_of`` has it."""
+    x, codes = shape.dtypes[:2]
+    return 1 if x == codes != torch.float32 else 2 if x == torch.bfloat16 else 3
 
 
-def _fits(call: Call) -> bool:
+def _fits(shape: Shape) -> bool:
     """Whether the device has room; there must be one."""
-    found: bool = torch.ops.fastseq.vq_screen_fits(call.data.device.index or 0, _products(call), call.size[2])
+    found: bool = torch.ops.fastseq.vq_screen_fits(shape.device.index or 0, products(shape), shape.size[2])
     return found
 
 
-def why_not(call: Call) -> str | None:
-    D = call.size[2]
-    if call.screen == 0:
+def why_not(shape: Shape) -> str | None:
+    D = shape.size[2]
+    if shape.screen == 0:
         return "a screen is not wanted"
-    if len(call.codebooks) > 1 or call.data.dim() < 3:
+    if len(shape.sizes) > 1 or not shape.grouped:
         return "no screen of several levels"
     if D > MOST_D:
         return f"D = {D} is more than a screen holds, D <= {MOST_D} is not"
-    if D % 2 and _products(call) < 3:
+    if D % 2 and products(shape) < 3:
         return f"D = {D} is odd, so that no two 16-bit numbers of a row can be read together"
     if not torch.cuda.is_available():
         return "no CUDA device is here"
-    return None if _fits(call) else "the device has no room for a screen's block of threads"
+    return None if _fits(shape) else "the device has no room for a screen's block of threads"
 
 
-def doubt(call: Call) -> str | None:
+def doubt(shape: Shape) -> str | None:
     """Where triton's way is said to cost less."""
-    (G, N, D), K = call.size, call.sizes[0]
+    (G, N, D), K = shape.size, shape.sizes[0]
     if D < LEAST_D or K < LEAST_K:
         return f"codes of D = {D}, K = {K} do not pay for a screen by our estimate, D >= {LEAST_D}, K >= {LEAST_K} do"
-    blocks, processors = G * -(-N // ROWS), kernels("_launch").target(call.data.device).multiprocessors
+    blocks, processors = G * -(-N // ROWS), kernels("_launch").target(shape.device).multiprocessors
     if 2 * blocks < processors:
         return f"{G * N} rows are work for {blocks} of {processors} multiprocessors"
     return None
 
 
-def detail(call: Call) -> str:
-    return f"screen on tensor cores, products of 16 bits: {_products(call)}"
+def detail(shape: Shape) -> str:
+    return f"screen on tensor cores, products of 16 bits: {products(shape)}"
 
 
 def screened(call: Call) -> tuple[Tensor, Tensor | None]:

@@ -41,10 +41,18 @@ def backend(op: str, name: str = "cuda") -> Any:
     return next(b for b in _library.TABLES[op] if b.name == name)
 
 
+def forget(monkeypatch: pytest.MonkeyPatch, parts_of: Any) -> None:
+    """Other answers of a device, none of which is remembered."""
+    monkeypatch.setattr(vq_lookup, "parts_of", parts_of)
+    for name in ("way", "why_not", "doubt"):
+        found = getattr(vq_cuda, name)
+        monkeypatch.setattr(vq_cuda, name, getattr(found, "__wrapped__", found))
+
+
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backend takes CPU tensors: its kernel is emulated."""
-    monkeypatch.setattr(vq_lookup, "_parts_of", lambda call: emulated.parts(0, *call.size, call.sizes))
+    forget(monkeypatch, lambda shape: emulated.parts(0, *shape.size, shape.sizes))
     with emulated.registered():
         yield
 
@@ -112,7 +120,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.delenv("FASTSEQ_BACKEND", raising=False)
     monkeypatch.setattr(_cuda, "why_not_loaded", None)
     monkeypatch.setattr(_cuda, "why_not_triton", lambda: None)
-    monkeypatch.setattr(vq_lookup, "_parts_of", lambda call: min(2, 100 // call.groups))
+    forget(monkeypatch, lambda shape: min(2, 100 // shape.groups))
     monkeypatch.setattr(kernels("_verified"), "capability", lambda index: 90)
     monkeypatch.setattr(kernels("_verified"), "rows", lambda: {})
     return monkeypatch
@@ -161,7 +169,7 @@ def test_what_it_is_not_for(op: str, here: pytest.MonkeyPatch) -> None:
     groups = 101 if op == "vq_residual" else 202
     crowd = arguments(op, case=CASE._replace(N=16 * 101))
     assert reason(op, crowd) == f"needs {groups} blocks of threads at a time, the device holds fewer"
-    here.setattr(vq_lookup, "_parts_of", lambda call: None)
+    forget(here, lambda shape: None)
     assert reason(op, arguments(op)) == "no CUDA device is here"
 
 
@@ -205,8 +213,8 @@ def test_what_the_device_is_asked_for_is_remembered(monkeypatch: pytest.MonkeyPa
     asked: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.fastseq, "vq_lookup_parts", lambda *args: asked.append(args) or 3, raising=False)
-    vq_lookup._parts.cache_clear()
-    call = vq_cuda._of_quantize(torch.zeros(2, 3, 4), torch.zeros(2, 50, 4), None, False, False)
-    assert vq_lookup._parts_of(call) == vq_lookup._parts_of(call) == 3
+    vq_lookup.parts_of.cache_clear()
+    shape = vq_cuda._of_quantize(torch.zeros(2, 3, 4), torch.zeros(2, 50, 4), None, False, False).shape
+    assert vq_lookup.parts_of(shape) == vq_lookup.parts_of(shape) == 3
     assert asked == [(0, 2, 3, 4, (50,))]
-    vq_lookup._parts.cache_clear()
+    vq_lookup.parts_of.cache_clear()

@@ -15,7 +15,7 @@ from benchmarks.gpu.part import Context
 from fastseq.ops import _cuda, vq_lookup, vq_screen
 from fastseq.ops._triton import interpreted, kernels, why_not_triton
 from tests.cuda import vq_screen as emulated
-from tests.ops.test_vq_lookup import FLOAT, LOW, arguments, backend, reason, same_outputs
+from tests.ops.test_vq_lookup import FLOAT, LOW, arguments, backend, forget, reason, same_outputs
 from tests.ops.vq_cases import Case
 
 MANY = Case(600, 128, 24, masked=True)
@@ -28,8 +28,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(_cuda, "why_not_loaded", None)
     monkeypatch.setattr(_cuda, "why_not_triton", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(vq_screen, "_fits", lambda call: True)
-    monkeypatch.setattr(vq_lookup, "_parts_of", lambda call: min(2, 3 // call.groups))
+    monkeypatch.setattr(vq_screen, "_fits", lambda shape: True)
+    forget(monkeypatch, lambda shape: min(2, 3 // shape.groups))
     monkeypatch.setattr(kernels("_verified"), "capability", lambda index: 90)
     monkeypatch.setattr(kernels("_verified"), "rows", lambda: {})
     target = kernels("_launch").target(torch.device("cpu"))._replace(multiprocessors=4)
@@ -88,10 +88,18 @@ def test_rows_of_odd_length_or_place(here: pytest.MonkeyPatch) -> None:
     assert reason("vq_nearest", arguments("vq_nearest", LOW, odd, screen=1)) == words
 
 
+@pytest.mark.parametrize("code", vq_lookup.DTYPES, ids=str)
+@pytest.mark.parametrize("row", vq_lookup.DTYPES, ids=str)
+def test_products_are_those_of_the_pieces(row: torch.dtype, code: torch.dtype) -> None:
+    x, codebook = torch.zeros(1, 2, 4, dtype=row), torch.zeros(1, 3, 4, dtype=code)
+    found = vq_screen.products(vq_lookup.Call(x, [codebook]).shape)
+    assert found == kernels("_pieces").products_of(x, codebook)[0]
+
+
 def test_where_there_is_no_device_or_no_room(here: pytest.MonkeyPatch) -> None:
     here.setenv("FASTSEQ_BACKEND", "cuda")
     args = arguments("vq_nearest", case=MANY, screen=1)
-    here.setattr(vq_screen, "_fits", lambda call: False)
+    here.setattr(vq_screen, "_fits", lambda shape: False)
     assert reason("vq_nearest", args) == "the device has no room for a screen's block of threads"
     here.setattr(torch.cuda, "is_available", lambda: False)
     assert reason("vq_nearest", args) == "no CUDA device is here"
@@ -114,8 +122,9 @@ def test_outputs_with_triton_are_those_of_the_definition(
 ) -> None:
     """Duplicates of codes, so that some rows stay open."""
     op, change = OPTIONS[options]
+    forget(monkeypatch, vq_lookup.parts_of)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(vq_screen, "_fits", lambda call: True)
+    monkeypatch.setattr(vq_screen, "_fits", lambda shape: True)
     args = arguments(op, dtype, Case(40, 70, 20, G=2, kind="duplicates", masked=True), screen=1, **change)
     with emulated.registered():
         found = backend(op).run(*args)
