@@ -43,6 +43,7 @@ def in_low_precision(device: torch.device) -> bool:
     return device.type != "cpu" or (interpreted() and allowed() == "triton")
 
 
+@functools.cache
 def kernels(module: str) -> Any:
     """``fastseq_kernels.<module>``."""
     return importlib.import_module(f"fastseq_kernels.{module}")

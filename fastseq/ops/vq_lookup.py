@@ -77,13 +77,13 @@ class Call(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int, int]:
-        G, N, D = self.data.shape if self.data.dim() == 3 else (1, *self.data.shape)
-        return G, N, D
+        size = tuple(self.data.shape)
+        return size if len(size) == 3 else (1, *size)  # type: ignore[return-value]
 
     @property
     def shape(self) -> Shape:
         x, books = self.data, self.codebooks
-        sizes, dtypes = tuple(c.shape[-2] for c in books), (x.dtype, *(c.dtype for c in books))
+        sizes, dtypes = tuple([c.shape[-2] for c in books]), (x.dtype, *[c.dtype for c in books])
         return Shape(x.device, self.size, sizes, dtypes, x.dim() == 3, self.sums, self.best, self.screen)
 
 
