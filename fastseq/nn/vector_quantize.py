@@ -178,7 +178,7 @@ class VectorQuantize(RowQuantizer):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes: [K, D], or [heads, K, D] with ``separate_codebook_per_head``.
+        """The codes, [K, D], or [heads, K, D] with ``separate_codebook_per_head``.
 
         Assigned ones overwrite the moving averages too, so that they stay when training goes on.
         """
