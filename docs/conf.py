@@ -42,7 +42,7 @@ html_math_renderer = "mathml"
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
-FUNCTION = re.compile(r"(<mi>(?:log|exp|tanh)</mi>)(?=<m[in])")  # without brackets around what it is of
+FUNCTION = re.compile(r"(<mi>(?:log|exp|tanh)</mi>)(?=<m[ins])")  # without brackets around what it is of
 
 
 def _renderer(display: str) -> Any:
@@ -56,9 +56,17 @@ def _renderer(display: str) -> Any:
     return visit, None
 
 
+def _wrap_sentences(app: Any, page: nodes.document) -> None:
+    """Tables of figures keep their columns; where a cell holds a sentence, lines wrap."""
+    for table in page.findall(nodes.table):
+        if max(len(cell.astext()) for cell in table.findall(nodes.entry)) > 60:
+            table["classes"].append("prose")
+
+
 def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", _renderer("inline"), _renderer("block"))
     app.connect("autodoc-process-docstring", names.complete)
     app.connect("autodoc-process-signature", names.shortened)
     app.connect("autodoc-skip-member", names.skip)
+    app.connect("doctree-read", _wrap_sentences)
     app.connect("builder-inited", lambda _: plots.draw(Path(__file__).parent / "plots"))
