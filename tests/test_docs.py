@@ -101,6 +101,14 @@ def test_names_say_what_they_are(module: str) -> None:
     assert any(f".. automodule:: fastseq.{module}\n" in text(page) for page in (ROOT / "docs" / "api").glob("*.md"))
 
 
+@pytest.mark.parametrize("kind", [fastseq.deploy.Model, fastseq.deploy.Stream])
+def test_what_is_compiled_says_what_it_does(kind: type) -> None:
+    for name, member in vars(kind).items():
+        if not name.startswith("_"):
+            said = (getattr(kind, name).__doc__ or member.__doc__).split("\n\n")  # of functions the signature first
+            assert said[-1].strip() and (isinstance(member, property) or len(said) > 1), name
+
+
 def test_all_modules_of_users_have_a_page_of_names() -> None:
     public = {name for name in fastseq._MODULES if names.public(f"fastseq.{name}")}
     assert public == set(names.MODULES)
