@@ -157,10 +157,8 @@ def _pass(
     scales = [weights.scale(t) for t in range(weights.n_tasks)]
     order = torch.tensor([t for t, batches in enumerate(tasks) for _ in range(len(batches)) if scales[t] > 0])
     mixed = order[torch.randperm(len(order))].tolist()
-    if (
-        weights.eta > 0 and weights.updates == 0 and weights.target in mixed
-    ):  # later its gradient is there from the start
-        first = mixed.index(weights.target)
+    if weights.eta > 0 and weights.updates == 0 and weights.target in mixed:
+        first = mixed.index(weights.target)  # its gradient is known from there on, in later epochs from the start
         if set(mixed[:first]) - set(mixed[first:]):
             mixed.insert(0, mixed.pop(first))
     iterators = [iter(batches) for batches in tasks]
