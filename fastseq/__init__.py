@@ -1,4 +1,4 @@
-"""fastseq: LSTMs with binary gates, faster than ``torch.nn.LSTM`` on CPU and a drop-in replacement for it.
+"""LSTMs with binary gates, vector quantization and ensembles inside one network for torch, and training recipes.
 
 Submodules load on first use; importing this package loads neither torch nor numpy.
 """

@@ -352,19 +352,15 @@ class Codebook:
 class ModelError(ValueError): ...
 class FileError(OSError): ...
 
-class Stream:
-    """One client of a model: what it was given so far stands in its state. Not for two threads at once."""
+# What these do is in the compiled module, for help().
 
-    def step(self, x: NDArray[Any], *, threads: int = 1) -> NDArray[Any]:
-        """The next steps, x [T, C] (indices [T]), or one step without T. Strided x and int64 indices are copied."""
+class Stream:
+    def step(self, x: NDArray[Any], *, threads: int = 1) -> NDArray[Any]: ...
     def reset(self) -> None: ...
-    def save(self) -> NDArray[np.float32]:
-        """The state, [state_size]."""
+    def save(self) -> NDArray[np.float32]: ...
     def load(self, state: NDArray[np.float32]) -> None: ...
 
 class Model:
-    """A model out of a file: never changes, for any number of threads."""
-
     description: str
     looks_ahead: str
     state_size: int
@@ -383,15 +379,9 @@ class Model:
         state: NDArray[np.float32] | None = None,
         *,
         threads: int = 1,
-    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        """x [T, B, C] float32, or indices [T, B], to y [T, B, C'] and the state [B, state_size] after the last step.
-
-        lengths: valid steps of each row; results beyond them are zeros, indices -1. state: of an earlier call. A model
-        that looks ahead has no state.
-        """
+    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]: ...
     def stream(self) -> Stream: ...
-    def step_batch(self, streams: Sequence[Stream], x: NDArray[Any], *, threads: int = 1) -> NDArray[Any]:
-        """x [T, n, C] or [n, C]: the next steps of n streams, each as it would be alone."""
+    def step_batch(self, streams: Sequence[Stream], x: NDArray[Any], *, threads: int = 1) -> NDArray[Any]: ...
 
 # Packed matrices; see ``csrc/core/matrix.h``.
 

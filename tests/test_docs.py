@@ -6,13 +6,16 @@ import ast
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import re
+import zlib
 from pathlib import Path
 
 import pytest
 
-from docs import notebook, plots, tables
+import fastseq
+from docs import names, notebook, plots, tables
 from tests import documents
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +69,8 @@ def test_commands_exist(page: Path) -> None:
     for name in re.findall(r"examples/\w+\.\w+", said):
         if not (ROOT / name).exists():
             missing.append(name)
-    for names in re.findall(r"pip install [^\n]*\[([\w,]+)\]", said):
-        missing += [name for name in names.split(",") if not re.search(rf"^{name} = ", extras[1], re.M)]
+    for listed in re.findall(r"pip install [^\n]*\[([\w,]+)\]", said):
+        missing += [name for name in listed.split(",") if not re.search(rf"^{name} = ", extras[1], re.M)]
     assert missing == []
 
 
@@ -84,6 +87,48 @@ def test_names_exist(page: Path) -> None:
     for name in set(re.findall(r"`((?:fastseq|kernels|csrc|tests|benchmarks|docs|examples)/[\w/.]+)`", text(page))):
         built = name == "build/docs"
         assert built or (ROOT / name).exists() or list(ROOT.glob(f"{name}*")), name
+
+
+@pytest.mark.parametrize("module", names.MODULES)
+def test_names_say_what_they_are(module: str) -> None:
+    """And stand on a page, which is made of these texts."""
+    named = names.public(f"fastseq.{module}")
+    found = importlib.import_module(f"fastseq.{module}")
+    undocumented = (str, tuple, type(list[int]), type(int | str), dict)  # a name for a type says no more
+    silent = [name for name in named if not isinstance(vars(found).get(name), undocumented)]
+    silent = [name for name in silent if not (inspect.getdoc(getattr(found, name)) or "").strip()]
+    assert named and silent == []
+    assert any(f".. automodule:: fastseq.{module}\n" in text(page) for page in (ROOT / "docs" / "api").glob("*.md"))
+
+
+@pytest.mark.parametrize("kind", [fastseq.deploy.Model, fastseq.deploy.Stream])
+def test_what_is_compiled_says_what_it_does(kind: type) -> None:
+    for name, member in vars(kind).items():
+        if not name.startswith("_"):
+            said = (getattr(kind, name).__doc__ or member.__doc__).split("\n\n")  # of functions the signature first
+            assert said[-1].strip() and (isinstance(member, property) or len(said) > 1), name
+
+
+def test_all_modules_of_users_have_a_page_of_names() -> None:
+    public = {name for name in fastseq._MODULES if names.public(f"fastseq.{name}")}
+    assert public == set(names.MODULES)
+    members = re.search(r"automodule:: fastseq\n   :members: (.*)", text(ROOT / "docs" / "api" / "fastseq.md"))
+    assert members and members[1].split(", ") == sorted(fastseq._NAMES)
+
+
+@pytest.mark.nightly
+def test_the_pages_of_names_have_them_all() -> None:
+    """As ``make docs`` has built them."""
+    inventory = (ROOT / "build" / "docs" / "objects.inv").read_bytes().split(b"zlib.\n")[1]
+    built = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines() if " py:" in line}
+    wanted = {f"fastseq.{name}" for name in fastseq._NAMES}
+    for module in [*(f"fastseq.{name}" for name in names.MODULES), "fastseq.recipes.attacks"]:
+        for name in set(names.public(module)) - fastseq._NAMES.keys():
+            thing = getattr(importlib.import_module(module), name)
+            once = f"{module}.{name}" in built or not inspect.isclass(thing)  # a class of two modules stands at one
+            if inspect.isclass(thing) or inspect.isroutine(thing):
+                wanted.add(f"{module}.{name}" if once else f"{thing.__module__}.{thing.__qualname__}")
+    assert wanted - built == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)

@@ -188,44 +188,80 @@ void load(Stream& stream, const py::array& state) {
   stream.load(static_cast<const float*>(state.data()));
 }
 
+// What help() says. Types stand in _core.pyi.
+constexpr const char* kModel = "A model out of a file: never changes, for any number of threads.";
+constexpr const char* kLoad = "A model out of a file; FileError where it cannot be read, ModelError for its content.";
+constexpr const char* kParse = "The same, of the bytes of a file.";
+constexpr const char* kRun =
+    R"(x [T, B, C] float32, or indices [T, B], to y [T, B, C'] and the state [B, state_size] after the last step.
+
+lengths: valid steps of each row; results beyond them are zeros, indices -1. state: of an earlier call. A model
+that looks ahead has no state.)";
+constexpr const char* kStream = "A new client, at the start.";
+constexpr const char* kStepBatch = "x [T, n, C] or [n, C]: the next steps of n streams, each as it would be alone.";
+constexpr const char* kDescription = "The JSON text in the file.";
+constexpr const char* kLooksAhead = "Why the model cannot run piece by piece, or an empty text.";
+constexpr const char* kStateSize = "Numbers in the state of a row.";
+constexpr const char* kInputSize = "C of the input; of indices, how many there are.";
+constexpr const char* kOutputSize = "C of the output; 1 of labels.";
+constexpr const char* kInputIsIndex = "The input is indices.";
+constexpr const char* kOutputIsIndex = "The output is indices.";
+constexpr const char* kClient =
+    "One client of a model: what it was given so far stands in its state. Not for two threads at once.";
+constexpr const char* kStep =
+    "The next steps, x [T, C] (indices [T]), or one step without T. Strided x and int64 indices are copied.";
+constexpr const char* kReset = "Back to the start.";
+constexpr const char* kSave = "The state, [state_size].";
+constexpr const char* kRestore = "Go on from a state as save gave it.";
+
 }  // namespace
 
 void bind_deploy(py::module_& m) {
   using py::arg;
-  py::register_exception<deploy::Error>(m, "ModelError", PyExc_ValueError);
-  py::register_exception<deploy::FileError>(m, "FileError", PyExc_OSError);  // after what it is derived from
-  py::class_<Model, std::shared_ptr<Model>>(m, "Model")
-      .def_static("load", [](const std::string& path) { return std::const_pointer_cast<Model>(Model::load(path)); })
-      .def_static("parse",
-                  [](const py::bytes& bytes) {
-                    const std::string_view view = bytes;
-                    const auto* const data = reinterpret_cast<const uint8_t*>(view.data());
-                    return std::const_pointer_cast<Model>(Model::parse(data, view.size()));
-                  })
+  py::register_exception<deploy::Error>(m, "ModelError", PyExc_ValueError).doc() =
+      "A model's file, or what a model is given, is not as it must be.";
+  py::register_exception<deploy::FileError>(m, "FileError", PyExc_OSError).doc() =  // after what it is derived from
+      "A model's file cannot be read.";
+  py::class_<Stream>(m, "Stream", kClient)
+      .def("step", &step, kStep, arg("x").noconvert(), py::kw_only(), arg("threads") = 1)
+      .def("reset", &Stream::reset, kReset)
+      .def("save", &save, kSave)
+      .def("load", &load, kRestore, arg("state").noconvert());
+  py::class_<Model, std::shared_ptr<Model>>(m, "Model", kModel)
+      .def_static(
+          "load", [](const std::string& path) { return std::const_pointer_cast<Model>(Model::load(path)); }, kLoad,
+          arg("path"))
+      .def_static(
+          "parse",
+          [](const py::bytes& bytes) {
+            const std::string_view view = bytes;
+            const auto* const data = reinterpret_cast<const uint8_t*>(view.data());
+            return std::const_pointer_cast<Model>(Model::parse(data, view.size()));
+          },
+          kParse, arg("bytes"))
       .def(
           "run",
           [](const std::shared_ptr<Model>& model, const py::array& x, const std::optional<py::array>& lengths,
              const std::optional<py::array>& state, int threads) { return run(model, x, lengths, state, threads); },
-          arg("x").noconvert(), arg("lengths") = py::none(), arg("state") = py::none(), py::kw_only(),
+          kRun, arg("x").noconvert(), arg("lengths") = py::none(), arg("state") = py::none(), py::kw_only(),
           arg("threads") = 1)
-      .def("stream", [](const std::shared_ptr<Model>& model) { return std::make_unique<Stream>(model); })
+      .def(
+          "stream", [](const std::shared_ptr<Model>& model) { return std::make_unique<Stream>(model); }, kStream)
       .def(
           "step_batch",
           [](const std::shared_ptr<Model>& model, const std::vector<Stream*>& streams, const py::array& x,
              int threads) { return step_batch(model, streams, x, threads); },
-          arg("streams"), arg("x").noconvert(), py::kw_only(), arg("threads") = 1)
-      .def_property_readonly("description", &Model::description)
-      .def_property_readonly("looks_ahead", &Model::looks_ahead)
-      .def_property_readonly("state_size", &Model::state_size)
-      .def_property_readonly("input_size", [](const Model& m) { return m.input().C; })
-      .def_property_readonly("output_size", [](const Model& m) { return m.output().C; })
-      .def_property_readonly("input_is_index", [](const Model& m) { return m.input().index; })
-      .def_property_readonly("output_is_index", [](const Model& m) { return m.output().index; });
-  py::class_<Stream>(m, "Stream")
-      .def("step", &step, arg("x").noconvert(), py::kw_only(), arg("threads") = 1)
-      .def("reset", &Stream::reset)
-      .def("save", &save)
-      .def("load", &load, arg("state").noconvert());
+          kStepBatch, arg("streams"), arg("x").noconvert(), py::kw_only(), arg("threads") = 1)
+      .def_property_readonly("description", &Model::description, kDescription)
+      .def_property_readonly("looks_ahead", &Model::looks_ahead, kLooksAhead)
+      .def_property_readonly("state_size", &Model::state_size, kStateSize)
+      .def_property_readonly(
+          "input_size", [](const Model& m) { return m.input().C; }, kInputSize)
+      .def_property_readonly(
+          "output_size", [](const Model& m) { return m.output().C; }, kOutputSize)
+      .def_property_readonly(
+          "input_is_index", [](const Model& m) { return m.input().index; }, kInputIsIndex)
+      .def_property_readonly("output_is_index", [](const Model& m) { return m.output().index; }, kOutputIsIndex);
 }
 
 }  // namespace fastseq::python_door

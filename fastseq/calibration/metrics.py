@@ -92,7 +92,7 @@ class Disagreement(_EnsembleMetric):
 
 
 class EnsembleECE(_EnsembleMetric):
-    """Expected calibration error: |accuracy - confidence| of each bin of confidence, weighted by its rows."""
+    """Expected calibration error: ``|accuracy - confidence|`` of each bin of confidence, weighted by its rows."""
 
     higher_is_better = False
 

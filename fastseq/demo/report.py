@@ -101,8 +101,9 @@ nav .sections { color: var(--soft); font-size: 0.9rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: 0.9rem; padding-top: 0.4rem; }
 th, td { padding: 0.35rem 0.8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-.number { text-align: right; white-space: nowrap; }
-thead th { background: var(--band); white-space: normal; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
+thead th { background: var(--band); }
 tbody th { font-weight: 500; }
 .facts { font-size: 0.9rem; }
 figure { margin: 1.25rem 0; }
@@ -117,6 +118,7 @@ pre { background: var(--band); border: 1px solid var(--line); border-radius: 6px
   h2 { font-size: 1.3rem; }
   th, td { padding: 0.3rem 0.5rem; font-size: 0.9rem; }
   table:not(.facts) tbody th { min-width: 8.5rem; }
+  caption span { display: block; position: sticky; left: 0; max-width: calc(100vw - 1.8rem); }
   figure svg { min-width: 34rem; }
 }
 """
@@ -193,7 +195,7 @@ def _block(block: Block) -> str:
         marks = [' class="number"' if numeric else "" for numeric in block.numeric()]
         head = "".join(f'<th scope="col"{m}>{escape(cell)}</th>' for m, cell in zip(marks, block.head, strict=True))
         rows = "\n".join(_row(marks, row) for row in block.rows)
-        caption = f"<caption>{caption}</caption>" if caption else ""
+        caption = f"<caption><span>{caption}</span></caption>" if caption else ""
         table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
         return f'<div class="scroll">{table}</div>'
     caption = f"<figcaption>{caption}</figcaption>" if caption else ""

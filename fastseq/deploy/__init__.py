@@ -1,4 +1,4 @@
-"""Models without torch: numpy in, numpy out, from one file.
+"""Models without torch: numpy in, numpy out, from one file::
 
     model = fastseq.deploy.Model.load("tagger.fastseq")
     y, state = model.run(x)                      # x [T, B, C] float32, or [T, B] int32 for characters and words

@@ -102,7 +102,7 @@ def adt_ascend(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """mu and rho a step further up ``(g * adt_sample).sum() + (weight * adt_entropy).sum()``, over all samples.
 
-    The step is ``rate`` along the sign of the gradient d. With totals it is along t / (|t| + 1e-8), t = totals + d.
+    The step is ``rate`` along the sign of the gradient d. With totals it is along ``t / (|t| + 1e-8)``, t = totals + d.
 
     Args:
         g: gradient of the perturbed inputs, [S, B, ...], of the dtype of x.

@@ -50,7 +50,7 @@ class EnsembleStats(NamedTuple):
 
     @property
     def ece(self) -> Tensor:
-        """Expected calibration error: the mean over rows of their bin's |accuracy - confidence|."""
+        """Expected calibration error, the mean over rows of their bin's ``|accuracy - confidence|``."""
         return (self.histogram[2] - self.histogram[1]).abs().sum() / self.totals[0]
 
 

@@ -30,7 +30,7 @@ class MIMOIndex:
 
     @property
     def rows(self) -> int:
-        """Of a full batch: batch * R."""
+        """Of a full batch, batch * R."""
         return self.batch * self.R
 
     def draw(

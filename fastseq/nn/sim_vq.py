@@ -61,7 +61,7 @@ class SimVQ(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes [K, dim]: the fixed codebook, transformed."""
+        """The codes [K, dim], which are the fixed codebook, transformed."""
         codes: Tensor = self.code_transform(self.frozen_codebook)
         return codes
 

@@ -178,7 +178,7 @@ class VectorQuantize(RowQuantizer):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes: [K, D], or [heads, K, D] with ``separate_codebook_per_head``.
+        """The codes, [K, D], or [heads, K, D] with ``separate_codebook_per_head``.
 
         Assigned ones overwrite the moving averages too, so that they stay when training goes on.
         """
@@ -257,9 +257,12 @@ class VectorQuantize(RowQuantizer):
             accum_ema_update: keep the update for the next forward, and add it then.
 
         Returns:
-            quantized: as x; [..., topk, dim] with ``topk`` (channels first: [B, dim, ..., topk]).
-            indices: [B, T], [B], [B, H, W] or [B, T, H, W], with a last dimension of heads or topk; -1 in padding.
-            loss: a scalar, 0 at evaluation; with ``topk`` that of each index.
+            A tuple of three
+
+            - quantized: as x; [..., topk, dim] with ``topk`` (channels first: [B, dim, ..., topk]).
+            - indices: [B, T], [B], [B, H, W] or [B, T, H, W], with a last dimension of heads or topk; -1 in padding.
+            - loss: a scalar, 0 at evaluation; with ``topk`` that of each index.
+
             With ``indices``, quantized and loss only.
 
         Raises:

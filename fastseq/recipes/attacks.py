@@ -22,6 +22,8 @@ from fastseq.recipes.threat import (
     quiet,
 )
 
+__all__ = ["cw", "feature", "fgsm", "mim", "pgd", "spsa", "withstood"]
+
 
 def fgsm(
     model: Model, x: Tensor, labels: Tensor, threat: Threat, *args: Any, mask: Tensor | None = None, **options: Any

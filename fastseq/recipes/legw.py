@@ -66,7 +66,7 @@ class Schedule:
 
     @property
     def scale(self) -> float:
-        """The highest rate: sqrt(k)."""
+        """The highest rate, sqrt(k)."""
         return math.sqrt(self.k)
 
     @property

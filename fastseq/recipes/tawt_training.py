@@ -37,7 +37,8 @@ def joint(
 ) -> TaskWeights:
     """Train on all tasks, the target among them; weights move after each epoch, from the gradients of its steps.
 
-    An epoch passes each task's batches once, in an order over all tasks that is drawn anew. No other pass is made.
+    An epoch passes each task's batches once, in an order over all tasks that is drawn anew; in the first one a batch of
+    the target comes first, where a source would come only before it otherwise. No other pass is made.
 
     Args:
         tasks: the batches of each, anew for each epoch. target: the number of that which counts.
@@ -155,8 +156,13 @@ def _pass(
     """Every batch of each task that has a weight, in mixed order; what is observed are the steps' own gradients."""
     scales = [weights.scale(t) for t in range(weights.n_tasks)]
     order = torch.tensor([t for t, batches in enumerate(tasks) for _ in range(len(batches)) if scales[t] > 0])
+    mixed = order[torch.randperm(len(order))].tolist()
+    if weights.eta > 0 and weights.updates == 0 and weights.target in mixed:
+        first = mixed.index(weights.target)  # its gradient is known from there on, in later epochs from the start
+        if set(mixed[:first]) - set(mixed[first:]):
+            mixed.insert(0, mixed.pop(first))
     iterators = [iter(batches) for batches in tasks]
-    for t in order[torch.randperm(len(order))].tolist():
+    for t in mixed:
         _gradients(scales[t] * loss(t, next(iterators[t])), optimizer)
         weights.observe(t, own)
         _step(optimizer, after_step)

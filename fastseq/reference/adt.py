@@ -53,7 +53,8 @@ def adt_sample(
 def adt_entropy(mu: Tensor, rho: Tensor, noise: Tensor, eps: Tensor) -> Tensor:
     """-log of the density of each number of the perturbations, [S, B, ...]; its mean over samples is the entropy.
 
-    log(1 - tanh(u) ** 2) is taken as 2 * (log 2 - |u| - log(1 + exp(-2 |u|))), which no width of floats cuts off.
+    ``log(1 - tanh(u) ** 2)`` is taken as ``2 * (log 2 - |u| - log(1 + exp(-2 |u|)))``, which no width of floats cuts
+    off.
     """
     sigma = F.softplus(rho)
     u = (mu + sigma * noise).abs()
@@ -106,8 +107,8 @@ def adt_ascend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mu and rho after a step of ``rate`` along the sign of ``adt_backward``'s d, and totals.
 
-    With totals, [2, B, ...] of mu and rho, those of the steps before: along t / (|t| + LEAST), t = totals + d, which is
-    what Adam with betas of 0 makes of gradients that nobody sets to zero. Returns t, or nothing, [0].
+    With totals, [2, B, ...] of mu and rho, those of the steps before: along ``t / (|t| + LEAST)``, t = totals + d,
+    which is what Adam with betas of 0 makes of gradients that nobody sets to zero. Returns t, or nothing, [0].
     """
     d = torch.stack(adt_backward(g, x, mu, rho, noise, eps, weight, low, high))
     if totals is None:

@@ -21,7 +21,7 @@ def lamb(
 
     Args:
         weight: [...]. gradients: of each step, like weight. rates: of each step.
-        max_ratio: that |weight| / |update|, the rate of a weight, may be at most; it is 1 where either norm is 0.
+        max_ratio: that ``|weight| / |update|``, the rate of a weight, may be at most; it is 1 where either norm is 0.
         adapt: False for 1 always, which is AdamW.
 
     Returns:

@@ -23,8 +23,8 @@ def lars(
 
     Args:
         weight: [...]. gradients: of each step, like weight. rates: of each step.
-        trust_coefficient: of |weight| / (|gradient| + weight_decay * |weight| + eps), the rate of a weight; 1 in its
-            place where |weight| or |gradient| is 0. max_ratio: that it may be at most. adapt: False for 1 always.
+        trust_coefficient: of ``|weight| / (|gradient| + weight_decay * |weight| + eps)``, the rate of a weight;
+            1 in its place where one of these norms is 0. max_ratio: that it may be at most. adapt: False for 1 always.
 
     Returns:
         weight and momentum after the last step.

@@ -114,9 +114,11 @@ def mimo_nll(
         smoothing: share of the target that is spread evenly over the classes, in [0, 1].
 
     Returns:
-        loss []: a slot's mean is over its labels that are not ignored, 0 where there are none.
-        nll [N, M]: 0 where ignored, NaN where a logit is NaN or +inf or all are -inf. top, logsum [N, M]: of
-        ``softmax_sums``, not differentiable.
+        A tuple of four
+
+        - loss []: a slot's mean is over its labels that are not ignored, 0 where there are none.
+        - nll [N, M]: 0 where ignored, NaN where a logit is NaN or +inf or all are -inf.
+        - top, logsum [N, M]: of ``softmax_sums``, not differentiable.
     """
     top, logsum = softmax_sums(logits)
     logp = (logits - top[..., None]) - logsum[..., None]
@@ -161,15 +163,18 @@ def ensemble_stats(
         bins: of the confidence, of equal width: bin i is [i / bins, (i + 1) / bins), the last one holds 1 too.
 
     Returns:
-        probability [B, K]: the mean over members of the softmax.
-        prediction [B]: its largest, the first among equals. confidence [B]: that probability.
-        member_prediction [B, M]: of each member.
-        disagreement [B]: the share of the pairs of members whose predictions differ; 0 for one member.
-        nll [B]: ``-log`` of the mean over members of the label's probability, by logsumexp.
-        brier [B]: ``sum over k of (probability - [k is the label])^2``. Both are 0 without a label.
-        histogram, float64 [3, bins]: rows with a label, their confidence, and how many of them are right.
-        totals, float64 [5 + M], over rows with a label: how many, sums of nll and of brier, how many are right, the sum
-            of disagreement, and how often each member is right. Over all rows and only disagreement without ``labels``.
+        A tuple of nine
+
+        - probability [B, K]: the mean over members of the softmax.
+        - prediction [B]: its largest, the first among equals. confidence [B]: that probability.
+        - member_prediction [B, M]: of each member.
+        - disagreement [B]: the share of the pairs of members whose predictions differ; 0 for one member.
+        - nll [B]: ``-log`` of the mean over members of the label's probability, by logsumexp.
+        - brier [B]: ``sum over k of (probability - [k is the label])^2``. Both are 0 without a label.
+        - histogram, float64 [3, bins]: rows with a label, their confidence, and how many of them are right.
+        - totals, float64 [5 + M], over rows with a label: how many, sums of nll and of brier, how many are right, the
+          sum of disagreement, and how often each member is right. Over all rows and only disagreement without
+          ``labels``.
 
         Where a member has a NaN, a +inf or nothing but -inf, probability, confidence, nll and brier of the row are NaN,
         its prediction is 0 and its bin the first. A member predicts its first NaN, as ``argmax`` does.

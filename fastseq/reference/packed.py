@@ -150,7 +150,7 @@ def lstm_packed(
 
     Args:
         x: x_gates of ``lstm``, or with ``weight_ih``, a matrix of 4 gates, the input [T, B, I] or [N, I] of the layer.
-        weight_hh: of 4 gates. Without projection |h| < 1, which is ``bounded``; what a projection reads is too.
+        weight_hh: of 4 gates. Without projection ``|h| < 1``, which is ``bounded``; what a projection reads is too.
         weight_hr: [P, H], of 1 gate.
         others: as in ``lstm``.
 

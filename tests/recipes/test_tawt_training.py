@@ -175,6 +175,16 @@ def test_an_epoch_has_every_batch_once_in_an_order_of_its_own():
     assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_every_source_is_compared_in_the_first_epoch(seed):
+    """Whatever order is drawn: with one batch of each, most orders have a source before the target."""
+    model = Tasks()
+    tasks = model.batches(1, 1, 1)
+    torch.manual_seed(seed)
+    weights = joint(tasks, TARGET, model.loss, model.optimizer(), model.shared, 2)
+    assert weights.updates == 2 and model.calls == [2, 2, 2]
+
+
 def test_what_is_refused():
     model = Tasks()
     arguments = model.loss, model.optimizer(), model.shared

@@ -50,10 +50,9 @@ def plain(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture(scope="module")
 def full(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """With torch, and what the tests and the Hub's loader need."""
-    found = Environment(
-        tmp_path_factory.mktemp("full"), wheel, TORCH, "pytest>=8", "hypothesis>=6.100", "kernels>=0.17"
-    )
+    """With torch, and what the tests, the ten minutes and the Hub's loader need."""
+    needed = ("pytest>=8", "hypothesis>=6.100", "scikit-learn>=1.3", "kernels>=0.17")
+    found = Environment(tmp_path_factory.mktemp("full"), wheel, TORCH, *needed)
     found.copy_tests()
     return found
 
@@ -91,6 +90,14 @@ def test_with_torch(full: Environment) -> None:
     tests = [f"tests/{name}" for name in WITH_TORCH]
     out = full.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     assert int(re.search(r"(\d+) passed", out)[1]) > 150  # type: ignore[index]
+
+
+def test_ten_minutes(full: Environment) -> None:
+    """docs/start.md from its first block to the last, as a stranger would type it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "start.md").read_text(), re.S)
+    printed = full.run("python", "-c", "\n".join(blocks))
+    assert float(re.search(r"accuracy (0\.\d+)", printed)[1]) > 0.85  # type: ignore[index]
+    assert "as with torch: 0.0e+00" in printed and "of 64 codes in use" in printed
 
 
 def test_a_model_leaves_torch_behind(full: Environment, plain: Environment) -> None:
