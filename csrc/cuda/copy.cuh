@@ -4,6 +4,8 @@
 
 #include "cuda/device.cuh"
 
+#define FASTSEQ_UNROLL_FOUR _Pragma("unroll 4")
+
 namespace fastseq::cuda {
 
 // 16 bytes; both places are 16-byte aligned.
@@ -43,7 +45,26 @@ FASTSEQ_DEVICE uint32_t read_if(bool there, const uint16_t* p) {
   return v;
 }
 
-// The first of so many places in a list that all threads of the device share; in any order.
+// Sixteen bytes, 16-byte aligned, that nothing writes while the kernel runs.
+FASTSEQ_DEVICE Words read_sixteen(const void* p) {
+  Words v;
+  asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+// (v & mask) | low, as one instruction.
+FASTSEQ_DEVICE uint32_t masked_or(uint32_t v, uint32_t mask, uint32_t low) {
+  uint32_t found;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(v), "r"(mask), "r"(low));
+  return found;
+}
+
+// Keeps the least of what is given by any thread of the block.
+FASTSEQ_DEVICE void keep_least(uint64_t* shared, uint64_t v) {
+  atomicMin(reinterpret_cast<unsigned long long*>(shared), static_cast<unsigned long long>(v));
+}
+
+// The first of so many places in a list that all threads of the device, or of the block, share; in any order.
 FASTSEQ_DEVICE int take_places(int32_t* taken, int count) { return atomicAdd(taken, count); }
 
 }  // namespace fastseq::cuda

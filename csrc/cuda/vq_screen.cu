@@ -18,6 +18,7 @@ const char* refused(const VqScreen& call) {
   if (call.G > 65535) return "G must be at most 65535";
   if (call.N > INT32_MAX || call.K > INT32_MAX - kScreenCodes) return "N and K must be less than 2**31 - 128";
   if (call.products < 1 || call.products > 3) return "products must be 1, 2 or 3";
+  if (call.width != screen_width(call.D)) return "width must be the least of 64, 128 and 256 that is not below D";
   if (call.products < 3 && (call.D % 2 || reinterpret_cast<uintptr_t>(call.x) % 4)) {
     return "every two numbers of x must be readable together: D even, x 4-byte aligned";
   }

@@ -13,10 +13,11 @@ namespace fastseq::cuda {
 
 constexpr int64_t kScreenMostD = 256;
 constexpr int kScreenCodes = 128;  // of which `padded` is a multiple
+constexpr int64_t screen_width(int64_t D) { return D <= 64 ? 64 : D <= 128 ? 128 : 256; }
 
 struct VqScreen {
   int64_t G, N, D, K;     // each at least 1
-  int64_t padded, width;  // of the pieces: codes, and columns, D rounded up to a multiple of 32
+  int64_t padded, width;  // of the pieces: codes, and columns, the least of 64, 128 and 256 that is not below D
   int products;           // 1: one piece of rows and codes, 2: two of codes, 3: two of each
   Number row, code;       // what x and the codes are
   Number piece;           // bf16, or with one product f16

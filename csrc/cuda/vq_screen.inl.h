@@ -1,10 +1,10 @@
 // The screen of one block of threads. Its rows lie in registers, as fragments A of the matrix instruction; the codes
-// come by, tile after tile, through shared memory. The four lanes that have the scores of a row share its codes: each
-// keeps its least score, which code that was, and the second least. Whatever rounding did lies within a proven bound,
-// so that at last it is known which of the four the definition may take; and that no other code can be it, where no
-// second is within the bound. Such rows are decided here, the others are left open.
+// come by, tile after tile, through shared memory. Four lanes have the scores of a row, each of two classes of codes:
+// of each class it keeps the least score, which code that was, and the second least. Whatever rounding did lies within
+// a proven bound, so that at last it is known which of the eight the definition may take; and that no other code can be
+// it, where no second is within the bound. Such rows are decided here, the others are left open.
 //
-// The place of a code among those of a lane that are multiplied together is kept in the lowest bits of its score.
+// The place of a code among those of a class that are multiplied together is kept in the lowest bits of its score.
 #include "cuda/vq_number.inl.h"
 
 namespace fastseq::cuda {
@@ -21,24 +21,23 @@ struct Words16 {
 
 template <class Low, class Sizes>
 struct Screen {
-  static constexpr int kTiles = Sizes::kTiles, kDepth = Sizes::kDepth, kSome = Sizes::kSome, kScores = Sizes::kScores;
+  static constexpr int kTiles = Sizes::kTiles, kDepth = Sizes::kDepth, kSome = Sizes::kSome, kPlaces = Sizes::kPlaces;
   static constexpr int kOwn = 2 * kTiles;     // rows of a lane, which four lanes have
   static constexpr int kChunks = 2 * kDepth;  // of 16 bytes, of a code in shared memory
   static constexpr float kMore = 1 + 0x1p-9f, kLeast = 0x1p-113f, kFlush = 0x1p-118f, kMost = 0x1p100f;
 
   const VqScreen& of;
-  int lane, warp, quarter, steps;  // of 16 columns
-  int lane_at[4];                  // of its row of an 8 x 8 block, within a piece of a tile, for columns 16 * (0 .. 3)
+  int lane, warp, quarter;
+  int lane_at[4];  // of its row of an 8 x 8 block, within a piece of a tile, for columns 16 * (0 .. 3)
   int64_t g, first_row;
   unsigned char* tiles;
   float* widths;  // of the rows of the warp: twice the bound
   uint32_t rows[Sizes::kRowPieces][kTiles][kDepth][4];
-  float least[kOwn], second[kOwn];
-  int some[kOwn];  // the first code of those among which the least is
+  float least[kOwn][2], second[kOwn][2];  // of both classes
+  int some[kOwn][2];                      // the first code of those among which the least is
 
   FASTSEQ_DEVICE explicit Screen(const VqScreen& given) : of(given) {
     lane = thread_index() % 32, warp = thread_index() / 32, quarter = lane % 4;
-    steps = static_cast<int>(of.width / 16);
     g = block_y(), first_row = static_cast<int64_t>(block_x()) * Sizes::kRows + warp * 16 * kTiles;
     FASTSEQ_UNROLL
     for (int k = 0; k < 4; ++k) lane_at[k] = chunk_at(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2);
@@ -113,7 +112,6 @@ struct Screen {
       }
       rows[0][m][k][i] = (split[0] & 0xffffu) | split[1] << 16;
       rows[1][m][k][i] = split[0] >> 16 | (split[1] & 0xffff0000u);
-      if (i == 3 && m == kTiles - 1) sync_warp();  // past which no read is moved: registers last for so many
     });
   }
 
@@ -135,7 +133,7 @@ struct Screen {
       }
       const float width = bound(own_squares);
       if (quarter == 0) widths[slot(own)] = width;
-      least[own] = second[own] = infinity(), some[own] = 0;
+      for (int c = 0; c < 2; ++c) least[own][c] = second[own][c] = infinity(), some[own][c] = 0;
     }
   }
 
@@ -151,7 +149,7 @@ struct Screen {
     const float sums = (within + 2 * lo) * (most[0] + most[1] + 2 * most[2]);
     const float chain = whole * most[3] + (of.dot ? 0.0f : 0.5f * most[3] * most[3]);
     float e = left * most[0] + within * most[1] + lo * most[2];
-    e += (products * depth * 0x1p-22f + (kScores + 4) * 0x1p-23f) * (most[4] + sums);
+    e += (products * depth * 0x1p-22f + (kPlaces + 4) * 0x1p-23f) * (most[4] + sums);
     e += (depth + 2) * 0x1p-24f * chain * 1.002f + 0x1p-109f;
     return most[4] + sums + chain < kMost ? 2 * e * kMore * of.slack : infinity();
   }
@@ -172,7 +170,7 @@ struct Screen {
         const int piece = n / kEach, code = n % kEach * kStep + thread_index() / kChunks;
         const int64_t line = (g * Sizes::kCodePieces + piece) * of.padded + first + code;
         const auto* const from = static_cast<const uint16_t*>(of.pieces) + line * of.width + 8 * chunk;
-        if (chunk < 2 * steps) copy_begin(to + piece * Sizes::kPieceBytes + chunk_at(code, chunk), from);
+        copy_begin(to + piece * Sizes::kPieceBytes + chunk_at(code, chunk), from);
       }
       const int at = 4 * thread_index();
       if (at < Sizes::kCodes) {
@@ -197,9 +195,7 @@ struct Screen {
     FASTSEQ_UNROLL
     for (int k = 0; k < 4; ++k) at[k] = address_of(tile) + first * kChunks * 16 + lane_at[k];
     FASTSEQ_UNROLL
-    for (int k = 0; k < kDepth; k += 2) {  // steps are even
-      if (k < steps) step(at, k, sum), step(at, k + 1, sum);
-    }
+    for (int k = 0; k < kDepth; ++k) step(at, k, sum);
   }
   FASTSEQ_DEVICE void step(const uint32_t (&at)[4], int k, float (&sum)[kTiles][kSome / 8][4]) const {
     uint32_t codes[Sizes::kCodePieces][kSome / 16][4];
@@ -223,82 +219,143 @@ struct Screen {
     }
   }
 
-  FASTSEQ_DEVICE static float placed(float score, int place) {
-    return float_of((bits_of(score) & -static_cast<uint32_t>(kScores)) | static_cast<uint32_t>(place));
-  }
+  // Class c of the codes of sum[.][j]: column c of the lane's two.
   FASTSEQ_DEVICE void look(int code, const float (&sum)[kTiles][kSome / 8][4]) {
+    constexpr uint32_t kMask = -static_cast<uint32_t>(kPlaces);
     FASTSEQ_UNROLL
-    for (int own = 0; own < kOwn; ++own) {
-      float low = infinity(), next = infinity();
+    for (int n = 0; n < 2 * kOwn; ++n) {
+      const int own = n / 2, c = n % 2;
+      const auto score = [&](uint32_t j) {
+        return float_of(masked_or(bits_of(sum[own / 2][j][2 * (own % 2) + c]), kMask, j));
+      };
+      float low = fminf(score(0), score(1)), next = fmaxf(score(0), score(1));
       FASTSEQ_UNROLL
-      for (int n = 0; n < kScores; ++n) {
-        const float score = placed(sum[own / 2][n / 2][2 * (own % 2) + n % 2], n);
-        next = fminf(next, fmaxf(low, score));
-        low = fminf(low, score);
+      for (uint32_t j = 2; j < kPlaces; ++j) {
+        next = fminf(next, fmaxf(low, score(j)));
+        low = fminf(low, score(j));
       }
-      second[own] = fminf(fminf(second[own], next), fmaxf(low, least[own]));
-      if (low < least[own]) least[own] = low, some[own] = code;
+      second[own][c] = fminf(fminf(second[own][c], next), fmaxf(low, least[own][c]));
+      if (low < least[own][c]) least[own][c] = low, some[own][c] = code;
     }
   }
 
-  // What is known of a row when all codes went by, kept where the codes were. code: what the lane has of those that it
-  // may be, or INT32_MAX.
+  // What a warp knows of its rows when all codes went by, kept where the codes were.
   struct Known {
-    int code;
-    enum { kOpen, kOne, kSeveral } how;
+    uint64_t best[16 * kTiles];  // by slot: the least of score and code, in their order
+    struct {
+      int slot, code;
+    } list[8 * 16 * kTiles];  // codes whose scores are wanted
+    bool open[16 * kTiles];
+    int listed;
   };
-  FASTSEQ_DEVICE Known& known(int own) const {
-    return reinterpret_cast<Known*>(tiles)[own * Sizes::kThreads + thread_index()];
+  static_assert(sizeof(Known) * Sizes::kWarps <= Sizes::kStages * Sizes::kStage);
+  static constexpr uint64_t kNone = ~uint64_t{0};
+
+  FASTSEQ_DEVICE bool counts(int64_t n) const { return n < of.N && (!of.mask || of.mask[g * of.N + n]); }
+  // As integers that are ordered as the scores, and then as the codes.
+  FASTSEQ_DEVICE static uint64_t key_of(float score, int code) {
+    const uint32_t bits = bits_of(score + 0.0f);  // zeros of either sign are equal
+    return uint64_t{bits >> 31 ? ~bits : bits | 0x80000000u} << 32 | static_cast<uint32_t>(code);
   }
-  FASTSEQ_DEVICE void judge(int own) const {
-    float best = fminf(least[own], across(least[own], 1));
+  FASTSEQ_DEVICE static float score_of(uint64_t key) {
+    const auto bits = static_cast<uint32_t>(key >> 32);
+    return float_of(bits >> 31 ? bits & 0x7fffffffu : ~bits);
+  }
+
+  FASTSEQ_DEVICE void judge(int own, Known& known) const {
+    float best = fminf(least[own][0], least[own][1]);
+    best = fminf(best, across(best, 1));
     best = fminf(best, across(best, 2));
     const float limit = best + widths[slot(own)];
-    const bool left = least[own] <= limit;
-    int many = left, hidden = !(second[own] > limit);
+    const auto left = [&](int c) { return least[own][c] <= limit; };
+    int many = left(0) + left(1), hidden = !(second[own][0] > limit && second[own][1] > limit);
     many += across(many, 1), hidden |= across(hidden, 1);
     many += across(many, 2), hidden |= across(hidden, 2);
     const bool closed = !hidden && limit < kMost && many > 0;
-    const int place = static_cast<int>(bits_of(least[own]) & (kScores - 1));
-    const int code = left ? some[own] + place / 2 * 8 + 2 * quarter + place % 2 : INT32_MAX;
-    known(own) = {code, closed ? many > 1 ? Known::kSeveral : Known::kOne : Known::kOpen};
+    if (quarter == 0) known.open[slot(own)] = !closed;
+    if (!closed || !counts(row(own))) return;
+    FASTSEQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      if (!left(c)) continue;
+      const int place = static_cast<int>(bits_of(least[own][c]) & (kPlaces - 1));
+      const int code = some[own][c] + 8 * place + 2 * quarter + c;
+      if (many > 1 || of.score) {
+        known.list[take_places(&known.listed, 1)] = {slot(own), code};
+      } else {
+        known.best[slot(own)] = key_of(infinity(), code);
+      }
+    }
   }
 
+  // Eight numbers of a row or a code, which begin at a multiple of 16 bytes.
+  template <class Of>
+  FASTSEQ_DEVICE static void eight_of(const void* from, int64_t at, float (&v)[8]) {
+    const auto* const begin = static_cast<const Stored<Of>*>(from) + at;
+    if constexpr (sizeof(*begin) == 4) {
+      for (int n = 0; n < 2; ++n) {
+        const Words w = read_sixteen(begin + 4 * n);
+        v[4 * n] = float_of(w.x), v[4 * n + 1] = float_of(w.y), v[4 * n + 2] = float_of(w.z);
+        v[4 * n + 3] = float_of(w.w);
+      }
+    } else {
+      const Words w = read_sixteen(begin);
+      const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+      for (int n = 0; n < 8; ++n) v[n] = Of::wide(static_cast<uint16_t>(words[n / 2] >> 16 * (n % 2)));
+    }
+  }
   // The definition's score, +inf where it is NaN.
-  FASTSEQ_DEVICE float chain(int64_t n, int64_t code) const {
+  template <class Row, class Code>
+  FASTSEQ_DEVICE float follow(int64_t n, int64_t code) const {
     float score = of.starts[g * of.K + code];
     const int64_t x = (g * of.N + n) * of.D, c = (g * of.K + code) * of.D;
-    const auto follow = [&]<class Row, class Code>(Row, Code) {
-      for (int d = 0; d < of.D; ++d) score = fmaf(-read_as<Row>(of.x, x + d), read_as<Code>(of.codes, c + d), score);
-    };
-    if constexpr (Sizes::kCodePieces == 1) {
-      follow(Low(), Low());
-    } else if constexpr (Sizes::kRowPieces == 1) {
-      with_type(of.code, [&]<class Code>(Code) { follow(Low(), Code()); });
-    } else {
-      with_type(of.row, [&]<class Row>(Row) { with_type(of.code, [&]<class Code>(Code) { follow(Row(), Code()); }); });
+    const uintptr_t begins = reinterpret_cast<uintptr_t>(of.x) | reinterpret_cast<uintptr_t>(of.codes);
+    const int whole = of.D % 8 == 0 && begins % 16 == 0 ? static_cast<int>(of.D) : 0;
+    FASTSEQ_UNROLL_FOUR
+    for (int d = 0; d < whole; d += 8) {
+      float v[8], w[8];
+      eight_of<Row>(of.x, x + d, v), eight_of<Code>(of.codes, c + d, w);
+      for (int e = 0; e < 8; ++e) score = fmaf(-v[e], w[e], score);
+    }
+    for (int d = whole; d < of.D; ++d) {
+      score = fmaf(-read_as<Row>(of.x, x + d), read_as<Code>(of.codes, c + d), score);
     }
     return score == score ? score : infinity();
   }
-  FASTSEQ_DEVICE void decide(int own) const {
-    const int64_t n = row(own);
-    const bool counts = n < of.N && (!of.mask || of.mask[g * of.N + n]);
-    auto [code, how] = known(own);
-    float score = infinity();
-    const bool looks = how == Known::kSeveral || (how == Known::kOne && of.score);
-    if (counts && looks && code < INT32_MAX) score = chain(n, code);
-    for (int mask = 1; mask <= 2; mask *= 2) {
-      const float other = across(score, mask);
-      const int other_code = across(code, mask);
-      if (other < score || (other == score && other_code < code)) score = other, code = other_code;
+  FASTSEQ_DEVICE float chain(int64_t n, int64_t code) const {
+    if constexpr (Sizes::kCodePieces == 1) return follow<Low, Low>(n, code);
+    float found = 0;
+    if constexpr (Sizes::kRowPieces == 1) {
+      with_type(of.code, [&]<class Code>(Code) { found = follow<Low, Code>(n, code); });
+    } else {
+      with_type(of.row, [&]<class Row>(Row) {
+        with_type(of.code, [&]<class Code>(Code) { found = follow<Row, Code>(n, code); });
+      });
     }
-    if (quarter != 0 || n >= of.N) return;
-    if (counts && how == Known::kOpen) {
+    return found;
+  }
+
+  FASTSEQ_DEVICE void decide() const {
+    Known& known = reinterpret_cast<Known*>(tiles)[warp];
+    if (lane < 16 * kTiles) known.best[lane] = kNone;
+    if (lane == 0) known.listed = 0;
+    sync_warp();
+    FASTSEQ_UNROLL
+    for (int own = 0; own < kOwn; ++own) judge(own, known);
+    sync_warp();
+    for (int i = lane; i < known.listed; i += 32) {
+      const auto [slot, code] = known.list[i];
+      keep_least(&known.best[slot], key_of(chain(first_row + slot, code), code));
+    }
+    sync_warp();
+    const int64_t n = first_row + lane;
+    if (lane >= 16 * kTiles || n >= of.N) return;
+    if (counts(n) && known.open[lane]) {
       of.open[g * of.N + take_places(of.count + g, 1)] = static_cast<int32_t>(n);
       return;
     }
-    write_index(of.index, of.bits, g * of.N + n, counts ? code : -1);
-    if (of.score) of.score[g * of.N + n] = score;
+    const uint64_t best = known.best[lane];
+    write_index(of.index, of.bits, g * of.N + n, best == kNone ? -1 : static_cast<int>(static_cast<uint32_t>(best)));
+    if (of.score) of.score[g * of.N + n] = best == kNone ? infinity() : score_of(best);
   }
 
   FASTSEQ_DEVICE void run() {
@@ -317,10 +374,7 @@ struct Screen {
       }
     }
     sync_block();  // all are done with the codes
-    FASTSEQ_UNROLL
-    for (int own = 0; own < kOwn; ++own) judge(own);
-    FASTSEQ_ROLL
-    for (int own = 0; own < kOwn; ++own) decide(own);
+    decide();
   }
 };
 

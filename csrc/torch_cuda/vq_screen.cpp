@@ -38,14 +38,18 @@ void vq_screen(Tensor x, Tensor codebook, Tensor starts, Tensor pieces, Tensor h
     door::fail(op, "G, N, D and K must be at least 1, got ", G, ", ", N, ", ", D, " and ", K);
   }
   if (D > cuda::kScreenMostD) door::fail(op, "D must be at most ", cuda::kScreenMostD, ", got ", D);
-  if (padded % cuda::kScreenCodes || padded < K || width % 32 || width < D || width > cuda::kScreenMostD) {
+  if (padded % cuda::kScreenCodes || padded < K || width != cuda::screen_width(D)) {
     door::fail(op, "pieces must have K rounded up to a multiple of ", cuda::kScreenCodes,
-               " codes and D to one of 32 columns, got ", padded, " and ", width);
+               " codes and D to 64, 128 or 256 columns, got ", padded, " and ", width);
   }
   call.products = static_cast<int>(products), call.piece = piece_of(op, pieces, products);
   if (call.row != call.piece && products < 3) {
     door::fail(op, "x must be ", door::name_of(split.type), " like pieces, got ", door::name_of(rows.type));
   }
+  if (call.code != call.piece && products == 1) {
+    door::fail(op, "codebook must be ", door::name_of(split.type), " like pieces, got ", door::name_of(codes.type));
+  }
+  if (call.row == cuda::Number::bf16 && products == 3) door::fail(op, "x must be float32 or float16, got bfloat16");
   const auto in = [&](const char* name, const Optional& tensor, Type type, const char* meaning,
                       std::initializer_list<int64_t> size) {
     return tensor ? const_cast<void*>(given.in(name, *tensor, type, meaning, size)) : nullptr;
@@ -81,7 +85,7 @@ void vq_screen(Tensor x, Tensor codebook, Tensor starts, Tensor pieces, Tensor h
 // Whether the device has room for a block of threads of such a call.
 bool vq_screen_fits(int64_t device, int64_t products, int64_t D) {
   cuda::VqScreen call{};
-  call.G = call.N = call.K = 1, call.D = D + D % 2, call.width = (D + 31) / 32 * 32;
+  call.G = call.N = call.K = 1, call.D = D + D % 2, call.width = cuda::screen_width(D);
   call.products = static_cast<int>(products), call.piece = cuda::Number::bf16;
   const torch::stable::accelerator::DeviceGuard here(static_cast<int32_t>(device));
   return cuda::vq_screen_fits(call);

@@ -22,7 +22,8 @@ library.define("vq_screen_fits(int device, int products, int D) -> bool")
 
 MOST_D = 256
 CODES = 128  # to a multiple of which the codes are filled up
-WIDTH = 32  # and their columns
+WIDTHS = (64, 128, 256)  # and their columns to one of these
+MOST_G = 65535
 # Estimates: nobody has timed it. As of triton's screen, which shorter or fewer codes do not pay for; and each block of
 # threads has all codes of its rows, so there must be work for at least half of the multiprocessors.
 LEAST_D, LEAST_K = 17, 128
@@ -47,11 +48,13 @@ def _fits(shape: Shape) -> bool:
 
 
 def why_not(shape: Shape) -> str | None:
-    D = shape.size[2]
+    G, _, D = shape.size
     if shape.screen == 0:
         return "a screen is not wanted"
     if len(shape.sizes) > 1 or not shape.grouped:
         return "no screen of several levels"
+    if G > MOST_G:
+        return f"G = {G} is more than a screen takes, G <= {MOST_G} is not"
     if D > MOST_D:
         return f"D = {D} is more than a screen holds, D <= {MOST_D} is not"
     if D % 2 and products(shape) < 3:
@@ -84,7 +87,7 @@ def screened(call: Call) -> tuple[Tensor, Tensor | None]:
     if x.data_ptr() % 4:
         x = x.clone()  # a view that begins at an odd number
     starts, turned = kernels("_scores").turned_codes(codebook, call.dot)
-    codes = pieces.split_codes(codebook, starts, call.dot, x, -(-D // WIDTH) * WIDTH, CODES)
+    codes = pieces.split_codes(codebook, starts, call.dot, x, next(w for w in WIDTHS if w >= D), CODES)
     index = torch.empty(G, N, dtype=INDEX[call.bits], device=x.device)
     score = torch.empty(G, N, dtype=torch.float32, device=x.device) if call.score else None
     opened = torch.empty(G, N, dtype=torch.int32, device=x.device)

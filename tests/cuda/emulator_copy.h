@@ -6,6 +6,8 @@
 
 #include "tests/cuda/emulator.h"
 
+#define FASTSEQ_UNROLL_FOUR
+
 namespace fastseq::cuda {
 
 namespace emulated {
@@ -46,6 +48,18 @@ inline void load_blocks_at(uint32_t (&r)[4], uint32_t row) {
 }
 inline uint32_t read_if(bool there, const uint32_t* p) { return there ? *p : 0; }
 inline uint32_t read_if(bool there, const uint16_t* p) { return there ? *p : 0; }
+inline Words read_sixteen(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulated::fail("16 bytes are read from where they cannot begin");
+  Words v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline uint32_t masked_or(uint32_t v, uint32_t mask, uint32_t low) { return (v & mask) | low; }
+inline void keep_least(uint64_t* shared, uint64_t v) {
+  uint64_t held = __atomic_load_n(shared, __ATOMIC_RELAXED);
+  while (v < held && !__atomic_compare_exchange_n(shared, &held, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
 inline int take_places(int32_t* taken, int count) { return __atomic_fetch_add(taken, count, __ATOMIC_RELAXED); }
 
 }  // namespace fastseq::cuda

@@ -60,17 +60,19 @@ REFUSED = {
     "given(x=torch.zeros(241).bfloat16()[1:].view(2, 3, 40))": "x must begin at a multiple of 4 bytes",
     "given(D=257)": "D must be at most 256, got 257",
     "given(products=4)": "products must be 1, 2 or 3, got 4",
-    "given(K=257)": "pieces must have K rounded up to a multiple of 128 codes and D to one of 32 columns, "
+    "given(K=257)": "pieces must have K rounded up to a multiple of 128 codes and D to 64, 128 or 256 columns, "
     "got 256 and 64",
     "given(pieces=torch.zeros(2, 1, 256, 48).bfloat16())": "pieces must have K rounded up to a multiple of 128 codes "
-    "and D to one of 32 columns, got 256 and 48",
+    "and D to 64, 128 or 256 columns, got 256 and 48",
     "given(pieces=torch.zeros(2, 2, 256, 64).bfloat16())": "pieces must be [G, P, padded, width] = [2, 1, 256, 64], "
     "got [2, 2, 256, 64]",
     "given(piece=torch.float32)": "pieces must be bfloat16, or float16 with one product, got float32",
     "given(row=torch.float16, piece=torch.float16, products=3)": "pieces must be bfloat16, or float16 with one "
     "product, got float16",
     "given(row=torch.float32)": "x must be bfloat16 like pieces, got float32",
-    "given(codebook=torch.zeros(2, 130, 39))": "codebook must be [G, K, D] = [2, 130, 40], got [2, 130, 39]",
+    "given(codebook=torch.zeros(2, 130, 39).bfloat16())": "codebook must be [G, K, D] = [2, 130, 40], got [2, 130, 39]",
+    "given(codebook=torch.zeros(2, 130, 40))": "codebook must be bfloat16 like pieces, got float32",
+    "given(products=3)": "x must be float32 or float16, got bfloat16",
     "given(starts=torch.zeros(2, 129))": "starts must be [G, K] = [2, 130], got [2, 129]",
     "given(h=torch.zeros(2, 130))": "h must be [G, padded] = [2, 256], got [2, 130]",
     "given(h=torch.zeros(513)[1:].view(2, 256))": "h must begin at a multiple of 16 bytes",

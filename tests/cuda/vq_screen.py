@@ -78,7 +78,7 @@ def split(x: Tensor, codebook: Tensor, dot: bool) -> Codes:
     rounded = 0.0 if products == 1 else length(left) + 2.0**-24 * length(moved) + 2.0**-118
     sizes = [length(moved), rounded * torch.ones(G, K), length(lo) * (products > 1), length(wide), h.abs()]
     most = torch.stack([torch.where(good, v, 0.0).amax(-1) for v in sizes], -1)
-    padded, width = -(-K // CODES) * CODES, -(-D // 32) * 32
+    padded, width = -(-K // CODES) * CODES, next(w for w in (64, 128, 256) if w >= D)
     pieces = torch.zeros(G, 1 if products == 1 else 2, padded, width, dtype=low)
     pieces[:, 0, :K, :D] = -hi
     if products > 1:

@@ -3,7 +3,7 @@
 #include "tests/cuda/vq_screen.cpp"
 
 int main() {
-  constexpr int64_t N = 9, K = 512, D = 6, kWidth = 32;
+  constexpr int64_t N = 9, K = 512, D = 6, kWidth = 64;
   std::mt19937 random(7);
   const auto drawn = [&](int64_t size) {
     std::vector<float> found(size);
