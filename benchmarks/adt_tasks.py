@@ -86,12 +86,12 @@ def cnn() -> nn.Module:
 
 @functools.cache
 def _rows() -> tuple[Data, Data]:
-    """Pixels in [0, 1]; 2,048 for training, and every fourth of the 1,000 of the test."""
+    """Pixels in [0, 1]: 3,600 images for training, 1,000 for the test."""
     from benchmarks.mimo_tasks import TASKS as MIMO
 
     found = MIMO["mnist rows"].load()
     train, test = (Data(part.x * 0.3081 + 0.1307, part.labels, None) for part in (found.train, found.test))
-    return train.rows(slice(2048)), test.rows(slice(None, None, 4))
+    return train, test
 
 
 def _images() -> tuple[Data, Data]:
@@ -112,8 +112,8 @@ PIXELS = Threat(0.3, clamp=(0.0, 1.0))
 TASKS = {
     task.name: task
     for task in (
-        Task("mnist cnn", _images, cnn, PIXELS, 1, 2, 10, 64, 2e-3),
-        Task("mnist rows", _rows, lambda: lstm(28, 64, 10), PIXELS, 28, 1, 10, 64, 3e-3),
+        Task("mnist cnn", _images, cnn, PIXELS, 1, 2, 8, 64, 2e-3),
+        Task("mnist rows", _rows, lambda: lstm(28, 64, 10), PIXELS, 28, 1, 8, 64, 3e-3),
         Task("vowels", _vowels, lambda: lstm(12, 64, 9), Threat(0.3, normalise="batch"), 12, 1, 24, 32, 3e-3),
     )
 }

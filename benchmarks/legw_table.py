@@ -20,6 +20,15 @@ def _cell(rows: list[Row]) -> str:
     return interval([row["figure"] for row in rows], 1 if "%" in rows[0]["unit"] else 3)
 
 
+def _worse(base: list[Row], rows: list[Row]) -> str:
+    """How much quality a larger batch costs, seed by seed."""
+    pairs = [(b["figure"], r["figure"]) for b in base for r in rows if b["seed"] == r["seed"]]
+    if rows == base or not pairs or any(None in pair for pair in pairs):
+        return "-"
+    accuracy = "%" in base[0]["unit"]  # of which more is better
+    return interval([b - r if accuracy else r - b for b, r in pairs], 1 if accuracy else 3)
+
+
 def _table(task: str, rows: list[Row], grid: list[Row]) -> Table:
     factors, rules = sorted({row["k"] for row in rows}), sorted({row["rule"] for row in rows}, key=RULES.index)
     by = {(rule, k): [r for r in rows if (r["rule"], r["k"]) == (rule, k)] for rule in rules for k in factors}
@@ -27,7 +36,10 @@ def _table(task: str, rows: list[Row], grid: list[Row]) -> Table:
     lines = [[rule, *(_cell(by[rule, k] or bare.get(k, [])) for k in factors)] for rule in rules]
     last = {k: [row for row in rows if row["k"] == k] for k in factors}
     lines.append(["steps", *(f"{last[k][0]['steps']:,}" for k in factors)])
-    lines.append(["seconds an epoch", *(f"{statistics.median(r['epoch_s'] for r in last[k]):.2g}" for k in factors)])
+    seconds = {k: statistics.median(r["epoch_s"] for r in last[k]) for k in factors}
+    lines.append(["seconds an epoch", *(f"{seconds[k]:.2g}" for k in factors)])
+    lines.append(["times as fast as x1", *(f"{seconds[factors[0]] / seconds[k]:.2g}" for k in factors)])
+    lines.append(["LEGW worse than x1 by", *(_worse(by[RULES[0], factors[0]], by[RULES[0], k]) for k in factors)])
     one = rows[0]
     tried = ", ".join(f"{row['rate']:g}: {row['loss'] if row['loss'] is not None else 'diverged'}" for row in grid)
     notes = [

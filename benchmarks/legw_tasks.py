@@ -80,8 +80,8 @@ def _rows() -> Splits:
     from benchmarks.mimo_tasks import TASKS as MIMO
 
     found = MIMO["mnist rows"].load()
-    training, rest = (Data(*(part[half] for part in found.train[:2])) for half in (slice(IMAGES), slice(IMAGES, None)))
-    return Splits(training, rest, Data(found.test.x, found.test.labels))
+    training, held_out, test = (Data(*part[:2]) for part in found[:3])
+    return Splits(Data(*(v[:IMAGES] for v in training)), held_out, test)
 
 
 def _images() -> Splits:
