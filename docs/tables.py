@@ -44,11 +44,16 @@ def newest(op: str, part: str) -> list[Row]:
     return [row for row in mine if row["run"] == last]
 
 
+def commit(row: Row) -> str:
+    """And whether something was not committed yet, as the settings of an experiment."""
+    return f"`{row['commit']}`" + ("" if row["clean"] else " with changes")
+
+
 def measured(found: list[Row]) -> str:
     """On what the rows were measured."""
     devices, commits, days = (
         ", ".join(dict.fromkeys(values))
-        for values in zip(*((r["device"], f"`{r['commit']}`", r["run"][:10]) for r in found), strict=True)
+        for values in zip(*((r["device"], commit(r), r["run"][:10]) for r in found), strict=True)
     )
     return f"Measured on {devices}, torch {found[0]['torch']}, commit {commits}, {days}."
 

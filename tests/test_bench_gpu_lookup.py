@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as main
-from benchmarks.gpu import parity_lookup, tables
+from benchmarks.gpu import parity_lookup, providers, tables, targets
 from benchmarks.gpu.parity import Kernels, _row
 from benchmarks.gpu.part import Context
 from fastseq.ops import vq_cuda, vq_lookup
+from fastseq.ops._select import allowed
 
 DRY, REAL = (Context(torch.device("cpu"), dry) for dry in (True, False))
 
@@ -57,3 +58,24 @@ def test_table() -> None:
         ["N1", "float32", "fastseq cuda", "20", "0.00%", "-"],
         ["N1", "float32", "expanded float32", "40", "25.00%", "0.50 [0.40, 0.60]"],
     ]
+
+
+def test_the_faster_exact_way_counts() -> None:
+    def row(label: str, ms: float, **more: Any) -> dict[str, Any]:
+        shared = {"op": "vq", "case": "N1", "dtype": "bfloat16", "gate": "passed", "wrong": 0.0, "undefined": 0}
+        return {**shared, "label": label, "ms": ms, **more}
+
+    triton, cuda = row("fastseq", 2.0), row("fastseq cuda", 1.0)
+    assert targets.own_lookup([triton, cuda], "N1", "bfloat16") == cuda
+    assert targets.own_lookup([triton, row("fastseq cuda", 3.0)], "N1", "bfloat16") == triton
+    assert targets.own_lookup([triton, {**cuda, "undefined": 1}], "N1", "bfloat16") == triton
+    assert targets.own_lookup([triton], "N1", "bfloat16") == triton
+
+
+def test_ours_by_the_kernels_that_the_label_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTSEQ_BACKEND", raising=False)
+    for label, name in {"fastseq": "triton", "fastseq triton": "triton", providers.CUDA: "cuda", "cdist": None}.items():
+        with providers.forced(REAL, label):
+            assert allowed() == name, label
+    with providers.forced(DRY, providers.CUDA):
+        assert allowed() is None

@@ -164,6 +164,11 @@ def test_no_figure_is_typed(page: Path) -> None:
     assert re.findall(r"\d+\.\d+|\d ?%", prose) == []
 
 
+def test_what_was_measured_before_its_commit_says_so() -> None:
+    found = [{"commit": "ab", "clean": True}, {"commit": "cd", "clean": False}]
+    assert [tables.commit(row) for row in found] == ["`ab`", "`cd` with changes"]
+
+
 def test_plots_are_drawn(tmp_path: Path) -> None:
     for path in plots.draw(tmp_path):
         svg = path.read_text()

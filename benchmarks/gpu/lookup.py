@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import providers
-from benchmarks.gpu.part import Context, Row, Unit, backend
-from benchmarks.harness import CannotRun
+from benchmarks.gpu.part import Context, Row, Unit
 
 SECONDS = 0.5  # of the rounds of one case
-CUDA, TRITON, EXPANDED = LABELS = ("fastseq cuda", "fastseq triton", "expanded float32")
+LABELS = (providers.CUDA, "fastseq triton", "expanded float32")
 
 
 class Case(NamedTuple):
@@ -74,23 +72,17 @@ def _expanded(given: Inputs) -> Tensor:
     return torch.stack(found, 1)
 
 
-def _around(context: Context, label: str) -> AbstractContextManager[None]:
-    return backend(label.split()[-1] if providers.is_ours(label) and not context.dry else None)
-
-
 def measure(case: Case, context: Context) -> list[Row]:
     given = inputs(case, context.device)
 
     def prepare(label: str) -> tuple[Callable[[], Tensor], Row]:
-        if label == CUDA and context.dry:
-            raise CannotRun("it needs a GPU")
         call = functools.partial(_fastseq if providers.is_ours(label) else _expanded, given)
         wrong = int((call() != given.defined).sum())
         exact = "passed" if not wrong or not providers.is_ours(label) else f"index: {wrong} are not the definition's"
         return call, {"gate": exact, "wrong": wrong / given.defined.numel()}
 
     shared: Row = {"op": "vq_lookup", "table": "few rows", "case": case.name, "mode": "lookup", "dtype": "float32"}
-    return providers.measure(context, shared, LABELS, prepare, SECONDS, around=functools.partial(_around, context))
+    return providers.measure(context, shared, LABELS, prepare, SECONDS)
 
 
 def units(context: Context) -> list[Unit]:

@@ -16,6 +16,7 @@ from benchmarks.harness import ABSENT, CannotRun
 
 Call = Callable[[], Any]
 OURS = "fastseq"  # how the labels of ours begin
+CUDA = f"{OURS} cuda"  # by csrc/cuda, which a dry run has not
 
 
 def is_ours(label: str) -> bool:
@@ -23,8 +24,11 @@ def is_ours(label: str) -> bool:
 
 
 def forced(context: Context, label: str) -> AbstractContextManager[None]:
-    """Ours by its Triton kernels, whatever else could run; where there is no GPU, by what runs there."""
-    return backend("triton" if is_ours(label) and not context.dry else None)
+    """Ours by its Triton kernels, or those of csrc/cuda where the label says so, whatever else could run; where there
+    is no GPU, by what runs there."""
+    if not is_ours(label) or context.dry:
+        return backend(None)
+    return backend("cuda" if label == CUDA else "triton")
 
 
 def measure(
@@ -48,6 +52,8 @@ def measure(
     facts: dict[str, Row] = {}
     for label in labels:
         try:
+            if label == CUDA and context.dry:
+                raise CannotRun("it needs a GPU")
             with around(label):
                 call, facts[label] = prepare(label)
                 if facts[label]["gate"] == "passed" or not is_ours(label):

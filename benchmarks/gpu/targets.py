@@ -67,7 +67,7 @@ def fastest_exact_rival(rows: Sequence[Row], case: str, dtype: str) -> Row | Non
 
 
 def own_lookup(rows: Sequence[Row], case: str, dtype: str) -> Row | None:
-    """The faster of Triton's and CUDA's, which an operator takes where both are verified."""
+    """The faster of Triton's and CUDA's exact ways, of which only one is to stay; its label says which."""
     both = (find(rows, op="vq", case=case, dtype=dtype, label=label) for label in ("fastseq", "fastseq cuda"))
     timed = [row for row in both if row and "ms" in row and is_exact(row)]
     return min(timed, key=lambda r: r["ms"]) if timed else find(rows, op="vq", case=case, dtype=dtype, label="fastseq")

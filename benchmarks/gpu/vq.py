@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor
 
 from benchmarks import vq_gate, vq_plain
 from benchmarks.gpu import providers, rivals
-from benchmarks.gpu.part import Context, Row, Unit, backend
-from benchmarks.harness import CannotRun
+from benchmarks.gpu.part import Context, Row, Unit
 
 SECONDS = 0.8  # of the rounds of one case
-CUDA = "fastseq cuda"  # the others of ours are Triton's
 SAMPLE = 256  # rows whose index is compared with that of the definition
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
@@ -114,18 +111,6 @@ def _fastseq(case: Case, given: Inputs, screen: bool | None = None) -> Callable[
     return lambda: functional.vq_nearest(given.x, given.codebook, screen=screen).index
 
 
-def _cuda(context: Context, case: Case, given: Inputs) -> Callable[[], Tensor]:
-    """The screen of csrc/cuda, not what it leaves few rows to."""
-    if context.dry:
-        raise CannotRun("it needs a GPU")
-    return _fastseq(case, given, screen=True)
-
-
-def _around(context: Context, label: str) -> AbstractContextManager[None]:
-    """Ours by one backend, whatever else could run."""
-    return backend("cuda") if label == CUDA and not context.dry else providers.forced(context, label)
-
-
 def _expanded(dtype: torch.dtype, tf32: bool, compiled: bool, case: Case, given: Inputs) -> Callable[[], Tensor]:
     """Scores of all rows and codes, then the smallest: what is written without a kernel."""
     x, codebook = given.x.to(dtype), given.codebook.to(dtype)
@@ -158,6 +143,7 @@ def _library(make: Callable[[Tensor, Tensor], Callable[[], Tensor]], case: Case,
 
 PROVIDERS: dict[str, Callable[[Case, Inputs], Callable[[], Tensor]]] = {
     "fastseq": _fastseq,
+    providers.CUDA: functools.partial(_fastseq, screen=True),
     "fastseq plain": functools.partial(_fastseq, screen=False),
     "expanded bfloat16": functools.partial(_expanded, BFLOAT16, False, False),
     "expanded tf32": functools.partial(_expanded, FLOAT32, True, False),
@@ -174,12 +160,11 @@ def measure(case: Case, context: Context, labels: tuple[str, ...]) -> list[Row]:
     given = inputs(case, context.device)
 
     def prepare(label: str) -> tuple[providers.Call, Row]:
-        call = _cuda(context, case, given) if label == CUDA else PROVIDERS[label](case, given)
+        call = PROVIDERS[label](case, given)
         return call, judge(case, given, call())
 
     shared: Row = {"op": "vq", "table": "vq", "case": case.name, "mode": "lookup", "cold": True, "dtype": case.dtype}
-    around = functools.partial(_around, context)
-    rows = providers.measure(context, shared, labels, prepare, SECONDS, cold=True, around=around)
+    rows = providers.measure(context, shared, labels, prepare, SECONDS, cold=True)
     for row in rows:
         if "ms" in row:
             row["tflops"] = float(f"{case.flops / row['ms'] / 1e9:.4g}")
@@ -187,7 +172,8 @@ def measure(case: Case, context: Context, labels: tuple[str, ...]) -> list[Row]:
 
 
 def units(context: Context) -> list[Unit]:
-    labels = (CUDA, *PROVIDERS) if not context.dry else ("fastseq", CUDA, "expanded float32", "cdist", "flash-kmeans")
+    dry = ("fastseq", providers.CUDA, "expanded float32", "cdist", "flash-kmeans")
+    labels = dry if context.dry else tuple(PROVIDERS)
     found = []
     for n, case in enumerate(context.pick(CASES, DRY)):
         # one compilation of the rivals is enough to see what it brings

@@ -26,13 +26,7 @@ struct Best {
     return score > other.score || (score == other.score && code > other.code);
   }
 };
-FASTSEQ_DEVICE Best best_of(float score, int code) {
-  const uint32_t bits = bits_of(score + 0.0f);  // zeros of either sign are equal
-  return {bits >> 31 ? ~bits : bits | 0x80000000u, static_cast<uint32_t>(code) + 1};
-}
-FASTSEQ_DEVICE float score_of(const Best& best) {
-  return float_of(best.score >> 31 ? best.score & 0x7fffffffu : ~best.score);
-}
+FASTSEQ_DEVICE Best best_of(float score, int code) { return {ordered(score), static_cast<uint32_t>(code) + 1}; }
 template <int kCount>
 FASTSEQ_DEVICE void best_of_lanes(Best (&own)[kCount]) {
   for (int mask = 16; mask > 0; mask /= 2) {
@@ -245,7 +239,8 @@ struct Lookup {
     }
     FASTSEQ_UNROLL
     for (int own = 0; own < kOwn; ++own) {
-      if (lane == 0 && writes(own)) keep(m, own, k[own], apart[own], looks(own, m) ? score_of(best[own]) : infinity());
+      if (lane == 0 && writes(own))
+        keep(m, own, k[own], apart[own], looks(own, m) ? score_of(best[own].score) : infinity());
     }
     all_lanes(whole, finite);
   }

@@ -30,6 +30,13 @@ FASTSEQ_DEVICE void with_type(Number number, F f) {
 FASTSEQ_DEVICE float infinity() { return float_of(0x7f800000u); }
 FASTSEQ_DEVICE bool is_finite(float v) { return fabsf(v) < infinity(); }
 
+// Scores as words that are ordered as they are, and never zero; zeros of either sign are equal.
+FASTSEQ_DEVICE uint32_t ordered(float score) {
+  const uint32_t bits = bits_of(score + 0.0f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+FASTSEQ_DEVICE float score_of(uint32_t word) { return float_of(word >> 31 ? word & 0x7fffffffu : ~word); }
+
 // `bits` wide, at place `at` of those of `to`.
 FASTSEQ_DEVICE void write_index(void* to, int bits, int64_t at, int k) {
   if (bits == 64) {

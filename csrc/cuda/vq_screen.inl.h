@@ -252,14 +252,9 @@ struct Screen {
   static constexpr uint64_t kNone = ~uint64_t{0};
 
   FASTSEQ_DEVICE bool counts(int64_t n) const { return n < of.N && (!of.mask || of.mask[g * of.N + n]); }
-  // As integers that are ordered as the scores, and then as the codes.
+  // As an integer that is ordered as scores, and then as codes.
   FASTSEQ_DEVICE static uint64_t key_of(float score, int code) {
-    const uint32_t bits = bits_of(score + 0.0f);  // zeros of either sign are equal
-    return uint64_t{bits >> 31 ? ~bits : bits | 0x80000000u} << 32 | static_cast<uint32_t>(code);
-  }
-  FASTSEQ_DEVICE static float score_of(uint64_t key) {
-    const auto bits = static_cast<uint32_t>(key >> 32);
-    return float_of(bits >> 31 ? bits & 0x7fffffffu : ~bits);
+    return uint64_t{ordered(score)} << 32 | static_cast<uint32_t>(code);
   }
 
   FASTSEQ_DEVICE void judge(int own, Known& known) const {
@@ -355,7 +350,7 @@ struct Screen {
     }
     const uint64_t best = known.best[lane];
     write_index(of.index, of.bits, g * of.N + n, best == kNone ? -1 : static_cast<int>(static_cast<uint32_t>(best)));
-    if (of.score) of.score[g * of.N + n] = best == kNone ? infinity() : score_of(best);
+    if (of.score) of.score[g * of.N + n] = best == kNone ? infinity() : score_of(static_cast<uint32_t>(best >> 32));
   }
 
   FASTSEQ_DEVICE void run() {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda.library import python
+from tests.cuda.library import python, said
 
 # Arguments for any sizes and dtypes; `change` replaces some.
 CALLS = """
@@ -89,9 +89,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def messages(package: Path) -> dict[str, str]:
-    """What was said of each call, from one process."""
-    said = python(package, CALLS + "\n".join(f"print({call})" for call in REFUSED)).splitlines()
-    return dict(zip(REFUSED, said, strict=True))
+    return said(package, CALLS, REFUSED)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a torch without CUDA")
