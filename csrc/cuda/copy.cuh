@@ -20,8 +20,6 @@ FASTSEQ_DEVICE void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 }
 
-// load_blocks by addresses within shared memory, which are added up with half as many registers as pointers are.
-FASTSEQ_DEVICE uint32_t address_of(const void* shared) { return shared_address(shared); }
 FASTSEQ_DEVICE void load_blocks_at(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -26,17 +26,34 @@ FASTSEQ_DEVICE unsigned char* shared_bytes() {
 
 FASTSEQ_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// v as if it were new to the compiler, which then keeps nothing in registers that it has computed from v before.
+// v as if it were new to the compiler: it keeps nothing in registers that it has computed from v before; and it keeps v
+// itself in one, as it knows no other way to it.
 FASTSEQ_DEVICE int64_t anew(int64_t v) {
   asm volatile("" : "+l"(v));
   return v;
 }
+FASTSEQ_DEVICE int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+FASTSEQ_DEVICE float anew(float v) {
+  asm volatile("" : "+f"(v));
+  return v;
+}
+
+// v, which nobody looks at before `what` is known; `zero` is 0, but the compiler must not see that. It may else wait
+// for v, which was asked for in the step before, at the beginning of a step.
+FASTSEQ_DEVICE uint32_t after(uint32_t what, uint32_t v, int zero) { return v | (what & static_cast<uint32_t>(zero)); }
 
 // The value of the lane across the bits of mask. All lanes of the warp call it.
 template <class V>
 FASTSEQ_DEVICE V across(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+
+// The value of a lane; whether that of any lane is true.
+FASTSEQ_DEVICE int of_lane(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+FASTSEQ_DEVICE bool of_any(bool value) { return __any_sync(0xffffffffu, value); }
 
 struct alignas(8) Two {
   uint32_t x, y;
@@ -73,6 +90,24 @@ FASTSEQ_DEVICE void write_words(uint32_t* p, const Words& v) {  // 16-byte align
                : "memory");
 }
 
+// A number where `there`, else 0; asked for here, and not before, whatever the compiler thinks of it. Nothing tells the
+// compiler that this is a read of memory: only of what was there before the kernel, or what this thread writes later.
+FASTSEQ_DEVICE uint32_t read_number(const uint16_t* p, bool there) {
+  uint32_t v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n@p ld.global.u16 %0, [%1];\n}"
+               : "=&r"(v)
+               : "l"(p), "r"(static_cast<uint32_t>(there)));
+  return v;
+}
+
+FASTSEQ_DEVICE float read_number(const float* p, bool there) {
+  float v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.f32 %0, 0f00000000;\n@p ld.global.f32 %0, [%1];\n}"
+               : "=&f"(v)
+               : "l"(p), "r"(static_cast<uint32_t>(there)));
+  return v;
+}
+
 // What a thread does between two looks at a word. With FASTSEQ_WATCHDOG a wait of seconds ends the kernel with an
 // error.
 struct Waiting {
@@ -85,13 +120,13 @@ struct Waiting {
 };
 
 // Four 8 x 8 blocks of 16-bit numbers from shared memory; lane l gives the address of row l % 8 of block l / 8.
-FASTSEQ_DEVICE void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
-  const uint32_t at = shared_address(row);
+FASTSEQ_DEVICE void load_blocks(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(at)
+               : "r"(row)
                : "memory");
 }
+FASTSEQ_DEVICE void load_blocks(uint32_t (&r)[4], const uint16_t* row) { load_blocks(r, shared_address(row)); }
 
 // Of an 8 x 8 block of 16-bit numbers, lane l gives numbers 2 * (l % 4) and the next of row l / 4, and has those of the
 // transpose.
@@ -161,7 +196,12 @@ struct Bfloat16 {
   static constexpr int kPerWord = 2;
   static constexpr uint32_t kInfinity = 0x7f80;
   static FASTSEQ_DEVICE float wide(uint16_t v) { return __uint_as_float(static_cast<uint32_t>(v) << 16); }
-  static FASTSEQ_DEVICE uint16_t narrow(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+  static FASTSEQ_DEVICE uint16_t narrow(float v) { return static_cast<uint16_t>(pair(v, 0.0f)); }
+  static FASTSEQ_DEVICE uint32_t pair(float first, float second) {  // the second in the upper half
+    uint32_t found;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(second), "f"(first));
+    return found;
+  }
   static FASTSEQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -175,7 +215,12 @@ struct Float16 {
   static constexpr int kPerWord = 2;
   static constexpr uint32_t kInfinity = 0x7c00;
   static FASTSEQ_DEVICE float wide(uint16_t v) { return __half2float(__ushort_as_half(v)); }
-  static FASTSEQ_DEVICE uint16_t narrow(float v) { return __half_as_ushort(__float2half_rn(v)); }
+  static FASTSEQ_DEVICE uint16_t narrow(float v) { return static_cast<uint16_t>(pair(v, 0.0f)); }
+  static FASTSEQ_DEVICE uint32_t pair(float first, float second) {
+    uint32_t found;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(second), "f"(first));
+    return found;
+  }
   static FASTSEQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -200,8 +245,15 @@ struct Int8 : Low {
 };
 
 FASTSEQ_DEVICE int nearest(float x) { return __float2int_rn(x); }  // ties to even
-FASTSEQ_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-FASTSEQ_DEVICE float tanh_of(float x) { return 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * x)); }
+// 1 / (1 + 2^x), to some 2^-21. A step waits for this: without the care for results below 2^-126, which become zero
+// here. Volatile, so that no branch is made around it: one that is chosen by chance costs more.
+FASTSEQ_DEVICE float logistic(float x) {
+  float power, found;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  asm volatile("rcp.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(1.0f + power));
+  return found;
+}
+FASTSEQ_DEVICE float multiplied_added(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FASTSEQ_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 FASTSEQ_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
 

@@ -38,7 +38,7 @@ const char* refused(const PersistShape& shape, int count, int tile) {
   if (!is_tile(tile)) return "there is no such tile";
   if (count < 1 || count > 2) return "one or two directions can be run";
   if (shape.T < 1 || shape.B < 1 || shape.H < 1) return "T, B and H must be at least 1";
-  if (shape.T > INT32_MAX || shape.B > INT32_MAX) return "T and B must be less than 2**31";
+  if (shape.T > INT32_MAX || shape.B > INT32_MAX / shape.H) return "T and B * H must be less than 2**31";
   if (shape.H > (shape.int8 ? kTiles[tile].int8_depth : kTiles[tile].depth)) return "H is larger than the tile's depth";
   if (grid_of(shape, kTiles[tile]).groups > kMostGroups) return "B is larger than 65535 times the tile's rows";
   return nullptr;

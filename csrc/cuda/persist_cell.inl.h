@@ -11,6 +11,14 @@ FASTSEQ_DEVICE int steps_of(const PersistShape& shape, int64_t b) {
   return static_cast<int>(own < 0 ? 0 : own > shape.T ? shape.T : own);
 }
 
+// Elements from step s to the next, of 32 steps from s on: each lane has those of one. Dense rows lie evenly.
+template <class TimeOf>
+FASTSEQ_DEVICE int apart_from(const PersistShape& shape, int s, int steps, TimeOf time_of) {
+  const int before = s + thread_index() % 32;
+  if (!shape.offsets) return static_cast<int>((time_of(1) - time_of(0)) * shape.B);
+  return before + 1 < steps ? static_cast<int>(shape.offsets[time_of(before + 1)] - shape.offsets[time_of(before)]) : 0;
+}
+
 FASTSEQ_DEVICE int64_t element(const PersistShape& shape, int t, int64_t b) {
   return shape.offsets ? shape.offsets[t] + b : t * shape.B + b;
 }
@@ -38,13 +46,18 @@ struct Gates {
   float i, f, g, o;
 };
 
-FASTSEQ_DEVICE float input_gate(float z, const PersistShape& shape) {
-  return !shape.hard ? sigmoid(z * shape.inverse_tau) : z > 0 ? 1.0f : 0.0f;
+constexpr float kLog2E = 1.44269504088896341f;
+FASTSEQ_DEVICE float tanh_of(float x) { return multiplied_added(-2.0f, logistic(2.0f * kLog2E * x), 1.0f); }
+// Of i and f: sigmoid(z / tau) is logistic(slope * z).
+FASTSEQ_DEVICE float slope_of(const PersistShape& shape) { return -kLog2E * shape.inverse_tau; }
+FASTSEQ_DEVICE float input_gate(float z, bool hard, float slope) {
+  const float soft = logistic(slope * z), step = z > 0 ? 1.0f : 0.0f;
+  return hard ? step : soft;
 }
 
 // Activated gates from pre-activations.
-FASTSEQ_DEVICE Gates activated(Gates z, const PersistShape& shape) {
-  return {input_gate(z.i, shape), input_gate(z.f, shape), tanh_of(z.g), sigmoid(z.o)};
+FASTSEQ_DEVICE Gates activated(Gates z, bool hard, float slope) {
+  return {input_gate(z.i, hard, slope), input_gate(z.f, hard, slope), tanh_of(z.g), logistic(-kLog2E * z.o)};
 }
 
 // Gradients of the pre-activations, and of the cell before in dc.
@@ -53,11 +66,8 @@ FASTSEQ_DEVICE Gates cell_backward(Gates a, float c, float c_before, float dh, f
   dc += dh * a.o * (1.0f - tanh_c * tanh_c);
   Gates d{dc * a.g, dc * c_before, dc * a.i, dh * tanh_c};
   dc *= a.f;
-  if (shape.hard) {
-    d.i *= 0.0f, d.f *= 0.0f;
-  } else {
-    d.i *= a.i * (1.0f - a.i) * shape.inverse_tau, d.f *= a.f * (1.0f - a.f) * shape.inverse_tau;
-  }
+  const float scale = shape.hard ? 0.0f : shape.inverse_tau;
+  d.i *= a.i * (1.0f - a.i) * scale, d.f *= a.f * (1.0f - a.f) * scale;
   d.g *= 1.0f - a.g * a.g, d.o *= a.o * (1.0f - a.o);
   return d;
 }

@@ -1,8 +1,8 @@
 // The forward recurrence of one block of threads, for a warp that holds its tiles of weight_hh all the time.
 //
 // A step: h of the step before comes into shared memory; every warp multiplies it with its tiles; the lanes of the
-// first part of each band go on to the cells, hand h on, and write what is kept. Inputs of the step are asked for
-// before the wait for h, which is longer. With int8 weights h is multiplied as bytes.
+// first part of each band go on to the cells and hand h on. All else is done while h is on its way: inputs of the next
+// step are asked for, what is kept is written, addresses go on. With int8 weights h is multiplied as bytes.
 #include "cuda/persist_state.inl.h"
 
 namespace fastseq::cuda {
@@ -16,26 +16,46 @@ struct Forward : ForwardState<Low, Tile> {
 
   using Base = ForwardState<Low, Tile>;
   using Base::call, Base::own, Base::lane, Base::band, Base::part, Base::first_unit, Base::first_row, Base::width;
-  using Base::rows, Base::reverse, Base::longest, Base::ends, Base::kInt8, Base::kTile, Base::row_of, Base::time_of;
+  using Base::rows, Base::reverse, Base::longest, Base::kInt8, Base::kTile, Base::row_of, Base::time_of;
   static constexpr bool kExists = !kInt8 || Tile::kInt8Depth > 0;
 
   Sum* sums;
   Gates scales{};  // of this lane's cell, where weights are int8
-  // Of this lane's unit, from the first row on; what steps need again and again stays in registers.
-  bool exists;  // whether this warp has cells, and this lane's unit is one
-  const uint16_t* x_gates;
-  uint16_t *h_out, *gates_out;
-  float* c_out;
+  // What steps need again and again stays in registers.
+  int zero, H;
+  bool exists;          // whether this warp has cells, and this lane's unit is one
+  uint32_t lane_state;  // of the numbers of the first state that this lane loads, the address of the first
+  float slope;          // see activated()
+  int packed, keeps_c, keeps_gates;
+  // Of this lane's cells: their steps, and those that are written; 0 where there is no such cell.
+  int ends[Tile::kRowBlocks], until[Tile::kRowBlocks];
+  // Of this lane's cell in its first row; a block of rows is 8 rows after the one before.
+  struct Places {
+    const uint16_t* x;
+    uint16_t *h, *gates;
+    float* c;
+    FASTSEQ_DEVICE explicit Places(const Forward& of) {
+      const int64_t unit = of.first_unit + cell_unit(of.lane), b = of.first_row + cell_column(of.lane), H = of.H;
+      x = static_cast<const uint16_t*>(of.own.x_gates) + 4 * b * H + unit;
+      h = static_cast<uint16_t*>(of.own.h) + b * H + unit, c = (of.own.c ? of.own.c : of.own.c_n) + b * H + unit;
+      gates = static_cast<uint16_t*>(of.own.gates ? of.own.gates : of.own.h) + 4 * b * H + unit;
+    }
+    FASTSEQ_DEVICE void move(int64_t n) { x += 4 * n, h += n, c += n, gates += 4 * n; }
+  } at;
   uint32_t weights[Tile::kInRegisters][4];
 
-  FASTSEQ_DEVICE explicit Forward(const ForwardCall& given) : Base(given) {
-    const int unit = first_unit + cell_unit(lane);
+  FASTSEQ_DEVICE explicit Forward(const ForwardCall& given)
+      : Base(given),
+        zero(given.blocks >> 24),  // as there are less blocks
+        H(static_cast<int>(given.shape.H) + zero),
+        at(*this) {
     sums = reinterpret_cast<Sum*>(Base::sums());
-    exists = part == 0 && unit < call.shape.H;
-    x_gates = static_cast<const uint16_t*>(own.x_gates) + unit;
-    h_out = static_cast<uint16_t*>(own.h) + unit;
-    gates_out = own.gates ? static_cast<uint16_t*>(own.gates) + unit : nullptr;
-    c_out = own.c ? own.c + unit : nullptr;
+    exists = (Tile::kParts == 1 || part == 0) && first_unit + cell_unit(lane) < H;
+    const int number = (lane % 8) * Tile::kStride + 16 * part * Tile::kTiles + 8 * (lane / 8);
+    lane_state = static_cast<uint32_t>(anew(static_cast<int>(shared_address(this->states + number))));
+    slope = anew(slope_of(call.shape));
+    packed = anew(int{call.shape.offsets != nullptr});
+    keeps_c = anew(int{own.c != nullptr}), keeps_gates = anew(int{own.gates != nullptr});
   }
 
   // The neighbours of one word along the depth, of row `row` of this warp's band.
@@ -83,15 +103,14 @@ struct Forward : ForwardState<Low, Tile> {
   FASTSEQ_DEVICE void multiply(int s, Sum (&d)[Tile::kRowBlocks][4]) const {
     constexpr int kBlocks = Tile::kRowBlocks, kChains = 4 / kBlocks, kAhead = 4;
     Sum chain[kBlocks][kChains][4] = {};
-    const uint16_t* const from =
-        this->state(s) + (lane % 8) * Tile::kStride + 16 * part * Tile::kTiles + 8 * (lane / 8);
+    const uint32_t from = lane_state + sizeof(uint16_t) * this->state_at(s);
     const int tiles =
         static_cast<int>((width - kTile * part * Tile::kTiles + kTile - 1) / kTile);  // the others are zeros
     uint32_t b[kAhead][4];
     Words a[2][2];
     const auto load = [&](int n) {  // of two tiles and a block of rows
       if (n < Tile::kTiles / 2 * kBlocks) {
-        load_blocks(b[n % kAhead], from + 8 * (n % kBlocks) * Tile::kStride + 32 * (n / kBlocks));
+        load_blocks(b[n % kAhead], from + sizeof(uint16_t) * (8 * (n % kBlocks) * Tile::kStride + 32 * (n / kBlocks)));
       }
     };
     const auto fetch = [&](int tile) {
@@ -106,7 +125,7 @@ struct Forward : ForwardState<Low, Tile> {
     for (int n = 0; n < kAhead; ++n) load(n);
     FASTSEQ_UNROLL
     for (int some = 0; some < Tile::kTiles; some += 8) {
-      if (some >= tiles) continue;
+      if (some > 0 && some >= tiles) break;
       FASTSEQ_UNROLL
       for (int n = some / 2 * kBlocks; n < (some / 2 + 4) * kBlocks; ++n) {
         const int tile = n / kBlocks * 2, block = n % kBlocks;
@@ -153,22 +172,11 @@ struct Forward : ForwardState<Low, Tile> {
     }
   }
 
-  // The first number of this lane's first row at time t, in [.., H]; a block of rows is 8 * H numbers after the one
-  // before.
-  FASTSEQ_DEVICE int64_t row_at(int t) const {
-    return element(call.shape, t, first_row + cell_column(lane)) * call.shape.H;
-  }
-
-  // Pre-activations without the part of h of this lane's cell in a block of rows, asked for before they are needed.
-  FASTSEQ_DEVICE void ask(int t, int64_t at, uint16_t (&x)[Tile::kRowBlocks][4]) const {
-    const int H = static_cast<int>(call.shape.H);
-    const uint16_t* const from = x_gates + 4 * at;
+  // Pre-activations without the part of h of this lane's cell in a block of rows.
+  FASTSEQ_DEVICE void ask(int t, int block, uint32_t (&x)[4]) const {
+    const bool alive = static_cast<unsigned>(t) < static_cast<unsigned>(ends[block]);
     FASTSEQ_UNROLL
-    for (int block = 0; block < Tile::kRowBlocks; ++block) {
-      const bool here = exists && t < ends[block];
-      FASTSEQ_UNROLL
-      for (int gate = 0; gate < 4; ++gate) x[block][gate] = here ? from[(32 * block + gate) * H] : 0;
-    }
+    for (int gate = 0; gate < 4; ++gate) x[gate] = read_number(at.x + (32 * block + gate) * H, alive);
   }
 
   // The products of all gates of this lane's cell, from its own two of two columns and the partner's.
@@ -185,68 +193,63 @@ struct Forward : ForwardState<Low, Tile> {
 
   // What is kept of a step, in few registers.
   struct Kept {
-    uint32_t i_f, g_o;
+    uint32_t i_f, g_o, h;
     float c;
-    uint16_t h;
   };
-  FASTSEQ_DEVICE Kept cell(const Sum (&d)[4], const uint16_t (&x)[4], float c) const {
+  FASTSEQ_DEVICE Kept cell(const Sum (&d)[4], const uint32_t (&x)[4], float c) const {
     const Gates h = whole(d);
-    const Gates a = activated(
-        {h.i + Low::wide(x[0]), h.f + Low::wide(x[1]), h.g + Low::wide(x[2]), h.o + Low::wide(x[3])}, call.shape);
-    const float after = a.f * c + a.i * a.g;
-    return {Low::narrow(a.i) | uint32_t{Low::narrow(a.f)} << 16, Low::narrow(a.g) | uint32_t{Low::narrow(a.o)} << 16,
-            after, exists ? Low::narrow(a.o * tanh_of(after)) : uint16_t{0}};
-  }
-  FASTSEQ_DEVICE void finish(const Kept& of, int block, int t, int64_t at, float& c) const {
-    const bool alive = t < ends[block];
-    if (alive) c = of.c;
-    keep(of, block, at, alive);
-    if (alive && t == (reverse ? 0 : ends[block] - 1)) keep_last(of.c, of.h, row_of(block));
+    const uint32_t first = kInt8 ? static_cast<uint32_t>(d[0]) : bits_of(d[0]);
+    const auto sum = [&](float product, uint32_t number) {
+      return product + Low::wide(static_cast<uint16_t>(after(first, number, zero)));
+    };
+    const Gates a = activated({sum(h.i, x[0]), sum(h.f, x[1]), sum(h.g, x[2]), sum(h.o, x[3])}, call.shape.hard, slope);
+    const float next = a.f * c + a.i * a.g;
+    return {Low::pair(a.i, a.f), Low::pair(a.g, a.o), Low::narrow(a.o * tanh_of(next)), next};
   }
 
-  // Zeros where a row of dense data has ended.
-  FASTSEQ_DEVICE void keep(const Kept& of, int block, int64_t at, bool alive) const {
-    const int H = static_cast<int>(call.shape.H);
-    if (!exists || row_of(block) >= rows || !(alive || !call.shape.offsets)) return;
-    at += 8 * block * H;
-    h_out[at] = alive ? of.h : 0;
-    if (c_out) c_out[at] = alive ? of.c : 0.0f;
-    if (gates_out) {
+  // Keeps what a step leaves; zeros where a row of dense data has ended.
+  FASTSEQ_DEVICE void keep(const Kept& of, int block, bool alive) const {
+    const int more = 8 * block * H;
+    at.h[more] = static_cast<uint16_t>(alive ? of.h : 0);
+    if (keeps_c) at.c[more] = alive ? of.c : 0.0f;
+    if (keeps_gates) {
       const uint32_t i_f = alive ? of.i_f : 0, g_o = alive ? of.g_o : 0;
-      uint16_t* const to = gates_out + 4 * at;
+      uint16_t* const to = at.gates + 4 * more;
       to[0] = static_cast<uint16_t>(i_f), to[H] = static_cast<uint16_t>(i_f >> 16);
       to[2 * H] = static_cast<uint16_t>(g_o), to[3 * H] = static_cast<uint16_t>(g_o >> 16);
     }
   }
 
-  FASTSEQ_DEVICE void keep_last(float c, uint16_t h, int row) const {
-    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane), at = (first_row + row) * H + unit;
-    if (unit >= H || first_row + row >= call.shape.B) return;
-    static_cast<uint16_t*>(own.h_n)[at] = h;
-    own.c_n[at] = c;
+  // Where this lane's cell of a block of rows is, in [B, H].
+  FASTSEQ_DEVICE int64_t place(int block) const {
+    return (first_row + row_of(block)) * H + first_unit + cell_unit(lane);
+  }
+  FASTSEQ_DEVICE void keep_last(float c, int block) const {
+    if (!exists || row_of(block) >= rows) return;
+    const int steps = ends[block], t = reverse || steps == 0 ? 0 : steps - 1;
+    const int64_t last = element(call.shape, t, first_row + row_of(block));
+    const uint16_t* const h = steps == 0 ? static_cast<const uint16_t*>(own.h0) + place(block)
+                                         : static_cast<uint16_t*>(own.h) + last * H + first_unit + cell_unit(lane);
+    static_cast<uint16_t*>(own.h_n)[place(block)] = *h;
+    own.c_n[place(block)] = c;
   }
 
   FASTSEQ_DEVICE void run() {
     begin();
-    const int64_t H = call.shape.H, unit = first_unit + cell_unit(lane);
-    float c[Tile::kRowBlocks] = {};
+    float c[Tile::kRowBlocks];
+    uint32_t x[Tile::kRowBlocks][4];
+    if (longest > 0) at.move(element(call.shape, time_of(0), 0) * H);
     FASTSEQ_UNROLL
     for (int block = 0; block < Tile::kRowBlocks; ++block) {
-      const int64_t b = first_row + row_of(block);
-      if (part == 0 && unit < H && b < call.shape.B) {
-        c[block] = own.c0[b * H + unit];
-        if (ends[block] == 0) {
-          keep_last(c[block], static_cast<const uint16_t*>(own.h0)[b * H + unit], row_of(block));
-        }
-      }
+      const bool here = exists && row_of(block) < rows;
+      ends[block] = here ? this->steps[row_of(block)] : 0;
+      until[block] = packed ? ends[block] : here ? static_cast<int>(call.shape.T) : 0;
+      c[block] = here ? own.c0[place(block)] : 0.0f;
+      ask(time_of(0), block, x[block]);
     }
-    const int64_t next = (reverse ? -H : H) * call.shape.B;
-    int64_t at = row_at(time_of(0));
+    const auto apart_now = [&](int s) { return apart_from(call.shape, s, longest, [&](int n) { return time_of(n); }); };
+    int apart = apart_now(0);
     for (int s = 0; s < longest; ++s) {
-      const int t = time_of(s);
-      if (call.shape.offsets) at = row_at(t);
-      uint16_t x[Tile::kRowBlocks][4];
-      ask(t, at, x);
       if constexpr (Tile::kCluster) {
         this->await(s);
       } else {
@@ -256,24 +259,51 @@ struct Forward : ForwardState<Low, Tile> {
       Sum d[Tile::kRowBlocks][4];
       multiply(s, d);
       add_parts(d);
-      Kept kept[Tile::kRowBlocks];
+      if (Tile::kParts == 1 || part == 0) {
+        const int64_t more = int64_t{of_lane(apart, s % 32)} * H;
+        at.x += 4 * more;
+        step(s, d, c, x);
+        at.h += more, at.c += more, at.gates += 4 * more;
+        if (packed && s % 32 == 31) apart = apart_now(s + 1);
+      }
+    }
+    FASTSEQ_UNROLL
+    for (int block = 0; block < Tile::kRowBlocks; ++block) keep_last(c[block], block);
+    clear();
+  }
+
+  // The cells, and inputs of the next step.
+  FASTSEQ_DEVICE void step(int s, const Sum (&d)[Tile::kRowBlocks][4], float (&c)[Tile::kRowBlocks],
+                           uint32_t (&x)[Tile::kRowBlocks][4]) const {
+    const int t = time_of(s), next = time_of(s + 1);
+    Kept kept[Tile::kRowBlocks];
+    uint32_t h[Tile::kRowBlocks];
+    FASTSEQ_UNROLL
+    for (int block = 0; block < Tile::kRowBlocks; ++block) {
+      kept[block] = cell(d[block], x[block], c[block]), h[block] = kept[block].h;
+    }
+    if (s + 1 < longest) this->publish(h, s);
+    FASTSEQ_UNROLL
+    for (int block = 0; block < Tile::kRowBlocks; ++block) ask(next, block, x[block]);
+    FASTSEQ_UNROLL
+    for (int block = 0; block < Tile::kRowBlocks; ++block) {
+      const bool alive = t < ends[block];
+      if (alive) c[block] = kept[block].c;
+      if (t < until[block]) keep(kept[block], block, alive);
+    }
+    if (Tile::kCluster && (lane | band) == 0) this->expect_state(s + 2);
+  }
+
+  // Steps that no row has.
+  FASTSEQ_DEVICE void clear() {
+    at = Places(*this);
+    for (int t = longest; !packed && t < call.shape.T; ++t) {
+      if (t == longest) at.move(t * call.shape.B * H);
       FASTSEQ_UNROLL
       for (int block = 0; block < Tile::kRowBlocks; ++block) {
-        if (part > 0) continue;
-        kept[block] = cell(d[block], x[block], c[block]);
-        this->publish(kept[block].h, block, s);
-        if constexpr (!Tile::kCluster) finish(kept[block], block, t, at, c[block]);
+        if (until[block] > 0) keep({}, block, false);
       }
-      if constexpr (Tile::kCluster) {
-        this->push_all(s + 1);
-        FASTSEQ_UNROLL
-        for (int block = 0; block < Tile::kRowBlocks; ++block) finish(kept[block], block, t, at, c[block]);
-      }
-      at += next;
-    }
-    for (int t = longest; part == 0 && !call.shape.offsets && t < call.shape.T; ++t) {
-      FASTSEQ_UNROLL
-      for (int block = 0; block < Tile::kRowBlocks; ++block) keep({}, block, row_at(t), false);
+      at.move(call.shape.B * H);
     }
   }
 };

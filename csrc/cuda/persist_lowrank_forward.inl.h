@@ -110,7 +110,7 @@ struct LowRankForward : LowRankSums<LowRankForwardCall, PersistLowRankForward, L
       const int n = this->second_row(i), more = this->second_unit(i), row = row_of(block) + n;
       const Gates z{d[0][i] + this->number(x[n][0], more), d[1][i] + this->number(x[n][1], more),
                     d[2][i] + this->number(x[n][2], more), d[3][i] + this->number(x[n][3], more)};
-      const Gates a = activated(z, call.shape);
+      const Gates a = activated(z, call.shape.hard, slope_of(call.shape));
       const float after = a.f * c[block][i] + a.i * a.g;
       const uint16_t low[4] = {Low::narrow(a.i), Low::narrow(a.f), Low::narrow(a.g), Low::narrow(a.o)};
       FASTSEQ_UNROLL

@@ -23,19 +23,22 @@ struct ForwardState {
   // Numbers of the depth: of a tile of the matrix instruction, of all tiles.
   static constexpr int kTile = 8 * Low::kPerWord, kDepth = Tile::kDepth / 16 * kTile;
   static constexpr int kManyRows = 4;  // from which on a barrier costs less than pushing h in small pieces
+  static constexpr int kMostBlocks = kDepth / Tile::kUnits;  // of a cluster
 
   const ForwardCall& call;
   const PersistForward& own;
   int lane, band, part, first_unit;
-  int64_t first_row, width;  // width: units of all blocks, at least H
-  int rows, sharing;         // those that there are; the warps that gather one of them
-  bool reverse, staged;      // staged: how h is pushed
-  Arrivals* arrivals;        // of even and odd steps, in a cluster
+  int64_t first_row, width;    // width: units of all blocks, at least H
+  int rows, sharing;           // those that there are; the warps that gather one of them
+  bool reverse, staged;        // staged: how h is pushed
+  bool late = false;           // whether a row begins after the first step
+  int self, blocks, expected;  // in a cluster: this block, how many there are, the bytes that they push into this one
+  Arrivals* arrivals;          // of even and odd steps, in a cluster
   uint16_t *shared_weights, *states;
-  int* steps;  // of each row
+  int* steps;      // of each row
+  int lane_steps;  // of the row that is this lane's alone
   uint32_t* exchange;
   int longest = 0;
-  int ends[Tile::kRowBlocks];  // steps of this lane's rows
 
   FASTSEQ_DEVICE explicit ForwardState(const ForwardCall& given) : call(given), own(given.direction[block_z()]) {
     const int warp = thread_index() / 32;
@@ -44,7 +47,7 @@ struct ForwardState {
     first_row = static_cast<int64_t>(block_y()) * Tile::kRows;
     width = static_cast<int64_t>(call.blocks) * Tile::kUnits;
     rows = static_cast<int>(call.shape.B - first_row < Tile::kRows ? call.shape.B - first_row : Tile::kRows);
-    sharing = rows < Tile::kWarps ? Tile::kWarps / rows : 1;
+    self = anew(block_x()), blocks = anew(call.blocks), sharing = rows < Tile::kWarps ? Tile::kWarps / rows : 1;
     reverse = own.reverse, staged = Tile::kCluster && rows >= kManyRows && call.blocks > 1;
     arrivals = reinterpret_cast<Arrivals*>(shared_bytes());
     shared_weights = reinterpret_cast<uint16_t*>(shared_bytes() + Tile::kArrivals);
@@ -77,8 +80,9 @@ struct ForwardState {
     }
     sync_block();
     for (int row = 0; row < Tile::kRows; ++row) longest = steps[row] > longest ? steps[row] : longest;
-    FASTSEQ_UNROLL
-    for (int block = 0; block < Tile::kRowBlocks; ++block) ends[block] = steps[row_of(block)];
+    for (int row = 0; row < rows; ++row) late = late || (reverse && steps[row] < longest);
+    lane_steps = lane < rows ? steps[lane] : 0;
+    expected = anew(static_cast<int>(rows * (width - (staged ? Tile::kUnits : 0)) * 4 / Low::kPerWord));
     if constexpr (Tile::kCluster) open();
   }
 
@@ -107,32 +111,42 @@ struct ForwardState {
     return Pair::stale(w.x, s) | Pair::stale(w.y, s) | Pair::stale(w.z, s) | Pair::stale(w.w, s);
   }
 
-  FASTSEQ_DEVICE uint16_t* state(int s) const {
-    return states + (Tile::kStates > 1 ? s & 1 : 0) * Tile::kRows * Tile::kStride;
-  }
+  // Numbers before the state that enters step s.
+  static FASTSEQ_DEVICE int state_at(int s) { return (Tile::kStates > 1 ? s & 1 : 0) * Tile::kRows * Tile::kStride; }
+  FASTSEQ_DEVICE uint16_t* state(int s) const { return states + state_at(s); }
 
-  // In a cluster: the first state, and the barriers of the next two.
+  // In a cluster: the first state, and the barrier of the next.
   FASTSEQ_DEVICE void open() const {
-    for (int s = 1; thread_index() == 0 && s <= 2; ++s) {
-      prepare(arrivals + slot_of(s));
-      expect_state(s);
+    if (thread_index() == 0) {
+      prepare(arrivals), prepare(arrivals + 1);
+      expect_state(1);
     }
+    begin_rows(0);
+    sync_cluster();
+  }
+  // The first state of the rows that begin at a step.
+  FASTSEQ_DEVICE void begin_rows(int s) const {
     constexpr int kQuads = Tile::kDepth / 8;  // four words each
     for (int at = thread_index(); at < rows * kQuads; at += Tile::kThreads) {
       const int row = at / kQuads, k = at % kQuads * 4 * Low::kPerWord;
-      if (begins(steps[row], 0)) *in_state(0, row, k) = first_state(row, k);
+      if (begins(steps[row], s)) *in_state(s, row, k) = first_state(row, k);
     }
-    sync_cluster();
   }
-  FASTSEQ_DEVICE void expect_state(int s) const {
-    const int64_t bytes = rows * (width - (staged ? Tile::kUnits : 0)) * 4 / Low::kPerWord;  // of those that push
-    if (s < longest) expect(arrivals + slot_of(s), static_cast<uint32_t>(bytes));
-  }
+  // There may be none: then nobody waits for it.
+  FASTSEQ_DEVICE void expect_state(int s) const { expect(arrivals + slot_of(s), static_cast<uint32_t>(expected)); }
+  // Returns at once at step 0: the use before the first counts as complete.
   FASTSEQ_DEVICE void await(int s) const {
-    if (s == 0) return;
-    Waiting wait;
-    while (!arrived(arrivals + slot_of(s), (s - 1) / 2 % 2)) wait.look_again();
-    if (thread_index() == 0) expect_state(s + 2);
+    const auto all = [&] {
+      Waiting wait;
+      while (!arrived(arrivals + slot_of(s), (s - 1) >> 1 & 1)) wait.look_again();
+    };
+    if (!late) return all();
+    const bool some_begin = of_any(begins(lane_steps, s));
+    all();
+    if (!some_begin) return;
+    sync_block();  // what is overwritten has been pushed by all
+    begin_rows(s);
+    sync_block();
   }
 
   // Where numbers k and the next of a row's state are.
@@ -155,7 +169,7 @@ struct ForwardState {
       FASTSEQ_UNROLL
       for (int n = 0; n < kRowsAtOnce; ++n) {
         const int row = first + n * apart;
-        if (row < rows && begins(steps[row], s)) begin_row(s, row, k0, next);
+        if ((s == 0 || late) && row < rows && begins(steps[row], s)) begin_row(s, row, k0, next);
       }
     }
   }
@@ -204,59 +218,85 @@ struct ForwardState {
     }
   }
 
-  // Hands on h of four units, of which this lane has one.
-  FASTSEQ_DEVICE void publish(uint32_t h, int block, int s) const {
-    if constexpr (Tile::kCluster) return push(h, block, s + 1);
-    const uint32_t own_number = number(h), next = across(own_number, 8);
-    const uint32_t pair = Pair::write(safe_pair(own_number, next, Low::kInfinity), s);  // of even units
-    const uint32_t other = across(pair, 16);
-    if (const int row = row_of(block); cell_unit(lane) == 0 && row < rows) {
-      write_words(exchange + slot_of(s) * slot_words() + ((first_row + row) * width + first_unit) / 2, pair, other);
+  // Hands on h of this lane's unit after step s, of all rows. In a grid a lane writes those of two units.
+  FASTSEQ_DEVICE void publish(const uint32_t (&h)[Tile::kRowBlocks], int s) const {
+    const int place = cell_unit(lane), unit = first_unit + place;
+    uint32_t pairs[Tile::kRowBlocks];  // of this lane's unit and its neighbour, in their order
+    FASTSEQ_UNROLL
+    for (int block = 0; block < Tile::kRowBlocks; ++block) {
+      const uint32_t own_number = number(h[block]), next = across(own_number, 8);
+      if constexpr (Tile::kCluster) {
+        pairs[block] = place % 2 ? next | own_number << 16 : own_number | next << 16;
+        continue;
+      }
+      const int row = row_of(block);
+      if (place % 2 == 0 && row < rows) {
+        write_word(exchange + slot_of(s) * slot_words() + ((first_row + row) * width + unit) / 2,
+                   Pair::write(safe_pair(own_number, next, Low::kInfinity), s));
+      }
+    }
+    if constexpr (Tile::kCluster) {
+      if (staged) {
+        push_all(pairs, s + 1);
+      } else {
+        sync_warp();  // what its lanes have read may be written anew by whoever hears of this
+        FASTSEQ_UNROLL
+        for (int block = 0; block < Tile::kRowBlocks; ++block) push(pairs[block], block, s + 1);
+      }
     }
   }
 
-  // The same in a cluster; where a row begins, its first state. Few rows go to all blocks at once, each lane of the
-  // four to every fourth; many go into the state of this block first.
-  FASTSEQ_DEVICE void push(uint32_t h, int block, int s) const {
-    if (s == longest) return;
-    const int place = cell_unit(lane), unit = first_unit + place, row = row_of(block);
-    if (begins(ends[block], s)) {
-      h = unit < call.shape.H ? static_cast<const uint16_t*>(own.h0)[(first_row + row) * call.shape.H + unit] : 0;
-    }
-    const uint32_t own_number = number(h), next = across(own_number, 8);
-    const uint32_t pair = place % 2 ? next | own_number << 16 : own_number | next << 16, other = across(pair, 16);
-    const uint32_t first = place < 2 ? pair : other, second = place < 2 ? other : pair;
+  // The same in a cluster, of few rows or to few blocks: to all at once, each lane of the four of a row to every
+  // fourth.
+  FASTSEQ_DEVICE void push(uint32_t pair, int block, int s) const {
+    if (block > 0 && 8 * block >= rows) return;
+    const int place = cell_unit(lane), row = row_of(block);
+    const uint32_t other = across(pair, 16), first = place < 2 ? pair : other, second = place < 2 ? other : pair;
+    if (row >= rows) return;
     uint32_t* const to = in_state<uint32_t>(s, row, first_unit);
-    if (staged) {
-      if (place > 0 || row >= rows) return;
+    FASTSEQ_UNROLL
+    for (int n = place; n < kMostBlocks + place; n += 4) {
+      if (n >= blocks) continue;
       if constexpr (kInt8) {
-        *to = bytes_in(first, second);
+        push_word(n, to, bytes_in(first, second), arrivals + slot_of(s));
       } else {
-        *reinterpret_cast<Two*>(to) = {first, second};
-      }
-      return;
-    }
-    sync_warp();  // what its lanes have read may be written anew by whoever hears of this
-    for (int other = place; row < rows && other < call.blocks; other += 4) {
-      if constexpr (kInt8) {
-        push_word(other, to, bytes_in(first, second), arrivals + slot_of(s));
-      } else {
-        push_words(other, to, first, second, arrivals + slot_of(s));
+        push_words(n, to, first, second, arrivals + slot_of(s));
       }
     }
   }
 
-  // h of this block's units, from its own state to those of the other blocks, 16 bytes at a time. Once it is there, all
-  // warps are done with the step, and what they have read may be written anew by whoever hears of it.
-  FASTSEQ_DEVICE void push_all(int s) const {
-    if (!staged || s == longest) return;
+  // Of many rows: into the state of this block, and from there to the other blocks, 16 bytes at a time. Once h of all
+  // its units is there, all warps are done with the step, and what they have read may be written anew by whoever hears
+  // of it.
+  FASTSEQ_DEVICE void push_all(const uint32_t (&pairs)[Tile::kRowBlocks], int s) const {
+    FASTSEQ_UNROLL
+    for (int block = 0; block < Tile::kRowBlocks; ++block) {
+      const int row = row_of(block), place = cell_unit(lane);
+      if constexpr (kInt8) {
+        const uint32_t other = across(pairs[block], 16);
+        if (place == 0 && row < rows) *in_state<uint32_t>(s, row, first_unit) = bytes_in(pairs[block], other);
+      } else {
+        if (place % 2 == 0 && row < rows) *in_state<uint32_t>(s, row, first_unit + place) = pairs[block];
+      }
+    }
     sync_block();
-    constexpr int kQuads = Tile::kUnits / 4 / Low::kPerWord;
-    const int first = block_x() * Tile::kUnits;
-    for (int other = thread_index() / 32; other < call.blocks; other += Tile::kWarps) {
-      for (int at = lane; other != block_x() && at < rows * kQuads; at += 32) {
-        Words* const to = in_state(s, at / kQuads, first + at % kQuads * 4 * Low::kPerWord);
-        push_words(other, reinterpret_cast<uint32_t*>(to), *to, arrivals + slot_of(s));
+    constexpr int kQuads = Tile::kUnits / 4 / Low::kPerWord, kEach = (Tile::kRows * kQuads + 31) / 32;  // of a lane
+    const int first = self * Tile::kUnits;
+    Words* to[kEach];
+    Words own_words[kEach];
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kEach; ++n) {
+      const int at = lane + 32 * n;
+      to[n] = in_state(s, at / kQuads, first + at % kQuads * 4 * Low::kPerWord);
+      if (at < rows * kQuads) own_words[n] = *to[n];
+    }
+    FASTSEQ_UNROLL
+    for (int other = band; other < kMostBlocks + band; other += Tile::kWarps) {
+      if (other == self || other >= blocks) continue;
+      FASTSEQ_UNROLL
+      for (int n = 0; n < kEach; ++n) {
+        if (lane + 32 * n >= rows * kQuads) continue;
+        push_words(other, reinterpret_cast<uint32_t*>(to[n]), own_words[n], arrivals + slot_of(s));
       }
     }
   }

@@ -193,7 +193,7 @@ struct Screen {
     }
     uint32_t at[4];
     FASTSEQ_UNROLL
-    for (int k = 0; k < 4; ++k) at[k] = address_of(tile) + first * kChunks * 16 + lane_at[k];
+    for (int k = 0; k < 4; ++k) at[k] = shared_address(tile) + first * kChunks * 16 + lane_at[k];
     FASTSEQ_UNROLL
     for (int k = 0; k < kDepth; ++k) step(at, k, sum);
   }
@@ -203,7 +203,7 @@ struct Screen {
     for (int n = 0; n < Sizes::kCodePieces * (kSome / 16); ++n) {
       const int piece = n / (kSome / 16), pair = n % (kSome / 16);
       const uint32_t more = piece * Sizes::kPieceBytes + pair * 16 * kChunks * 16 + k / 4 * 128;
-      load_blocks_at(codes[piece][pair], at[k % 4] + more);
+      load_blocks(codes[piece][pair], at[k % 4] + more);
     }
     FASTSEQ_UNROLL
     for (int p = 0; p < Sizes::kRowPieces + Sizes::kCodePieces - 1; ++p) {  // but for the product of both seconds

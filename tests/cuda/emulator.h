@@ -208,7 +208,13 @@ FASTSEQ_UNSEEN inline void run(int x, int y, int z, int threads, size_t shared, 
 
 }  // namespace emulated
 
-inline int64_t anew(int64_t v) { return v; }
+template <class V>
+V anew(V v) {
+  return v;
+}
+inline uint32_t after(uint32_t, uint32_t v, int) { return v; }
+inline uint32_t read_number(const uint16_t* p, bool there) { return there ? *p : 0; }
+inline float read_number(const float* p, bool there) { return there ? *p : 0; }
 FASTSEQ_UNSEEN inline int thread_index() { return emulated::current->thread; }
 FASTSEQ_UNSEEN inline int block_x() { return emulated::current->block->x; }
 FASTSEQ_UNSEEN inline int block_y() { return emulated::current->block->y; }
@@ -247,13 +253,23 @@ FASTSEQ_UNSEEN inline void sync_warp() {
 }
 
 template <class V>
-FASTSEQ_UNSEEN V across(V value, int mask) {
+FASTSEQ_UNSEEN V of_lane(V value, int lane) {
   static_assert(sizeof(V) == 4);
   const emulated::Lane* const lanes =
       emulated::meet(1, [&](emulated::Lane& own) FASTSEQ_UNSEEN { std::memcpy(own.a, &value, 4); });
   V found;
-  std::memcpy(&found, lanes[(emulated::current->thread % 32) ^ mask].a, 4);
+  std::memcpy(&found, lanes[lane].a, 4);
   return found;
+}
+FASTSEQ_UNSEEN inline bool of_any(bool value) {
+  const emulated::Lane* const lanes = emulated::meet(1, [&](emulated::Lane& own) FASTSEQ_UNSEEN { own.a[0] = value; });
+  bool found = false;
+  for (int lane = 0; lane < 32; ++lane) found = found || lanes[lane].a[0];
+  return found;
+}
+template <class V>
+V across(V value, int mask) {
+  return of_lane(value, (emulated::current->thread % 32) ^ mask);
 }
 
 struct alignas(8) Two {
@@ -296,6 +312,12 @@ FASTSEQ_UNSEEN inline void load_blocks(uint32_t (&r)[4], const uint16_t* row) {
   const uint16_t* from[4];
   for (int block = 0; block < 4; ++block) from[block] = lanes[8 * block + lane / 4].row + 2 * (lane % 4);
   for (int block = 0; block < 4; ++block) r[block] = seen_pair(from[block]);
+}
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - emulated::current->block->base);
+}
+inline void load_blocks(uint32_t (&r)[4], uint32_t row) {
+  load_blocks(r, reinterpret_cast<const uint16_t*>(emulated::current->block->base + row));
 }
 
 // The manual's fragment of an 8 x 8 matrix: two neighbours of row laneid / 4.
@@ -348,6 +370,7 @@ struct Bfloat16 {
     std::memcpy(&bits, &v, 4);
     return v != v ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   }
+  static uint32_t pair(float first, float second) { return narrow(first) | uint32_t{narrow(second)} << 16; }
   static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     cuda::multiply_add<Bfloat16>(d, a, b0, b1);
   }
@@ -367,6 +390,7 @@ struct Float16 {
     std::memcpy(&found, &rounded, 2);
     return found;
   }
+  static uint32_t pair(float first, float second) { return narrow(first) | uint32_t{narrow(second)} << 16; }
   static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     cuda::multiply_add<Float16>(d, a, b0, b1);
   }
@@ -384,8 +408,8 @@ struct Int8 : Low {
 };
 
 inline int nearest(float x) { return static_cast<int>(std::nearbyint(x)); }
-inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
-inline float tanh_of(float x) { return 1.0f - 2.0f / (1.0f + std::exp(2.0f * x)); }
+inline float logistic(float x) { return 1.0f / (1.0f + std::exp2(x)); }
+inline float multiplied_added(float a, float b, float c) { return std::fma(a, b, c); }
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -40,12 +40,6 @@ void copies_wait() {
     for (const auto& copy : closed.front()) copy();
   }
 }
-inline uint32_t address_of(const void* shared) {
-  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - emulated::current->block->base);
-}
-inline void load_blocks_at(uint32_t (&r)[4], uint32_t row) {
-  load_blocks(r, reinterpret_cast<const uint16_t*>(emulated::current->block->base + row));
-}
 inline uint32_t read_if(bool there, const uint32_t* p) { return there ? *p : 0; }
 inline uint32_t read_if(bool there, const uint16_t* p) { return there ? *p : 0; }
 inline Words read_sixteen(const void* p) {

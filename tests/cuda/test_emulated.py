@@ -64,6 +64,13 @@ def test_tiles(tile: int) -> None:
     check(args, tile, 5, outputs(args, tile, 5))
 
 
+@pytest.mark.parametrize("tile", range(emulated.FIRST_CLUSTER, emulated.TILES))
+def test_one_block(tile: int) -> None:
+    """No block has others, and all rows that a tile can have."""
+    args = drawn(Case(3, emulated.tile_sizes(tile).rows + 1, 5), torch.bfloat16)
+    check(args, tile, 5, outputs(args, tile, 5))
+
+
 LAYOUTS = {
     "one": Case(1, 1, 1),
     "long": Case(19, 2, 35),
@@ -72,6 +79,9 @@ LAYOUTS = {
     "lengths_reverse": Case(7, 11, 33, layout="lengths", reverse=True),
     "packed": Case(7, 11, 33, layout="packed"),
     "packed_reverse": Case(7, 11, 33, layout="packed", reverse=True),
+    "few_reverse": Case(7, 3, 33, layout="lengths", reverse=True),
+    "packed_long": Case(67, 2, 33, layout="packed"),
+    "packed_long_reverse": Case(67, 2, 33, layout="packed", reverse=True),
     "hard": Case(5, 9, 33, hard=True),
     "sharpened": Case(5, 9, 33, tau=0.2),
 }

@@ -31,6 +31,14 @@ def test_tiles(tile: int) -> None:
     check(given, torch.full((sizes.rows + 3,), 3), False, outputs(given, tile, seed=5))
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_more_blocks_than_with_weights_of_16_bits(rows: int) -> None:
+    """A cluster of the deepest."""
+    tile = emulated.FIRST_CLUSTER
+    given = drawn(3, rows, 8 * emulated.tile_sizes(tile).units + 5, torch.bfloat16)
+    check(given, torch.full((rows,), 3), False, outputs(given, tile, seed=5))
+
+
 @pytest.mark.parametrize(("tile", "dtype"), [(0, LOW[0]), (emulated.FIRST_CLUSTER, LOW[1])], ids=["grid", "cluster"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_lengths(reverse: bool, tile: int, dtype: torch.dtype) -> None:
