@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ REFRESH = """{name} no longer applies. Make the same change by hand in {source}/
     cat /tmp/head /tmp/diff > {folder}/{name}; git checkout {source}
 {said}"""
 Ran = subprocess.CompletedProcess[str]
+FOUND = (1, -signal.SIGABRT)  # a test failed; or what it runs ended itself, and told on standard error why
 
 
 class Break(NamedTuple):
@@ -86,5 +88,6 @@ class Breaks(NamedTuple):
 def check_caught(patch: Path, done: Ran | str) -> None:
     expected = read(patch)
     assert not isinstance(done, str), done
-    assert done.returncode == 1, f"{expected.test} does not find this break\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
-    assert re.search(expected.says, done.stdout), done.stdout[-3000:]
+    said = f"{done.stdout[-3000:]}{done.stderr[:1000]}"
+    assert done.returncode in FOUND, f"{expected.test} does not find this break\n{said}"
+    assert re.search(expected.says, done.stdout + done.stderr), said

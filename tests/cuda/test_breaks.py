@@ -13,7 +13,7 @@ from tests.breaks import ROOT, Breaks, Ran, check_caught, pytest_of
 def run(test: str, root: Path) -> Ran:
     """The copy of the tests, which compiles the copy of csrc beside it; the package is the one here."""
     path = os.pathsep.join([str(root), str(ROOT), str(ROOT / "kernels")])
-    return pytest_of(test, root, "--noconftest", PYTHONPATH=path, OMP_NUM_THREADS="1")
+    return pytest_of(test, root, "--noconftest", "-s", PYTHONPATH=path, OMP_NUM_THREADS="1")  # -s: what aborts is heard
 
 
 BREAKS = Breaks(Path(__file__).with_name("breaks"), ("csrc", "tests"), "csrc/cuda", run)
