@@ -20,13 +20,6 @@ FASTSEQ_DEVICE void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 }
 
-FASTSEQ_DEVICE void load_blocks_at(uint32_t (&r)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(row)
-               : "memory");
-}
-
 // A number that nothing writes while the kernel runs, or zero. No branch: many can be asked for together.
 FASTSEQ_DEVICE uint32_t read_if(bool there, const uint32_t* p) {
   uint32_t v;
